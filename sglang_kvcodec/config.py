@@ -1,0 +1,151 @@
+"""Settings of a server with kvcodec: parsed once, checked at construction, passed as a value.
+
+The same names serve the flags (``--kvcodec-profile``), the environment (``KVCODEC_PROFILE``) and the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+from sglang_kvcodec.errors import ConfigurationError
+
+PROFILES = ("raw", "exact", "high")
+MIB = 1 << 20
+MAX_OBJECT_BYTES = 256 * MIB
+"""No page object is larger; a peer and a server refuse what claims to be."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """``"50GB"``, ``"512MiB"``, ``"1048576"`` as a number of bytes.
+
+    Raises:
+        ConfigurationError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if match is None:
+        raise ConfigurationError(f"not a size: {text!r}; write e.g. 50GB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_remote(url: str) -> str:
+    """``"grpc://HOST:PORT"`` as the ``"HOST:PORT"`` a gRPC channel takes.
+
+    Raises:
+        ConfigurationError: not such a URL.
+    """
+    match = re.fullmatch(r"grpc://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})/?", url)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise ConfigurationError(f"not a peer's address: {url!r}; write grpc://HOST:PORT")
+    return f"{match[1]}:{match[2]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeouts:
+    """How long each phase of talking to a peer may take, in seconds."""
+
+    connect_s: float = 1.0
+    lookup_s: float = 0.5
+    progress_s: float = 5.0
+    """Longest silence inside a Fetch or a Put."""
+    fetch_s: float = 60.0
+    """Longest whole Fetch: the request is prefilled after it."""
+    put_s: float = 60.0
+    retry_s: float = 2.0
+    """How long a peer that failed is left alone before it is tried again, in the background."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ConfigurationError(f"time-out {field.name} must be above zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """How one SGLang server uses kvcodec."""
+
+    remote: str
+    """URL of the storage peer, ``grpc://HOST:PORT``."""
+    profile: str = "exact"
+    """Quality tier, one of :data:`PROFILES`."""
+    host_cache_bytes: int = 1 << 30
+    """Bound of the fetched page objects kept in host memory."""
+    publish_queue_bytes: int = 512 * MIB
+    """Bound of the pages that wait to be encoded, as bytes of uncoded KV; what does not fit is dropped and counted."""
+    min_fetch_tokens: int = 64
+    """A shorter stored prefix is computed rather than fetched."""
+    encode_threads: int = 1
+    decode_threads: int = 2
+    read_only: bool = False
+    """Fetch, but publish nothing."""
+    timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
+
+    def __post_init__(self) -> None:
+        parse_remote(self.remote)
+        if self.profile not in PROFILES:
+            raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
+        for name in ("host_cache_bytes", "publish_queue_bytes", "encode_threads", "decode_threads", "min_fetch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> ServerConfig:
+        """Settings from ``KVCODEC_*`` variables, for ``Engine(radix_cache_backend="kvcodec")``.
+
+        Raises:
+            ConfigurationError: ``KVCODEC_REMOTE`` is missing, or a value is bad.
+        """
+        env = os.environ if env is None else env
+        return cls.from_strings({k: env[v] for k, v in ENV_NAMES.items() if env.get(v)})
+
+    @classmethod
+    def from_strings(cls, values: Mapping[str, str]) -> ServerConfig:
+        """Settings from ``{field name: text}``; see :data:`ENV_NAMES` for the names.
+
+        Raises:
+            ConfigurationError: ``remote`` is missing, a name is unknown, or a value is bad.
+        """
+        if not values.get("remote"):
+            raise ConfigurationError(
+                "kvcodec needs a storage peer: --kvcodec-remote grpc://HOST:PORT (or KVCODEC_REMOTE)"
+            )
+        kinds: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        kwargs: dict[str, object] = {}
+        for name, text in values.items():
+            if name not in ENV_NAMES:
+                raise ConfigurationError(f"unknown kvcodec setting {name!r}")
+            if name.endswith("_bytes"):
+                kwargs[name] = parse_bytes(text)
+            elif kinds[name] == "int":
+                kwargs[name] = _parse_int(name, text)
+            elif kinds[name] == "bool":
+                kwargs[name] = _parse_bool(name, text)
+            else:
+                kwargs[name] = text
+        return cls(**kwargs)  # type: ignore[arg-type]
+
+
+def _parse_int(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigurationError(f"{name} must be a whole number, not {text!r}") from None
+
+
+def _parse_bool(name: str, text: str) -> bool:
+    value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower())
+    if value is None:
+        raise ConfigurationError(f"{name} must be true or false, not {text!r}")
+    return value
+
+
+ENV_NAMES = {
+    field.name: "KVCODEC_" + field.name.removesuffix("_bytes").upper()
+    for field in dataclasses.fields(ServerConfig)
+    if field.name != "timeouts"
+}
+"""Field name -> environment variable; the flag is the same in lower case with dashes and ``--`` in front."""

@@ -1,0 +1,91 @@
+"""Every error this package raises on purpose.
+
+KVCodecError
+├── ConfigurationError            (ValueError)      what the operator asked for can't be had: refuse to start
+│   └── UnsupportedError                            a model, pool or SGLang version that is not supported
+├── FormatError                   (ValueError)      bytes that are not what they should be: a counted miss
+│   ├── TruncatedError                              shorter or longer than they say
+│   ├── ChecksumError                               damaged
+│   ├── ForeignPageError                            another page, model, profile or geometry than asked for
+│   └── UnknownFormatError                          a version, stage or field this version does not know
+├── CodecError                    (RuntimeError)    an encoder or decoder failed
+├── StorageError                  (RuntimeError)
+│   ├── CapacityError                               the object can't fit; nothing was stored
+│   └── StorageUnavailableError                     disk full, read-only, engine gone
+└── PeerError                     (ConnectionError)
+    ├── PeerUnavailableError                        no peer to talk to
+    ├── PeerTimeoutError          (TimeoutError)    a phase of an RPC took too long
+    └── PeerRejectedError                           the peer refused the request itself
+"""
+
+from __future__ import annotations
+
+
+class KVCodecError(Exception):
+    """Base of all errors of this package."""
+
+    @property
+    def reason(self) -> str:
+        """A short stable word for metric labels, e.g. ``checksum``."""
+        name = type(self).__name__.removesuffix("Error")
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+class ConfigurationError(KVCodecError, ValueError):
+    """What the operator asked for can't be had."""
+
+
+class UnsupportedError(ConfigurationError):
+    """A model, pool or SGLang version that is not supported."""
+
+
+class FormatError(KVCodecError, ValueError):
+    """Bytes that are not what they should be."""
+
+
+class TruncatedError(FormatError):
+    """Shorter or longer than they say."""
+
+
+class ChecksumError(FormatError):
+    """Damaged bytes or planes."""
+
+
+class ForeignPageError(FormatError):
+    """Another page, model, profile or geometry than asked for."""
+
+
+class UnknownFormatError(FormatError):
+    """A version, stage or field that this version does not know."""
+
+
+class CodecError(KVCodecError, RuntimeError):
+    """An encoder or decoder failed."""
+
+
+class StorageError(KVCodecError, RuntimeError):
+    """A storage engine failed."""
+
+
+class CapacityError(StorageError):
+    """The object can't fit; nothing was stored."""
+
+
+class StorageUnavailableError(StorageError):
+    """The engine can't serve: disk full, read-only, gone."""
+
+
+class PeerError(KVCodecError, ConnectionError):
+    """A storage peer could not do what was asked."""
+
+
+class PeerUnavailableError(PeerError):
+    """There is no peer to talk to."""
+
+
+class PeerTimeoutError(PeerError, TimeoutError):
+    """A phase of an RPC took too long."""
+
+
+class PeerRejectedError(PeerError):
+    """The peer refused the request itself."""

@@ -1,0 +1,116 @@
+"""What an SGLang server and a storage peer say to each other, free of any transport."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupResult:
+    """Which of the asked pages are stored.
+
+    Attributes:
+        covered_pages: length of the longest stored prefix of the list.
+        present: for each page, whether it is stored.
+        covered_bytes: object bytes of the covered prefix.
+    """
+
+    covered_pages: int
+    present: tuple[bool, ...]
+    covered_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchedHeader:
+    """First event of each page: the object's bytes up to its payload."""
+
+    page_index: int
+    object_bytes: int
+    header: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchedFragment:
+    """Bytes of a page object at ``offset`` from its start."""
+
+    page_index: int
+    offset: int
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchedMissing:
+    """The page is no longer stored."""
+
+    page_index: int
+
+
+FetchEvent = FetchedHeader | FetchedFragment | FetchedMissing
+
+
+class PutOutcome(enum.Enum):
+    """What became of one object."""
+
+    STORED = "stored"
+    ALREADY_STORED = "already_stored"
+    REJECTED = "rejected"
+    NO_CAPACITY = "no_capacity"
+
+
+@dataclasses.dataclass(frozen=True)
+class PutResult:
+    """What became of one object, with the peer's words for it."""
+
+    outcome: PutOutcome
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerStat:
+    """A peer's own account of itself."""
+
+    objects: int
+    stored_bytes: int
+    capacity_bytes: int
+    evicted_objects: int
+    engine: str
+    format_version: int
+    software_version: str
+
+
+class PeerTransport(Protocol):
+    """A storage peer as an SGLang server sees it. Thread-safe; every call blocks, so none is for a scheduler's thread.
+
+    Every method raises ``PeerUnavailableError``, ``PeerTimeoutError`` or ``PeerRejectedError``, and nothing else, for
+    what goes wrong on the way.
+    """
+
+    def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
+        """Which of the pages are stored."""
+        ...
+
+    def fetch(
+        self, namespace_digest: bytes, page_hashes: Sequence[bytes], cancelled: threading.Event | None = None
+    ) -> Iterator[FetchEvent]:
+        """The pages, headers first, then payload layer group by layer group; ends early once ``cancelled`` is set."""
+        ...
+
+    def put(self, namespace_digest: bytes, objects: Sequence[tuple[bytes, bytes]]) -> list[PutResult]:
+        """Stores ``(page_hash, object)`` pairs; one result each."""
+        ...
+
+    def delete(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> int:
+        """Deletes pages; how many there were."""
+        ...
+
+    def stat(self) -> PeerStat:
+        """The peer's account of itself."""
+        ...
+
+    def close(self) -> None:
+        """Ends every call under way with ``PeerUnavailableError``."""
+        ...

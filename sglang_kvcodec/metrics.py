@@ -1,0 +1,51 @@
+"""Every metric this package exports, in one place.
+
+The objects are Prometheus metrics in the registry of the process: a peer serves them itself, an SGLang server with
+``--enable-metrics`` shows them on its ``/metrics`` page.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+# ---- an SGLang server's read side ----
+LOOKUP_PAGES = Counter("kvcodec_lookup_pages", "Pages asked for at the peer", ["outcome"])
+FETCHES = Counter("kvcodec_fetches", "Prefix fetches by how they ended", ["outcome"])
+FETCHED_BYTES = Counter("kvcodec_fetched_bytes", "Coded bytes received from the peer")
+FETCH_SECONDS = Histogram("kvcodec_fetch_seconds", "Time from queueing a request to its last fetched page")
+MISSES = Counter("kvcodec_misses", "Pages that were not used although asked for, by reason", ["reason"])
+RESTORED_TOKENS = Counter("kvcodec_restored_tokens", "Tokens restored into the KV pool")
+RESTORED_BYTES = Counter("kvcodec_restored_bytes", "Bytes of KV written into the pool by restoring")
+DECODE_SECONDS = Histogram("kvcodec_decode_seconds", "Time to decode one segment")
+RESTORE_FAILURES = Counter("kvcodec_restore_failures", "Restores that failed after admission; recomputed", ["reason"])
+HOST_CACHE_BYTES = Gauge("kvcodec_host_cache_bytes", "Page objects held in host memory", multiprocess_mode="livesum")
+PEER_UP = Gauge("kvcodec_peer_up", "1 while the peer answers", multiprocess_mode="livemin")
+PEER_ERRORS = Counter("kvcodec_peer_errors", "Failed RPCs by kind", ["rpc", "reason"])
+
+# ---- an SGLang server's write side ----
+PUBLISHED_PAGES = Counter("kvcodec_published_pages", "Pages offered to the peer, by outcome", ["outcome"])
+PUBLISHED_BYTES = Counter("kvcodec_published_bytes", "Coded bytes stored at the peer")
+PUBLISHED_KV_BYTES = Counter("kvcodec_published_kv_bytes", "The same pages as uncoded KV bytes")
+PUBLISH_DROPS = Counter("kvcodec_publish_drops", "Pages not published, by reason", ["reason"])
+PUBLISH_QUEUE_BYTES = Gauge(
+    "kvcodec_publish_queue_bytes", "Uncoded KV waiting to be encoded", multiprocess_mode="livesum"
+)
+ENCODE_SECONDS = Histogram("kvcodec_encode_seconds", "Time to encode one page")
+
+# ---- a storage peer ----
+PEER_RPCS = Counter("kvcodec_peer_rpcs", "RPCs served, by method and gRPC status", ["method", "status"])
+PEER_RPC_SECONDS = Histogram("kvcodec_peer_rpc_seconds", "Time of an RPC", ["method"])
+PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch")
+PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")
+PEER_PUTS = Counter("kvcodec_peer_puts", "Objects put, by outcome", ["outcome"])
+PEER_STREAMS = Gauge("kvcodec_peer_streams", "Fetch and Put streams open now", ["method"])
+STORE_OBJECTS = Gauge("kvcodec_store_objects", "Page objects stored")
+STORE_BYTES = Gauge("kvcodec_store_bytes", "Bytes of page objects stored")
+STORE_CAPACITY_BYTES = Gauge("kvcodec_store_capacity_bytes", "Bound of the store")
+STORE_EVICTIONS = Counter("kvcodec_store_evictions", "Page objects evicted to make room")
+
+
+def all_metrics() -> dict[str, MetricWrapperBase]:
+    """Every metric of this module by its Python name."""
+    return {name: value for name, value in globals().items() if isinstance(value, MetricWrapperBase)}

@@ -1,0 +1,5 @@
+"""The SGLang extension."""
+
+
+def activate() -> None:
+    """Entry point of SGLang's plugin group."""

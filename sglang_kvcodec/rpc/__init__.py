@@ -1,0 +1,1 @@
+"""The gRPC peer and its client. No torch."""

@@ -1,0 +1,1 @@
+"""Storage engines of a peer. No torch."""

@@ -1,0 +1,72 @@
+"""The interface of a storage engine: bytes under 64-byte keys, bounded, atomic. Nothing here knows page objects."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreStat:
+    """Counts of an engine.
+
+    Attributes:
+        objects: objects stored now.
+        stored_bytes: their bytes, as counted against the capacity.
+        capacity_bytes: the bound that is never exceeded.
+        evicted_objects: objects evicted to make room since the store was created.
+    """
+
+    objects: int
+    stored_bytes: int
+    capacity_bytes: int
+    evicted_objects: int
+
+
+class StorageEngine(abc.ABC):
+    """Stores objects. Every method is thread-safe and may block on a disk.
+
+    When there is no room, the least recently used objects go. Of keys used in one call the first ones count as used
+    last: they are a prefix, and a page is useless without the pages before it, so tails are evicted first.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        """Size in bytes of each object, None where there is none; marks those found as used."""
+
+    @abc.abstractmethod
+    def get(self, key: bytes) -> bytes | None:
+        """The object, whole, or None; marks it as used.
+
+        Raises:
+            StorageUnavailableError: the engine failed; the object may still be there.
+        """
+
+    @abc.abstractmethod
+    def put(self, key: bytes, value: bytes) -> bool:
+        """Stores an object: afterwards it is there whole and survives a crash as far as the engine can promise.
+
+        An object that is already there is left as it is.
+
+        Returns:
+            True if it was stored now, False if it was already there.
+
+        Raises:
+            CapacityError: larger than the whole capacity; nothing changed.
+            StorageUnavailableError: the engine failed (disk full, read-only); nothing of the object is visible.
+        """
+
+    @abc.abstractmethod
+    def delete(self, key: bytes) -> bool:
+        """Removes an object; whether it was there."""
+
+    @abc.abstractmethod
+    def stat(self) -> StoreStat:
+        """Counts now."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Flushes and releases everything; the engine is unusable afterwards. May be called twice."""

@@ -1,0 +1,1 @@
+"""Picture codecs: one interface, several backends."""
