@@ -1,0 +1,36 @@
+"""Lets stock SGLang run on a machine without a GPU: for tests, demos and a look around, not for speed.
+
+Active only when asked for by name: ``SGLANG_PLATFORM=kvcodec_cpu``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
+
+NAME = "kvcodec_cpu"
+
+
+class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU without AMX, computing with plain PyTorch."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        """The only backend that needs no native kernels."""
+        return "torch_native"
+
+    def is_pin_memory_available(self, device: object = None) -> bool:
+        """There is no device to pin for."""
+        return False
+
+
+def resolve() -> str | None:
+    """Entry point of ``sglang.srt.platforms``: the class to use, or None when another platform is wanted."""
+    if os.environ.get("SGLANG_PLATFORM") != NAME:
+        return None
+    return f"{PlainCpuPlatform.__module__}.{PlainCpuPlatform.__qualname__}"
