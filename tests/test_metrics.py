@@ -24,7 +24,7 @@ def exported_rows() -> dict[str, tuple[str, str]]:
 def documented_rows() -> dict[str, tuple[str, str]]:
     rows = {}
     for line in DOCS.read_text().splitlines():
-        match = re.match(r"\| `(kvcodec_\w+)` \| (\w+) \| ([^|]*) \| [^|]+ \|$", line)
+        match = re.match(r"\| `(kvcodec_\w+)` \| (\w+) \|([^|]*)\| [^|]+ \|$", line)
         assert match or not line.startswith("| `"), f"not a metric's row: {line}"
         if match:
             assert match[1] not in rows, f"{match[1]} is documented twice"
