@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import mmap
+import os
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from sglang_kvcodec.storage.lmdb_tables import FORMAT_KEY, FORMAT_VERSION, TABLE
 
 _DATA_FILE = "data.mdb"
 _OWNER_FILE = "owner.lock"
-_OUR_FILES = {_DATA_FILE, "lock.mdb", _OWNER_FILE}
-_MAX_READERS = 2048
-"""Reads at one moment; far more than a peer has threads, because one too many fails."""
+_READERS_FILE = "lock.mdb"
+_OUR_FILES = {_DATA_FILE, _READERS_FILE, _OWNER_FILE}
+_READERS_FILE_BYTES = 128 << 10
+"""LMDB's table of readers, 64 bytes each: about 2 000 reads at one moment, far more than a peer has threads."""
 
 
 class FileFullError(StorageUnavailableError):
@@ -49,6 +51,7 @@ class LmdbEnvironment:
         self._broken = False
         with contextlib.ExitStack() as undo:
             self._owner_file = undo.enter_context(self._own_directory())
+            self._allocate_readers_file()
             self._environment: Any
             self._tables: Tables
             self._open()
@@ -112,14 +115,28 @@ class LmdbEnvironment:
             raise StorageUnavailableError(f"can't lock the store {self._directory}: {error.strerror}") from error
         return owner_file
 
+    def _allocate_readers_file(self) -> None:
+        # LMDB leaves this file sparse and writes to it through a mapping: on a full disk that is a bus error, which
+        # ends the process. LMDB takes the number of readers from the size it finds.
+        try:
+            with (self._directory / _READERS_FILE).open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, _READERS_FILE_BYTES)
+        except OSError as error:
+            raise StorageUnavailableError(f"can't open the store {self._directory}: {error.strerror}") from error
+
     def _open(self) -> None:
+        data_file = self._directory / _DATA_FILE
+        was_there = data_file.exists()
         with self._errors_in_our_words():
             try:
-                self._environment = lmdb.open(
-                    str(self._directory), map_size=self._map_bytes, max_dbs=TABLE_COUNT, max_readers=_MAX_READERS
-                )
+                self._environment = lmdb.open(str(self._directory), map_size=self._map_bytes, max_dbs=TABLE_COUNT)
             except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError) as error:
-                raise ConfigurationError(f"{self._directory / _DATA_FILE} is not an LMDB file of ours") from error
+                raise ConfigurationError(f"{data_file} is not an LMDB file of ours") from error
+            except lmdb.Error:
+                # A beginning of a file would be taken for something else the next time.
+                if not was_there:
+                    data_file.unlink(missing_ok=True)
+                raise
             with contextlib.ExitStack() as undo:
                 undo.callback(self._environment.close)
                 with self._environment.begin() as transaction:
