@@ -237,7 +237,7 @@ class _Receiver:
             del self._pages[i]
 
     def whole_prefix(self) -> list[PageObject]:
-        pages = []
+        pages: list[PageObject] = []
         while len(pages) in self._pages:
             pages.append(self._pages[len(pages)])
         return pages

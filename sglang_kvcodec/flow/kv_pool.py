@@ -46,7 +46,7 @@ class PagedKVPool:
             yield
             return
         if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self.device)
+            self._local.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream = self._local.stream
         for event in after:
             stream.wait_event(event)

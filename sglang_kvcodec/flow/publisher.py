@@ -37,16 +37,35 @@ NICENESS = 10
 """Encoding yields the CPU to the server's own threads."""
 
 
-@dataclasses.dataclass
 class Offload:
-    """Pages handed over for publishing; ``succeeded`` is None until their slots are free again."""
+    """Pages handed over for publishing."""
 
-    namespace_digest: bytes
-    page_hashes: Sequence[bytes]
-    slots: torch.Tensor
-    after: Sequence[Any]
-    kv_bytes: int
-    succeeded: bool | None = None
+    def __init__(
+        self,
+        namespace_digest: bytes,
+        page_hashes: Sequence[bytes],
+        slots: torch.Tensor,
+        after: Sequence[Any] = (),
+        kv_bytes: int = 0,
+    ) -> None:
+        """An offload that is not settled yet; the arguments are those of :meth:`Publisher.offload`."""
+        self.namespace_digest = namespace_digest
+        self.page_hashes = page_hashes
+        self.slots = slots
+        self.after = after
+        self.kv_bytes = kv_bytes
+        self.succeeded: bool | None = None
+        """Whether the pages were taken over; None as long as their slots may still be read."""
+        self._settled = threading.Event()
+
+    def settle(self, succeeded: bool) -> None:
+        """The slots are free again."""
+        self.succeeded = succeeded
+        self._settled.set()
+
+    def wait(self) -> None:
+        """Waits until the slots are free again."""
+        self._settled.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +129,8 @@ class Publisher:
         Args:
             namespace_digest: namespace of the pages.
             page_hashes: one per page.
-            slots: int64 ``(pages * page_tokens,)`` on the pool's device; must stay as they are until the result's
-                ``succeeded`` is set.
+            slots: int64 ``(pages * page_tokens,)`` on the pool's device; must stay as they are until the result is
+                settled.
             after: device events after which the slots are written.
 
         Returns:
@@ -121,13 +140,13 @@ class Publisher:
         kv_bytes = len(page_hashes) * self._pool.spec.page_bytes
         offload = Offload(namespace_digest, page_hashes, slots, after, kv_bytes)
         if self._config.read_only or not self._stored.missing(namespace_digest, page_hashes):
-            offload.succeeded = True
+            offload.settle(True)
         elif not self._monitor.is_up:
             self._drop(len(page_hashes), "peer_down")
-            offload.succeeded = False
+            offload.settle(False)
         elif not self._reserve(kv_bytes):
             self._drop(len(page_hashes), "queue_full")
-            offload.succeeded = False
+            offload.settle(False)
         else:
             self._to_copy.put(offload)
         return offload
@@ -172,7 +191,7 @@ class Publisher:
                 logger.exception("kvcodec: pages could not be copied out of the pool")
                 self._drop(len(offload.page_hashes), "copy_failed")
                 self._release(offload.kv_bytes)
-                offload.succeeded = False
+                offload.settle(False)
 
     def _copy(self, offload: Offload) -> None:
         spec = self._pool.spec
@@ -182,7 +201,7 @@ class Publisher:
         if missing:
             slots = offload.slots.view(len(offload.page_hashes), spec.page_tokens)
             values = self._pool.gather(slots[missing].reshape(-1), offload.after)
-        offload.succeeded = True
+        offload.settle(True)
         hashes = [offload.page_hashes[i] for i in missing]
         present = self._present(offload.namespace_digest, hashes)
         self._release((len(offload.page_hashes) - len(missing) + sum(present)) * page_bytes)

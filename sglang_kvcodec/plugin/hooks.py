@@ -17,6 +17,9 @@ from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.plugin.settings import BACKEND_NAME, add_flags, prepare, take_flags
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_caches: list[Any] = []
+"""The caches of this process; one scheduler, so one at most."""
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 
 
@@ -33,6 +36,8 @@ def register() -> None:
             register_radix_cache_backend(BACKEND_NAME, _build_radix_cache)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
+        for source in ("disk", "distributed", "tensor", "ipc"):
+            HookRegistry.register(f"{_WEIGHTS}.update_weights_from_{source}", _before_weights, HookType.BEFORE)
         HookRegistry.register(f"{_STREAMER}._get_storage_backend_type", _around_storage_backend_type, HookType.AROUND)
 
 
@@ -64,7 +69,14 @@ def _before_resolve_once(server_args: Any) -> None:
 def _build_radix_cache(ctx: Any) -> Any:
     from sglang_kvcodec.plugin.radix_cache import build_radix_cache
 
-    return build_radix_cache(ctx)
+    cache = build_radix_cache(ctx)
+    _caches.append(cache)
+    return cache
+
+
+def _before_weights(*args: object, **kwargs: object) -> None:
+    for cache in _caches:
+        cache.weights_changing()
 
 
 def _is_ours(tree_cache: object) -> bool:
