@@ -112,8 +112,13 @@ class ServerConfig:
         Raises:
             ConfigurationError: ``KVCODEC_REMOTE`` is missing, or a value is bad.
         """
+        return cls.from_strings(cls.strings_from_env(env))
+
+    @staticmethod
+    def strings_from_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The settings that ``KVCODEC_*`` variables give, as :meth:`from_strings` takes them."""
         env = os.environ if env is None else env
-        return cls.from_strings({k: env[v] for k, v in ENV_NAMES.items() if env.get(v)})
+        return {name: env[variable] for name, variable in ENV_NAMES.items() if env.get(variable)}
 
     @classmethod
     def from_strings(cls, values: Mapping[str, str]) -> ServerConfig:

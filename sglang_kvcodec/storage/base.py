@@ -61,7 +61,7 @@ class StorageEngine(abc.ABC):
     def put(self, key: bytes, value: bytes) -> bool:
         """Stores an object: afterwards it is there whole and survives a crash as far as the engine can promise.
 
-        An object that is already there is left as it is.
+        An object that is already there is left as it is, and counts as used.
 
         Returns:
             True if it was stored now, False if it was already there.
