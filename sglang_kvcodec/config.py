@@ -32,6 +32,19 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_bits_per_s(text: str) -> int:
+    """``"1Gbps"``, ``"100Mbps"`` as bits per second.
+
+    Raises:
+        ConfigurationError: not a bandwidth.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)BPS\s*", text.upper())
+    bits_per_s = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if bits_per_s < 1:
+        raise ConfigurationError(f"not a bandwidth: {text!r}; write e.g. 1Gbps or 100Mbps")
+    return bits_per_s
+
+
 def parse_remote(url: str) -> str:
     """``"grpc://HOST:PORT"`` as the ``"HOST:PORT"`` a gRPC channel takes.
 
@@ -99,8 +112,13 @@ class ServerConfig:
         Raises:
             ConfigurationError: ``KVCODEC_REMOTE`` is missing, or a value is bad.
         """
+        return cls.from_strings(cls.strings_from_env(env))
+
+    @staticmethod
+    def strings_from_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The settings that ``KVCODEC_*`` variables give, as :meth:`from_strings` takes them."""
         env = os.environ if env is None else env
-        return cls.from_strings({k: env[v] for k, v in ENV_NAMES.items() if env.get(v)})
+        return {name: env[variable] for name, variable in ENV_NAMES.items() if env.get(variable)}
 
     @classmethod
     def from_strings(cls, values: Mapping[str, str]) -> ServerConfig:

@@ -40,6 +40,7 @@ PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch
 PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")
 PEER_PUTS = Counter("kvcodec_peer_puts", "Objects put, by outcome", ["outcome"])
 PEER_STREAMS = Gauge("kvcodec_peer_streams", "Fetch and Put streams open now", ["method"])
+STORE_DAMAGED = Counter("kvcodec_store_damaged", "Stored objects that could not be read and were deleted", ["reason"])
 STORE_OBJECTS = Gauge("kvcodec_store_objects", "Page objects stored")
 STORE_BYTES = Gauge("kvcodec_store_bytes", "Bytes of page objects stored")
 STORE_CAPACITY_BYTES = Gauge("kvcodec_store_capacity_bytes", "Bound of the store")

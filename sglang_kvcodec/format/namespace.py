@@ -18,8 +18,8 @@ PAGE_HASH_BYTES = 32
 class Namespace:
     """What a page's bytes depend on besides its tokens.
 
-    The tokens, and with them SGLang's ``extra_key`` (which holds the LoRA id) and ``cache_salt``, are named by the page
-    hash: SGLang seeds the chain of hashes with both (``storage_namespace_seed`` in its ``mem_cache/utils.py``).
+    The tokens, and with them SGLang's ``extra_key`` (which holds a LoRA adapter's id) and ``cache_salt``, are named by
+    the page hash: SGLang seeds the chain of hashes with both (``storage_namespace_seed`` in ``mem_cache/utils.py``).
 
     Attributes:
         weights_digest: hex digest of every parameter this rank has loaded.
@@ -27,6 +27,7 @@ class Namespace:
         rope: RoPE parameters as canonical JSON, empty if the model has none.
         first_layer: first layer of this pipeline rank.
         page_hash_scheme: how page hashes are made.
+        adapters_digest: hex digest of the LoRA adapters, empty without any.
         calibration_digest: hex, empty for an uncalibrated profile.
     """
 
@@ -40,6 +41,7 @@ class Namespace:
     pp_rank: int
     pp_size: int
     page_hash_scheme: str
+    adapters_digest: str
     profile: str
     stages: tuple[str, ...]
     calibration_digest: str = ""

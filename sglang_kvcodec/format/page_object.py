@@ -220,11 +220,11 @@ def read_header(data: Buffer) -> PageHeader:
     if len(manifest.namespace_digest) != PAGE_HASH_BYTES or len(manifest.page_hash) != PAGE_HASH_BYTES:
         raise FormatError("a key of the wrong length")
     spec = _spec_from_pb(manifest.kv_spec)
+    try:
+        geometry = picture_geometry(spec)
+    except UnsupportedError as error:
+        raise UnknownFormatError(str(error)) from error
     if profile.has_pictures:
-        try:
-            geometry = picture_geometry(spec)
-        except UnsupportedError as error:
-            raise UnknownFormatError(str(error)) from error
         stated = manifest.geometry
         if (stated.layers_per_picture, stated.width, stated.height) != (
             geometry.layers_per_picture,

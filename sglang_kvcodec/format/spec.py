@@ -12,6 +12,8 @@ _ALIGN = 64
 """Width and height in multiples of the largest HEVC block: no conformance window, which decoders treat differently."""
 _MIN_SIDE = 192
 """The smallest multiple of 64 above NVDEC's lower bound for HEVC, 144."""
+_MAX_SIDE = 8192
+"""What every hardware HEVC decoder takes."""
 MIN_PICTURE_SAMPLES = 48 * 1024
 """Below this a picture takes more layers, so that a decoder's cost per picture does not dominate."""
 
@@ -151,7 +153,9 @@ def picture_geometry(spec: KVSpec) -> PictureGeometry:
         if width * (folds - 1) >= spec.channels and folds > 1:
             continue
         height = max(_MIN_SIDE, _round_up(2 * thirds * folds * spec.page_tokens, _ALIGN))
-        if width > 8192 or height > 8192:
+        if height > _MAX_SIDE:
+            break  # it only grows with the folds
+        if width > _MAX_SIDE:
             continue
         candidate = (
             width * height,

@@ -45,11 +45,23 @@ class StorageEngine(abc.ABC):
             StorageUnavailableError: the engine failed; the object may still be there.
         """
 
+    def get_range(self, key: bytes, start: int, stop: int) -> bytes | memoryview | None:
+        """Bytes ``[start, stop)`` of the object, fewer where it ends before; None where there is none.
+
+        A peer reads an object in many such slices, after a ``sizes`` that marked it as used: this need not. An engine
+        that can read a part without the whole overrides this. A view stays valid for as long as it is held.
+
+        Raises:
+            StorageUnavailableError: the engine failed; the object may still be there.
+        """
+        data = self.get(key)
+        return None if data is None else memoryview(data)[start:stop]
+
     @abc.abstractmethod
     def put(self, key: bytes, value: bytes) -> bool:
         """Stores an object: afterwards it is there whole and survives a crash as far as the engine can promise.
 
-        An object that is already there is left as it is.
+        An object that is already there is left as it is, and counts as used.
 
         Returns:
             True if it was stored now, False if it was already there.

@@ -1,1 +1,6 @@
-"""Stages that turn KV into 8-bit canvases and back: torch references that define the format."""
+"""KV values to 8-bit canvases and side bytes, and back: the reference of the format, in torch, on any device."""
+
+from sglang_kvcodec.transform.base import PackedSide, Transform
+from sglang_kvcodec.transform.registry import get_transform
+
+__all__ = ["PackedSide", "Transform", "get_transform"]

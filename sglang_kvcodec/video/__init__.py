@@ -1,1 +1,16 @@
 """Picture codecs: one interface, several backends."""
+
+from sglang_kvcodec.video.base import Canvases, EncodedPictures, PictureDecoder, PictureEncoder
+from sglang_kvcodec.video.registry import AUTO, BackendStatus, open_decoder, open_encoder, probe
+
+__all__ = [
+    "AUTO",
+    "BackendStatus",
+    "Canvases",
+    "EncodedPictures",
+    "PictureDecoder",
+    "PictureEncoder",
+    "open_decoder",
+    "open_encoder",
+    "probe",
+]

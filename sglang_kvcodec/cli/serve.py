@@ -1,0 +1,124 @@
+"""``kvcodec serve``: runs a storage peer until SIGTERM or SIGINT. Needs neither torch nor SGLang."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import re
+import signal
+from collections.abc import Iterator
+
+import prometheus_client
+
+from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.rpc.server import PeerServer
+from sglang_kvcodec.rpc.servicer import PeerLimits
+from sglang_kvcodec.storage.base import StorageEngine
+
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``serve`` to the command."""
+    parser = subparsers.add_parser("serve", help="run a storage peer", description="Runs a storage peer.")
+    parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:7440", help="port 0 takes a free one")
+    parser.add_argument("--store", metavar="URL", required=True, help="lmdb:DIR, or memory: (lost at exit)")
+    parser.add_argument("--capacity", metavar="SIZE", default="10GB", help="bound of the stored bytes, e.g. 50GB")
+    parser.add_argument("--metrics-port", metavar="PORT", type=int, help="serve Prometheus metrics on this port")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument(
+        "--max-streams", metavar="N", type=int, default=PeerLimits.max_streams, help="fetches and puts at once"
+    )
+    parser.add_argument("--bandwidth-limit", metavar="RATE", help="bound of what fetches send together, e.g. 1Gbps")
+    parser.add_argument(
+        "--grace", metavar="SECONDS", type=float, default=10.0, help="time for running streams to end at shutdown"
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="allow plaintext without authentication beyond this machine"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal; 0 after a clean shutdown.
+
+    Raises:
+        KVCodecError: it can't serve as asked.
+    """
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    host = check_listen(arguments.listen, arguments.insecure)
+    if arguments.max_streams < 1 or arguments.grace < 0:
+        raise ConfigurationError("--max-streams must be at least 1, --grace at least 0")
+    limits = PeerLimits(
+        max_streams=arguments.max_streams,
+        bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
+    )
+    from sglang_kvcodec.storage import open_engine
+
+    capacity_bytes = parse_bytes(arguments.capacity)
+    engine = open_engine(arguments.store, capacity_bytes)
+    try:
+        with _metrics_server(arguments.metrics_port, host) as metrics_address:
+            words = f"store={arguments.store} capacity={capacity_bytes}{metrics_address}"
+            asyncio.run(_serve(engine, arguments.listen, limits, arguments.grace, words))
+    finally:
+        engine.close()
+    return 0
+
+
+def check_listen(listen: str, insecure: bool) -> str:
+    """The host of ``HOST:PORT``.
+
+    Raises:
+        ConfigurationError: not an address, or one beyond this machine without ``insecure``.
+    """
+    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})", listen)
+    if match is None or int(match[2]) > 65535:
+        raise ConfigurationError(f"can't listen on {listen!r}; write HOST:PORT")
+    if not _LOOPBACK.fullmatch(match[1]):
+        if not insecure:
+            raise ConfigurationError(
+                f"{listen} is open to other machines, without encryption or authentication; "
+                "listen on 127.0.0.1, or add --insecure where the network is trusted"
+            )
+        logger.warning("plaintext without authentication on %s: whoever reaches it reads and writes the cache", listen)
+    return match[1]
+
+
+async def _serve(engine: StorageEngine, listen: str, limits: PeerLimits, grace_s: float, words: str) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = PeerServer(engine, listen, limits)
+    await server.start()
+    print(f"kvcodec peer ready on {server.address} {words}", flush=True)
+    await stopping.wait()
+    logger.info("draining: running streams have %s s to end", grace_s)
+    await server.stop(grace_s)
+    logger.info("stopped")
+
+
+@contextlib.contextmanager
+def _metrics_server(port: int | None, host: str) -> Iterator[str]:
+    """Serves this process's metrics; gives words for the line that says ready."""
+    if port is None:
+        yield ""
+        return
+    try:
+        server, thread = prometheus_client.start_http_server(port, addr=host.strip("[]"))
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(f"can't serve metrics on {host}:{port}: {error}") from error
+    try:
+        yield f" metrics={host}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

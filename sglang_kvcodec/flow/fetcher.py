@@ -1,0 +1,243 @@
+"""Brings stored pages into host memory for requests that wait in the queue."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError
+from sglang_kvcodec.flow.assembly import PageAssembly
+from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
+from sglang_kvcodec.flow.peer_monitor import PeerMonitor
+from sglang_kvcodec.flow.planner import plan_fetch
+from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.format.exchange import FetchedHeader, FetchedMissing, FetchEvent, PeerTransport
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.format.spec import KVSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_TICKETS = 256
+"""Requests that may fetch or wait to fetch at once; beyond it they are computed."""
+FETCH_THREADS = 8
+
+
+class FetchTicket:
+    """One request's fetch. Its fields may be read by any thread once :attr:`is_done`."""
+
+    def __init__(self, page_hashes: Sequence[bytes]) -> None:
+        """A fetch of ``page_hashes``, in prefix order."""
+        self.page_hashes = tuple(page_hashes)
+        self.pages: list[PageObject] = []
+        """The pages that arrived: an unbroken prefix of ``page_hashes``. Held as long as the ticket is."""
+        self.cancelled = threading.Event()
+        self._done = threading.Event()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will arrive."""
+        return self._done.is_set()
+
+    def finish(self) -> None:
+        """Nothing more will arrive."""
+        self._done.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for :attr:`is_done`; for tests."""
+        return self._done.wait(timeout_s)
+
+
+class Fetcher:
+    """Looks up, plans and fetches on threads of its own; whatever goes wrong shortens the prefix, never more."""
+
+    def __init__(
+        self,
+        peer: PeerTransport,
+        monitor: PeerMonitor,
+        cache: BitstreamCache,
+        stored: StoredPages,
+        spec: KVSpec,
+        config: ServerConfig,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts with no fetch under way.
+
+        Args:
+            peer: where the pages are.
+            monitor: knows whether it is there.
+            cache: where fetched pages stay.
+            stored: told what the peer has and has not.
+            spec: the layout every page must have.
+            config: bounds and time-outs.
+            on_done: called after each ticket is done, on a fetch thread.
+        """
+        self._peer = peer
+        self._monitor = monitor
+        self._cache = cache
+        self._stored = stored
+        self._spec = spec
+        self._config = config
+        self._on_done = on_done
+        self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvcodec-fetch")
+        self._lock = threading.Lock()
+        self._tickets = 0
+
+    def start(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> FetchTicket:
+        """Begins to fetch; returns at once. The ticket may already be done."""
+        ticket = FetchTicket(page_hashes)
+        reason = ""
+        if not self._monitor.is_up:
+            reason = "peer_down"
+        elif len(page_hashes) * self._spec.page_tokens < self._config.min_fetch_tokens:
+            reason = "too_short"
+        else:
+            with self._lock:
+                if self._tickets >= MAX_TICKETS:
+                    reason = "overload"
+                else:
+                    self._tickets += 1
+        if reason:
+            self._end(ticket, reason)
+        else:
+            self._threads.submit(self._run, ticket, namespace_digest, time.monotonic())
+        return ticket
+
+    def close(self) -> None:
+        """Ends; the peer is to be closed first, which ends calls under way."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float) -> None:
+        outcome = "error"
+        try:
+            outcome = self._fetch(ticket, namespace_digest, start_s)
+        except PeerError as error:
+            self._monitor.failed("fetch", error)
+            outcome = error.reason
+        except Exception:
+            # A thread's top: whatever it is, the request must go on by prefill.
+            logger.exception("kvcodec: a fetch failed")
+        finally:
+            with self._lock:
+                self._tickets -= 1
+            if ticket.pages:
+                metrics.FETCH_SECONDS.observe(time.monotonic() - start_s)
+            self._end(ticket, outcome)
+
+    def _end(self, ticket: FetchTicket, outcome: str) -> None:
+        metrics.FETCHES.labels(outcome=outcome).inc()
+        missed = len(ticket.page_hashes) - len(ticket.pages)
+        if missed:
+            metrics.MISSES.labels(reason=outcome).inc(missed)
+        ticket.finish()
+        self._on_done()
+
+    def _fetch(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float) -> str:
+        if ticket.cancelled.is_set():
+            return "cancelled"
+        lookup = self._peer.lookup(namespace_digest, ticket.page_hashes)
+        self._stored.update(namespace_digest, ticket.page_hashes, lookup.present)
+        metrics.LOOKUP_PAGES.labels(outcome="stored").inc(lookup.covered_pages)
+        metrics.LOOKUP_PAGES.labels(outcome="missing").inc(len(ticket.page_hashes) - lookup.covered_pages)
+        plan = plan_fetch(
+            lookup.covered_pages,
+            lookup.covered_bytes,
+            self._spec.page_tokens,
+            self._config.min_fetch_tokens,
+            self._config.host_cache_bytes,
+        )
+        logger.debug("kvcodec: %d of %d pages: %s", plan.pages, len(ticket.page_hashes), plan.reason)
+        if plan.pages == 0:
+            return plan.reason
+        wanted = ticket.page_hashes[: plan.pages]
+        receiver = _Receiver(namespace_digest, wanted, self._spec, self._config.profile)
+        deadline_s = start_s + self._config.timeouts.fetch_s
+        outcome = plan.reason
+        try:
+            for event in self._peer.fetch(namespace_digest, wanted, ticket.cancelled):
+                receiver.add(event)
+                if receiver.is_complete:
+                    break
+                if time.monotonic() > deadline_s:
+                    outcome = "too_slow"
+                    break
+        except PeerError as error:
+            # What had arrived whole is still good.
+            self._monitor.failed("fetch", error)
+            outcome = error.reason
+        ticket.pages = receiver.whole_prefix()
+        for page_hash, page in zip(wanted, ticket.pages, strict=False):
+            self._cache.put(page_hash, page)
+        if receiver.damaged:
+            self._drop_damaged(namespace_digest, receiver.damaged)
+        return receiver.failure or ("cancelled" if ticket.cancelled.is_set() else outcome)
+
+    def _drop_damaged(self, namespace_digest: bytes, page_hashes: list[bytes]) -> None:
+        """A page that can't be read stands in the way of a good copy of it: the peer keeps what it has."""
+        self._stored.update(namespace_digest, page_hashes, [False] * len(page_hashes))
+        self._peer.delete(namespace_digest, page_hashes)
+
+
+class _Receiver:
+    """Turns the events of one fetch into pages; a bad page ends the prefix there."""
+
+    def __init__(self, namespace_digest: bytes, wanted: Sequence[bytes], spec: KVSpec, profile_name: str) -> None:
+        self._keys = [PageKey(namespace_digest, page_hash) for page_hash in wanted]
+        self._spec = spec
+        self._profile_name = profile_name
+        self._assemblies: dict[int, PageAssembly] = {}
+        self._pages: dict[int, PageObject] = {}
+        self._usable = len(wanted)
+        self.damaged: list[bytes] = []
+        self.failure = ""
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._pages) >= self._usable
+
+    def add(self, event: FetchEvent) -> None:
+        index = event.page_index
+        if index >= self._usable or index in self._pages:
+            return
+        if isinstance(event, FetchedMissing):
+            self._cut(index, "gone")
+            return
+        try:
+            if isinstance(event, FetchedHeader):
+                metrics.FETCHED_BYTES.inc(len(event.header))
+                self._assemblies[index] = PageAssembly(self._keys[index], self._spec, self._profile_name, event)
+                page = self._assemblies[index].finish()
+            else:
+                metrics.FETCHED_BYTES.inc(len(event.data))
+                assembly = self._assemblies.get(index)
+                if assembly is None:
+                    raise PeerRejectedError(f"page {self._keys[index]}: the peer sends bytes before the header")
+                page = assembly.add(event)
+        except FormatError as error:
+            logger.warning("kvcodec: stored page %s can't be used: %s", self._keys[index], error)
+            self.damaged.append(self._keys[index].page_hash)
+            self._cut(index, error.reason)
+            return
+        if page is not None:
+            self._pages[index] = page
+            del self._assemblies[index]
+
+    def _cut(self, index: int, reason: str) -> None:
+        """Pages from ``index`` on are of no use."""
+        self._usable = index
+        self.failure = reason
+        for i in [i for i in self._assemblies if i >= index]:
+            del self._assemblies[i]
+        for i in [i for i in self._pages if i >= index]:
+            del self._pages[i]
+
+    def whole_prefix(self) -> list[PageObject]:
+        pages: list[PageObject] = []
+        while len(pages) in self._pages:
+            pages.append(self._pages[len(pages)])
+        return pages

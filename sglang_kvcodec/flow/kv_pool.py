@@ -1,0 +1,98 @@
+"""A paged KV pool as the flow sees it: gather pages out of it, scatter pages into it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sglang_kvcodec.format.spec import KVSpec, Side
+
+Buffers = Mapping[Side, Sequence[torch.Tensor]]
+
+_INTEGER_VIEW = {1: torch.uint8, 2: torch.int16}
+"""Rows are moved as integers: index operations on floats of 8 bits don't exist everywhere, and bits stay bits."""
+
+
+class PagedKVPool:
+    """Pages of a pool of shape ``(slots, kv_heads, head_dim)`` per layer and side, on any device.
+
+    Thread-safe as long as no two calls touch the same slots. On a CUDA device each thread works on a stream of its own
+    and has finished there when a call returns.
+    """
+
+    def __init__(self, spec: KVSpec, buffers: Callable[[], Buffers], device: torch.device) -> None:
+        """Wraps the pool.
+
+        Args:
+            spec: what a page holds.
+            buffers: gives the pool's tensors, one per layer; asked at each use since a pool may be resized late.
+            device: where the pool lives.
+        """
+        self.spec = spec
+        self.device = device
+        self._buffers = buffers
+        self._local = threading.local()
+        self._rows = _INTEGER_VIEW[spec.dtype.item_bytes]
+        self._dtype: torch.dtype = getattr(torch, spec.dtype.torch_name)
+
+    @contextlib.contextmanager
+    def _side_stream(self, after: Sequence[Any]) -> Iterator[None]:
+        """Runs the body after ``after`` (device events), on a stream of this thread, and waits for it."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._local.stream
+        for event in after:
+            stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    def gather(self, slots: torch.Tensor, after: Sequence[Any] = ()) -> dict[Side, torch.Tensor]:
+        """Copies pages to host memory.
+
+        Args:
+            slots: int64 ``(pages * page_tokens,)``, on the pool's device.
+            after: device events the copy has to wait for.
+
+        Returns:
+            Per side ``(pages, layers, page_tokens, kv_heads, head_dim)`` in the pool's dtype, on the CPU.
+        """
+        spec = self.spec
+        pages = slots.numel() // spec.page_tokens
+        result: dict[Side, torch.Tensor] = {}
+        with self._side_stream(after):
+            for side, layers in self._buffers().items():
+                host = torch.empty(
+                    (pages, spec.layers, spec.page_tokens, spec.kv_heads, spec.head_dim), dtype=self._rows
+                )
+                for layer, buffer in enumerate(layers):
+                    rows = buffer.view(self._rows).index_select(0, slots)
+                    host[:, layer] = rows.view(host[:, layer].shape)
+                result[side] = host.view(self._dtype)
+        return result
+
+    def scatter(
+        self, side: Side, first_layer: int, values: torch.Tensor, slots: torch.Tensor, after: Sequence[Any] = ()
+    ) -> None:
+        """Writes pages of some layers to their slots, and nowhere else.
+
+        Args:
+            side: which tensor of the layers.
+            first_layer: layer of ``values[:, 0]``.
+            values: ``(pages, layers, page_tokens, kv_heads, head_dim)`` in the pool's dtype, on any device.
+            slots: int64 ``(pages * page_tokens,)``, on the pool's device.
+            after: device events the write has to wait for.
+        """
+        buffers = self._buffers()[side]
+        with self._side_stream(after):
+            rows = values.view(self._rows).to(self.device)
+            for index in range(values.shape[1]):
+                buffer = buffers[first_layer + index].view(self._rows)
+                buffer.index_copy_(0, slots, rows[:, index].reshape(-1, *buffer.shape[1:]))

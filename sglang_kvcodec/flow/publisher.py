@@ -1,0 +1,318 @@
+"""Copies new pages out of the pool, codes them and stores them at the peer, in the background.
+
+Two threads and two bounded hand-overs: the copier takes pages out of the pool as soon as it can, so that their slots
+are free again, then the encoders code them and the sender stores them. What finds no room is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.errors import KVCodecError, PeerError
+from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.page_codec import PageEncoder
+from sglang_kvcodec.flow.peer_monitor import PeerMonitor
+from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.format.exchange import PeerTransport, PutOutcome
+from sglang_kvcodec.format.spec import Side
+
+logger = logging.getLogger(__name__)
+
+PUT_BATCH_PAGES = 16
+"""Pages per Put."""
+PUT_ATTEMPTS = 3
+NICENESS = 10
+"""Encoding yields the CPU to the server's own threads."""
+
+
+class Offload:
+    """Pages handed over for publishing."""
+
+    def __init__(
+        self,
+        namespace_digest: bytes,
+        page_hashes: Sequence[bytes],
+        slots: torch.Tensor,
+        after: Sequence[Any] = (),
+        kv_bytes: int = 0,
+    ) -> None:
+        """An offload that is not settled yet; the arguments are those of :meth:`Publisher.offload`."""
+        self.namespace_digest = namespace_digest
+        self.page_hashes = page_hashes
+        self.slots = slots
+        self.after = after
+        self.kv_bytes = kv_bytes
+        self.succeeded: bool | None = None
+        """Whether the pages were taken over; None as long as their slots may still be read."""
+        self._settled = threading.Event()
+
+    def settle(self, succeeded: bool) -> None:
+        """The slots are free again."""
+        self.succeeded = succeeded
+        self._settled.set()
+
+    def wait(self) -> None:
+        """Waits until the slots are free again."""
+        self._settled.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Page:
+    namespace_digest: bytes
+    page_hash: bytes
+    values: dict[Side, torch.Tensor]
+    kv_bytes: int
+
+
+class Publisher:
+    """The write side of one server process."""
+
+    def __init__(
+        self,
+        peer: PeerTransport,
+        monitor: PeerMonitor,
+        stored: StoredPages,
+        pool: PagedKVPool,
+        new_encoder: Callable[[bytes], PageEncoder],
+        config: ServerConfig,
+    ) -> None:
+        """Starts the threads.
+
+        Args:
+            peer: where pages go.
+            monitor: knows whether it is there.
+            stored: knows what it has.
+            pool: where pages come from.
+            new_encoder: opens an encoder for pages of a namespace, for one thread.
+            config: bounds.
+        """
+        self._peer = peer
+        self._monitor = monitor
+        self._stored = stored
+        self._pool = pool
+        self._new_encoder = new_encoder
+        self._config = config
+        self._lock = threading.Lock()
+        self._queued_bytes = 0
+        self._closed = threading.Event()
+        self._to_copy: queue.SimpleQueue[Offload | None] = queue.SimpleQueue()
+        self._to_encode: queue.SimpleQueue[_Page | None] = queue.SimpleQueue()
+        self._to_send: queue.SimpleQueue[tuple[_Page, bytes] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._copy_loop, name="kvcodec-copy", daemon=True),
+            *(
+                threading.Thread(target=self._encode_loop, name=f"kvcodec-encode-{i}", daemon=True)
+                for i in range(config.encode_threads)
+            ),
+            threading.Thread(target=self._send_loop, name="kvcodec-send", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def offload(
+        self, namespace_digest: bytes, page_hashes: Sequence[bytes], slots: torch.Tensor, after: Sequence[Any]
+    ) -> Offload:
+        """Takes pages; returns at once and never waits.
+
+        Args:
+            namespace_digest: namespace of the pages.
+            page_hashes: one per page.
+            slots: int64 ``(pages * page_tokens,)`` on the pool's device; must stay as they are until the result is
+                settled.
+            after: device events after which the slots are written.
+
+        Returns:
+            An offload that has succeeded already if the peer has all the pages, and failed already if there is no
+            room or no peer.
+        """
+        kv_bytes = len(page_hashes) * self._pool.spec.page_bytes
+        offload = Offload(namespace_digest, page_hashes, slots, after, kv_bytes)
+        if self._config.read_only or not self._stored.missing(namespace_digest, page_hashes):
+            offload.settle(True)
+        elif not self._monitor.is_up:
+            self._drop(len(page_hashes), "peer_down")
+            offload.settle(False)
+        elif not self._reserve(kv_bytes):
+            self._drop(len(page_hashes), "queue_full")
+            offload.settle(False)
+        else:
+            self._to_copy.put(offload)
+        return offload
+
+    def close(self) -> None:
+        """Drops what waits and ends; the peer is to be closed first, which ends calls under way."""
+        self._closed.set()
+        self._to_copy.put(None)
+        for _ in range(self._config.encode_threads):
+            self._to_encode.put(None)
+        self._to_send.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    # ---- accounting ----
+
+    def _reserve(self, kv_bytes: int) -> bool:
+        with self._lock:
+            # One offload larger than the bound is taken when nothing else waits: else it never could be.
+            if self._queued_bytes and self._queued_bytes + kv_bytes > self._config.publish_queue_bytes:
+                return False
+            self._queued_bytes += kv_bytes
+            metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
+            return True
+
+    def _release(self, kv_bytes: int) -> None:
+        with self._lock:
+            self._queued_bytes -= kv_bytes
+            metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
+
+    def _drop(self, pages: int, reason: str) -> None:
+        metrics.PUBLISH_DROPS.labels(reason=reason).inc(pages)
+
+    # ---- threads ----
+
+    def _copy_loop(self) -> None:
+        while (offload := self._to_copy.get()) is not None:
+            try:
+                self._copy(offload)
+            except Exception:
+                # A thread's top: the pages' slots stay locked until this is answered.
+                logger.exception("kvcodec: pages could not be copied out of the pool")
+                self._drop(len(offload.page_hashes), "copy_failed")
+                self._release(offload.kv_bytes)
+                offload.settle(False)
+
+    def _copy(self, offload: Offload) -> None:
+        spec = self._pool.spec
+        page_bytes = spec.page_bytes
+        missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
+        values: dict[Side, torch.Tensor] = {}
+        if missing:
+            slots = offload.slots.view(len(offload.page_hashes), spec.page_tokens)
+            values = self._pool.gather(slots[missing].reshape(-1), offload.after)
+        offload.settle(True)
+        hashes = [offload.page_hashes[i] for i in missing]
+        present = self._present(offload.namespace_digest, hashes)
+        self._release((len(offload.page_hashes) - len(missing) + sum(present)) * page_bytes)
+        if any(present):
+            metrics.PUBLISHED_PAGES.labels(outcome="already_stored").inc(sum(present))
+        for i, page_hash in enumerate(hashes):
+            if not present[i]:
+                page_values = {side: tensor[i] for side, tensor in values.items()}
+                self._to_encode.put(_Page(offload.namespace_digest, page_hash, page_values, page_bytes))
+
+    def _present(self, namespace_digest: bytes, hashes: list[bytes]) -> Sequence[bool]:
+        """Which of the pages the peer has: one RPC, so that no page is coded in vain."""
+        if not hashes:
+            return []
+        try:
+            lookup = self._peer.lookup(namespace_digest, hashes)
+        except PeerError as error:
+            self._monitor.failed("lookup", error)
+            return [False] * len(hashes)
+        self._stored.update(namespace_digest, hashes, lookup.present)
+        return lookup.present
+
+    def _encode_loop(self) -> None:
+        _be_nice()
+        encoders: dict[bytes, PageEncoder] = {}
+        while (page := self._to_encode.get()) is not None:
+            if self._closed.is_set():
+                return
+            if not self._monitor.is_up and not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
+                self._drop(1, "peer_down")
+                self._release(page.kv_bytes)
+                continue
+            try:
+                if page.namespace_digest not in encoders:
+                    encoders = {page.namespace_digest: self._new_encoder(page.namespace_digest)}
+                start_s = time.monotonic()
+                coded = encoders[page.namespace_digest].encode(page.page_hash, page.values)
+                metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
+            except KVCodecError as error:
+                logger.error("kvcodec: a page could not be encoded: %s", error)
+                self._drop(1, error.reason)
+                self._release(page.kv_bytes)
+            except Exception:
+                # A thread's top: publishing goes on with the next page.
+                logger.exception("kvcodec: a page could not be encoded")
+                self._drop(1, "encode_failed")
+                self._release(page.kv_bytes)
+            else:
+                self._to_send.put((dataclasses.replace(page, values={}), coded))
+
+    def _send_loop(self) -> None:
+        waiting: collections.deque[tuple[_Page, bytes]] = collections.deque()
+        while True:
+            item = self._to_send.get()
+            if item is None:
+                return
+            waiting.append(item)
+            while len(waiting) < PUT_BATCH_PAGES:
+                try:
+                    item = self._to_send.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    return
+                waiting.append(item)
+            try:
+                self._send(list(waiting))
+            except Exception:
+                # A thread's top: publishing goes on with the next pages.
+                logger.exception("kvcodec: pages could not be stored")
+                self._drop(len(waiting), "send_failed")
+            finally:
+                self._release(sum(page.kv_bytes for page, _ in waiting))
+                waiting.clear()
+
+    def _send(self, batch: list[tuple[_Page, bytes]]) -> None:
+        by_namespace: dict[bytes, list[tuple[_Page, bytes]]] = {}
+        for page, coded in batch:
+            by_namespace.setdefault(page.namespace_digest, []).append((page, coded))
+        for namespace_digest, pages in by_namespace.items():
+            for _ in range(PUT_ATTEMPTS):
+                if self._closed.is_set():
+                    return
+                try:
+                    results = self._peer.put(namespace_digest, [(page.page_hash, coded) for page, coded in pages])
+                except PeerError as error:
+                    # Storing a page twice does no harm: the peer keeps the first.
+                    self._monitor.failed("put", error)
+                    self._monitor.wait_until_up(self._config.timeouts.retry_s * 2)
+                    continue
+                kept = (PutOutcome.STORED, PutOutcome.ALREADY_STORED)
+                self._stored.update(
+                    namespace_digest, [page.page_hash for page, _ in pages], [r.outcome in kept for r in results]
+                )
+                for (page, coded), result in zip(pages, results, strict=True):
+                    metrics.PUBLISHED_PAGES.labels(outcome=result.outcome.value).inc()
+                    if result.outcome is PutOutcome.STORED:
+                        metrics.PUBLISHED_BYTES.inc(len(coded))
+                        metrics.PUBLISHED_KV_BYTES.inc(page.kv_bytes)
+                    elif result.outcome not in kept:
+                        self._drop(1, result.outcome.value)
+                        logger.warning("kvcodec: the peer did not store a page: %s", result.detail)
+                break
+            else:
+                self._drop(len(pages), "peer_down")
+
+
+def _be_nice() -> None:
+    """Lowers the priority of this thread alone, where the system can: on Linux a thread has a niceness of its own."""
+    if hasattr(os, "setpriority"):
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        except OSError as error:
+            logger.debug("kvcodec: encoding keeps its priority: %s", error)

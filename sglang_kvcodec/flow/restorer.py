@@ -1,0 +1,170 @@
+"""Decodes page objects and writes them into the pool, layer group by layer group, on threads of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.errors import KVCodecError
+from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.page_codec import GroupDecoder
+from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.format.spec import LayerGroup, Side, layer_groups
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_PAGES = 32
+"""Pages per decode call: bounds the decoded planes in memory, and lets several threads share one request."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreJob:
+    """Pages of one request and where they go.
+
+    Attributes:
+        pages: checked page objects; held until the restore has ended.
+        slots: int64 ``(len(pages) * page_tokens,)`` on the pool's device, private to the request until it has ended.
+    """
+
+    pages: Sequence[PageObject]
+    slots: torch.Tensor
+
+
+class Restore:
+    """The restore of one batch. Calls back on restore threads: layer by layer in order, or once with an error."""
+
+    def __init__(
+        self,
+        jobs: Sequence[RestoreJob],
+        groups: Sequence[LayerGroup],
+        parts: int,
+        on_layers: Callable[[LayerGroup], None],
+        on_failure: Callable[[KVCodecError], None],
+    ) -> None:
+        """A restore of ``len(groups)`` groups, each in ``parts`` parts."""
+        self.jobs = jobs
+        self.bad_pages: list[PageObject] = []
+        self._groups = groups
+        self._open_parts = [parts] * len(groups)
+        self._announced = 0
+        self._open = parts * len(groups)
+        self._on_layers = on_layers
+        self._on_failure = on_failure
+        self._error: KVCodecError | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the parts that are left need not be done."""
+        return self._error is not None
+
+    def part_done(self, group_index: int, error: KVCodecError | None) -> None:
+        """Counts a part, done or not. The failure is told when no thread writes to the slots any more."""
+        with self._lock:
+            self._open -= 1
+            self._open_parts[group_index] -= 1
+            if error is not None and self._error is None:
+                self._error = error
+            while (
+                self._error is None and self._announced < len(self._groups) and self._open_parts[self._announced] == 0
+            ):
+                self._on_layers(self._groups[self._announced])
+                self._announced += 1
+            failure = self._error if self._open == 0 else None
+        if failure is not None:
+            metrics.RESTORE_FAILURES.labels(reason=failure.reason).inc()
+            self._on_failure(failure)
+
+    def found_bad(self, pages: Sequence[PageObject]) -> None:
+        """Remembers pages that could not be decoded."""
+        with self._lock:
+            self.bad_pages.extend(pages)
+
+
+class Restorer:
+    """Owns the decoding threads, each with a decoder of its own."""
+
+    def __init__(self, pool: PagedKVPool, new_decoder: Callable[[], GroupDecoder], threads: int) -> None:
+        """Opens nothing yet: a thread opens its decoder when it first needs it.
+
+        Args:
+            pool: where pages go.
+            new_decoder: opens a decoder for one thread.
+            threads: how many.
+        """
+        self._pool = pool
+        self._new_decoder = new_decoder
+        self._local = threading.local()
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
+
+    def start(
+        self,
+        jobs: Sequence[RestoreJob],
+        on_layers: Callable[[LayerGroup], None],
+        on_failure: Callable[[KVCodecError], None],
+        after: Sequence[Any] = (),
+    ) -> Restore:
+        """Begins to restore; returns at once.
+
+        Args:
+            jobs: what goes where; no slot twice.
+            on_layers: called for each layer group in order, when all its layers are in the pool.
+            on_failure: called once instead of what is left, when no slot is written any more.
+            after: device events to wait for before a slot is written.
+        """
+        spec = self._pool.spec
+        segments = [
+            (job.pages[i : i + SEGMENT_PAGES], job.slots[i * spec.page_tokens : (i + SEGMENT_PAGES) * spec.page_tokens])
+            for job in jobs
+            for i in range(0, len(job.pages), SEGMENT_PAGES)
+        ]
+        groups = layer_groups(spec)
+        restore = Restore(jobs, groups, len(segments) * len(spec.sides), on_layers, on_failure)
+        for group in groups:
+            for pages, slots in segments:
+                for side in spec.sides:
+                    self._executor.submit(self._restore_part, restore, group, side, pages, slots, after)
+        metrics.RESTORED_TOKENS.inc(sum(job.slots.numel() for job in jobs))
+        metrics.RESTORED_BYTES.inc(sum(len(job.pages) for job in jobs) * spec.page_bytes)
+        return restore
+
+    def close(self) -> None:
+        """Waits for what is under way and ends."""
+        self._executor.shutdown(wait=True)
+
+    def _restore_part(
+        self,
+        restore: Restore,
+        group: LayerGroup,
+        side: Side,
+        pages: Sequence[PageObject],
+        slots: torch.Tensor,
+        after: Sequence[Any],
+    ) -> None:
+        error: KVCodecError | None = None
+        try:
+            if not restore.has_failed:
+                start_s = time.monotonic()
+                if not hasattr(self._local, "decoder"):
+                    self._local.decoder = self._new_decoder()
+                values = self._local.decoder.decode(pages, group.index, side)
+                metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+                self._pool.scatter(side, group.first_layer, values, slots, after)
+        except KVCodecError as caught:
+            logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
+            restore.found_bad(pages)
+            error = caught
+        except Exception as caught:
+            # A thread's top: the forward pass waits for this part and must not wait for ever.
+            logger.exception("kvcodec: a restore failed, its requests are computed")
+            restore.found_bad(pages)
+            error = KVCodecError(str(caught))
+        restore.part_done(group.index, error)

@@ -1,0 +1,131 @@
+"""Every hook into SGLang 0.5.23, in one place.
+
+SGLang logs and swallows what a plugin raises, so nothing here may fail quietly: if registering fails, the flag is
+unknown to SGLang's parser and the backend unknown to its registry, and a server that was asked for kvcodec won't start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.plugin.settings import BACKEND_NAME, add_flags, prepare, take_flags
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_caches: list[Any] = []
+"""The caches of this process; one scheduler, so one at most."""
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+
+
+def register() -> None:
+    """Registers the hooks that this process needs."""
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolve_once, HookType.BEFORE)
+    if _SCHEDULER in sys.modules:
+        # Only where a scheduler may run: naming a module in a hook imports it.
+        from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
+
+        if BACKEND_NAME not in registered_radix_cache_backends():
+            register_radix_cache_backend(BACKEND_NAME, _build_radix_cache)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.handle_generate_request", _before_generate, HookType.BEFORE)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.send_abort_output", _around_abort_output, HookType.AROUND)
+        HookRegistry.register(f"{_STREAMER}.stream_output", _around_stream_output, HookType.AROUND)
+        for source in ("disk", "distributed", "tensor", "ipc"):
+            HookRegistry.register(f"{_WEIGHTS}.update_weights_from_{source}", _before_weights, HookType.BEFORE)
+        HookRegistry.register(f"{_STREAMER}._get_storage_backend_type", _around_storage_backend_type, HookType.AROUND)
+
+
+# ---- arguments ----
+
+
+def _after_add_cli_args(result: object, parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+
+
+def _after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> Any:
+    take_flags(result, args)
+    if getattr(args, "enable_kvcodec", False):
+        try:
+            prepare(result)
+        except ConfigurationError as error:
+            raise SystemExit(f"sglang-kvcodec: {error}") from None
+    return result
+
+
+def _before_resolve_once(server_args: Any) -> None:
+    if not getattr(server_args, "_resolution_finished", False):
+        prepare(server_args)
+
+
+# ---- scheduler ----
+
+
+def _build_radix_cache(ctx: Any) -> Any:
+    from sglang_kvcodec.plugin.radix_cache import build_radix_cache
+
+    cache = build_radix_cache(ctx)
+    _caches.append(cache)
+    return cache
+
+
+def _before_weights(*args: object, **kwargs: object) -> None:
+    for cache in _caches:
+        cache.weights_changing()
+
+
+def _is_ours(tree_cache: object) -> bool:
+    module = sys.modules.get("sglang_kvcodec.plugin.radix_cache")
+    return module is not None and isinstance(tree_cache, module.KVCodecRadixCache)
+
+
+def _after_scheduler_init(result: object, scheduler: Any, *args: object, **kwargs: object) -> None:
+    if not _is_ours(scheduler.tree_cache):
+        return
+    # These two gate the calls the cache lives on: prefetch_from_storage, check_prefetch_progress and
+    # has_pending_cache_operations; ready_to_load_host_cache and finish_external_linker_loads.
+    scheduler.tree_cache.scheduler = scheduler
+    scheduler.enable_lmcache = True
+    scheduler.enable_unified_cache_external_linker = True
+
+
+def _after_on_idle(result: object, scheduler: Any) -> None:
+    if _is_ours(scheduler.tree_cache):
+        scheduler.tree_cache.rest_while_held()
+
+
+def _before_generate(scheduler: Any, tokenized: Any, *args: object, **kwargs: object) -> None:
+    if _is_ours(scheduler.tree_cache):
+        scheduler.tree_cache.retries.note(tokenized)
+
+
+def _around_stream_output(
+    original: Callable[..., None], streamer: Any, reqs: Sequence[Any], *args: Any, **kwargs: Any
+) -> None:
+    cache = streamer.tree_cache
+    if not _is_ours(cache):
+        original(streamer, reqs, *args, **kwargs)
+        return
+    lost = [req for req in reqs if cache.has_lost(req.finished_reason)]
+    original(streamer, [req for req in reqs if req not in lost] if lost else reqs, *args, **kwargs)
+    for req in lost:
+        cache.restart(req)
+
+
+def _around_abort_output(original: Callable[..., None], scheduler: Any, abort_req: Any, req: Any) -> None:
+    if _is_ours(scheduler.tree_cache) and scheduler.tree_cache.has_lost(req.discard_output_reason):
+        scheduler.tree_cache.restart(req)
+    else:
+        original(scheduler, abort_req, req)
+
+
+def _around_storage_backend_type(original: Callable[..., str], streamer: Any) -> str:
+    return BACKEND_NAME if _is_ours(streamer.tree_cache) else original(streamer)

@@ -1,0 +1,215 @@
+"""Between SGLang's tree and the flow: which pages a request can have, restoring them, and publishing new ones.
+
+SGLang calls every method on the scheduler's thread; none of them waits for the network, a codec or a disk.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+
+from sglang_kvcodec.errors import KVCodecError
+from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
+from sglang_kvcodec.flow.publisher import Offload, Publisher
+from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
+from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.format.spec import LayerGroup
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_PAGES = 1 << 14
+
+
+class KVCodecLinker(UnifiedCacheLinker):
+    """One rank's link between the tree and the flow."""
+
+    def __init__(
+        self,
+        pool: Any,
+        num_layers: int,
+        cache: BitstreamCache,
+        restorer: Restorer,
+        publisher: Publisher,
+        namespace_digest: Callable[[], bytes | None],
+        pages_of: Callable[[str], dict[bytes, PageObject] | None],
+        forward_stream: Any,
+    ) -> None:
+        """Links the tree of one rank.
+
+        Args:
+            pool: SGLang's device pool.
+            num_layers: layers of this rank.
+            cache: fetched pages.
+            restorer: restores them.
+            publisher: publishes new ones.
+            namespace_digest: the current namespace, None while there is none to trust.
+            pages_of: pages fetched for a request (by its id) that still waits; None for one that must be computed.
+            forward_stream: the stream the model writes the pool on, None on a CPU.
+        """
+        self.pools = {PoolName.KV: pool}
+        self.forward_stream = forward_stream
+        self.layer_done_counter = LayerWiseLoadCounter(num_layers)
+        self._cache = cache
+        self._restorer = restorer
+        self._publisher = publisher
+        self._namespace_digest = namespace_digest
+        self._pages_of = pages_of
+        self._matched: dict[str, list[PageObject]] = {}
+        self._queued: dict[str, RestoreJob] = {}
+        self._loading: set[str] = set()
+        self._running: dict[int, Restore] = {}
+        self._offloads: collections.deque[Offload] = collections.deque()
+        self._bad_pages: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+
+    # ---- read side ----
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        """Every restorable prefix length in pages: those whose page objects are in host memory."""
+        self._matched.pop(rid, None)
+        held = self._pages_of(rid)
+        if held is None or self._namespace_digest() is None:
+            return []
+        pages: list[PageObject] = []
+        for key in self._keys(transfers):
+            page = None if key in self._bad_pages else held.get(key) or self._cache.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        if pages:
+            # The restore takes these very objects, whatever the cache evicts until then.
+            self._matched[rid] = pages
+        return list(range(1, len(pages) + 1))
+
+    def forget(self, rid: str) -> None:
+        """The request is admitted or gone."""
+        self._matched.pop(rid, None)
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        """Queues the restore of pages that the last :meth:`lookup` found."""
+        pages = self._matched.pop(rid, [])
+        count = len(self._keys(transfers))
+        # All ranks agreed on `count` from what each found, so each has at least that many.
+        if len(pages) < count:
+            raise RuntimeError(f"kvcodec: asked to load {count} pages of which {len(pages)} were found")
+        slots = transfers[0].device_indices
+        self._queued[rid] = RestoreJob(pages[:count], slots)
+        self._loading.add(rid)
+        return True
+
+    def is_loading(self, rid: str) -> bool:
+        """Whether a restore for the request is queued or not yet judged."""
+        return rid in self._loading
+
+    def loaded(self, rid: str) -> None:
+        """The request's restore has been judged."""
+        self._loading.discard(rid)
+
+    def without_bad(self, page_hashes: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """The part of a prefix before the first page that could not be restored once."""
+        for index, page_hash in enumerate(page_hashes):
+            if page_hash in self._bad_pages:
+                return page_hashes[:index]
+        return page_hashes
+
+    def start_layer_wise_loading(self) -> int:
+        """Starts the queued restores; the forward pass then waits layer by layer."""
+        if not self._queued:
+            return -1
+        jobs = list(self._queued.values())
+        self._queued.clear()
+        counter = self.layer_done_counter
+        index = counter.update_producer()
+
+        def on_layers(group: LayerGroup) -> None:
+            for layer in range(group.first_layer, group.first_layer + group.layers):
+                counter.complete(index, layer)
+
+        def on_failure(error: KVCodecError) -> None:
+            counter.fail(index, error)
+
+        self._running[index] = self._restorer.start(jobs, on_layers, on_failure, self._after_forward())
+        return index
+
+    def _after_forward(self) -> list[Any]:
+        """Slots freed a moment ago may still be written by the forward pass that runs."""
+        return self.record_offload_ready() if self.forward_stream is not None else []
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        """Whether every layer landed. Pages that could not be restored are not offered again."""
+        landed = self.layer_done_counter.finish(counter_index)
+        restore = self._running.pop(counter_index, None)
+        if restore is not None and not landed:
+            for page in restore.bad_pages:
+                self._bad_pages[page.header.key.page_hash] = None
+            while len(self._bad_pages) > MAX_BAD_PAGES:
+                self._bad_pages.popitem(last=False)
+            self._cache.discard(page.header.key.page_hash for page in restore.bad_pages)
+        return landed
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        """Cancels a restore that has not started."""
+        self._loading.discard(rid)
+        return self._queued.pop(rid, None) is not None
+
+    # ---- write side ----
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        """Hands pages to the publisher. Always accepted, so that all ranks keep the same list of offloads."""
+        digest = self._namespace_digest()
+        keys = self._keys(transfers)
+        if digest is None or not keys:
+            refused = Offload(b"", keys, torch.empty(0))
+            refused.settle(False)
+            self._offloads.append(refused)
+        else:
+            slots = transfers[0].device_indices
+            self._offloads.append(self._publisher.offload(digest, keys, slots, self.record_offload_ready()))
+        return True
+
+    def num_completed_offloads(self) -> int:
+        """Offloads whose slots are free again, counted from the oldest without a gap."""
+        count = 0
+        for offload in self._offloads:
+            if offload.succeeded is None:
+                break
+            count += 1
+        return count
+
+    def pop_completed_offload(self) -> bool:
+        """The result of the oldest one."""
+        return bool(self._offloads.popleft().succeeded)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether slots are being read or written behind the tree's back."""
+        return bool(self._offloads or self._queued or self._running)
+
+    # ---- lifecycle ----
+
+    def reset(self) -> None:
+        """Waits until no slot is read or written any more and forgets every request."""
+        for index in list(self._running):
+            self.finish_layer_wise_loading(index)
+        for offload in self._offloads:
+            offload.wait()
+        self._offloads.clear()
+        self._matched.clear()
+        self._queued.clear()
+        self._loading.clear()
+        self.layer_done_counter.reset()
+
+    def close(self) -> None:
+        """As :meth:`reset`; the owner of the flow closes the rest."""
+        self.reset()
+
+    @staticmethod
+    def _keys(transfers: Sequence[PoolTransfer]) -> list[bytes]:
+        if len(transfers) != 1 or transfers[0].name != PoolName.KV:
+            return []
+        return [bytes.fromhex(key) for key in transfers[0].keys or []]

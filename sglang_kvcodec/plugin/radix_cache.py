@@ -1,0 +1,264 @@
+"""SGLang's radix cache with a remote tier behind it.
+
+The frame is SGLang's own: a request is held out of the batch while its pages are fetched (``prefetch_from_storage``,
+``check_prefetch_progress``), then the external-linker machinery restores them layer by layer into slots of the
+request's own under the running forward pass, and offers new nodes for publishing. This subclass only connects the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from array import array
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.registry import create_unified_radix_cache
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
+from sglang_kvcodec.flow.fetcher import FetchTicket
+from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.plugin.identity import build_namespace
+from sglang_kvcodec.plugin.linker import KVCodecLinker
+from sglang_kvcodec.plugin.pool import wrap_pool
+from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
+from sglang_kvcodec.plugin.runtime import Runtime
+from sglang_kvcodec.plugin.settings import server_config
+
+logger = logging.getLogger(__name__)
+
+REST_S = 0.002
+"""Longest rest of an otherwise idle scheduler that only waits for fetches; the fetch threads need the interpreter."""
+
+
+@dataclasses.dataclass
+class _Held:
+    """A request that waits for its pages.
+
+    Attributes:
+        ticket: the fetch.
+        start_page: index in the prompt of the first page asked for.
+        hashes: of those pages.
+        agreed_pages: how many of them every rank has; None until all ranks are done.
+    """
+
+    ticket: FetchTicket
+    start_page: int
+    hashes: tuple[bytes, ...]
+    agreed_pages: int | None = None
+
+
+class KVCodecRadixCache(UnifiedRadixCache):
+    """One rank's cache. All methods run on the scheduler's thread."""
+
+    _held: dict[Any, _Held]
+    _runtime: Runtime | None = None
+    scheduler: Any = None
+    """The scheduler that owns this cache; set when it is built."""
+
+    def __init__(self, params: Any) -> None:
+        # Before super(): it calls reset().
+        self._held = {}
+        self.retries = RetryBook()
+        super().__init__(params)
+
+    def attach(self, runtime: Runtime, ctx: Any) -> None:
+        """Connects the tree, the pool and the model's layers to the flow."""
+        kv_cache = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+        device = runtime.pool.device.type
+        self._runtime = runtime
+        self._linker = KVCodecLinker(
+            kv_cache,
+            kv_cache.layer_num,
+            runtime.cache,
+            runtime.restorer,
+            runtime.publisher,
+            runtime.namespace_digest,
+            self._pages_of,
+            ctx.tp_worker.model_runner.forward_stream if device == "cuda" else None,
+        )
+        self.init_cache_linker(self._linker)
+        kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
+        ctx.tp_worker.register_hicache_layer_transfer_counter(self._linker.layer_done_counter)
+
+    # ---- waiting for pages ----
+
+    def is_backuped(self, node_id: Any) -> bool:
+        """Any node may have stored pages behind it; without a host tier SGLang would not ask for them."""
+        return True
+
+    def prefetch_from_storage(
+        self,
+        request: Any,
+        last_host_node_id: Any,
+        new_input_tokens: Any,
+        last_hash: str | None = None,
+        prefix_keys: Any = None,
+        matched_prefix_tokens: Any = None,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        storage_hit_end: int | None = None,
+    ) -> None:
+        """Starts to fetch the pages of a queued request that neither device nor host memory has."""
+        assert self._runtime is not None
+        digest = self._runtime.namespace_digest()
+        matched = list(matched_prefix_tokens or [])
+        start_page = len(matched) // self.page_size
+        key = RadixKey(
+            array("q", [*matched, *new_input_tokens]),
+            extra_key,
+            is_bigram=self.tree_core.is_eagle,
+            cache_salt=cache_salt,
+        ).page_aligned(self.page_size)
+        if digest is None or request.rid not in self.retries or request in self._held:
+            return
+        if len(key) // self.page_size <= start_page:
+            return
+        hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
+        wanted = self._linker.without_bad(hashes[start_page:])
+        self._held[request] = _Held(self._runtime.fetcher.start(digest, wanted), start_page, wanted)
+
+    def check_prefetch_progress(self, request: Any) -> bool:
+        """Whether the request may go on: False only while its pages are on their way."""
+        held = self._held.get(request)
+        if held is None:
+            return True
+        if held.agreed_pages is None:
+            return False
+        if held.agreed_pages:
+            self.prefetch_loaded_tokens_by_reqid[request] = held.agreed_pages * self.page_size
+            self.prefetch_loaded_storage_start_by_reqid[request] = held.start_page * self.page_size
+        return True
+
+    def check_hicache_events(self) -> None:
+        """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
+        super().check_hicache_events()
+        waiting = [held for held in self._held.values() if held.agreed_pages is None]
+        if not waiting:
+            return
+        # All ranks hold the same requests in the same order, so the vectors match.
+        have = torch.tensor(
+            [len(held.ticket.pages) if held.ticket.is_done else -1 for held in waiting], dtype=torch.int64
+        )
+        self._all_reduce_attn_groups(have, torch.distributed.ReduceOp.MIN)
+        for held, pages in zip(waiting, have.tolist(), strict=True):
+            if pages >= 0:
+                held.agreed_pages = pages
+
+    def rest_while_held(self) -> None:
+        """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
+        if self._runtime is None or not any(held.agreed_pages is None for held in self._held.values()):
+            return
+        self._runtime.progress.wait(REST_S)
+        self._runtime.progress.clear()
+
+    def _pages_of(self, rid: str) -> dict[bytes, PageObject] | None:
+        """Pages fetched for a request that waits; None for a request that must be computed."""
+        if rid not in self.retries:
+            return None
+        for request, held in self._held.items():
+            if request.rid == rid and held.agreed_pages:
+                return dict(zip(held.hashes, held.ticket.pages[: held.agreed_pages], strict=False))
+        return {}
+
+    def finish_storage_prefetch_admission(self, request: Any, fulfilled_tokens: int, reason: str | None) -> None:
+        """The request is in a batch."""
+        super().finish_storage_prefetch_admission(request, fulfilled_tokens, reason)
+        self._release(request)
+
+    def release_aborted_request(self, request: Any) -> None:
+        """The request is gone."""
+        super().release_aborted_request(request)
+        self._release(request)
+
+    def _release(self, request: Any) -> None:
+        held = self._held.pop(request, None)
+        if held is not None:
+            held.ticket.cancelled.set()
+        self._linker.forget(request.rid)
+        if not self._linker.is_loading(request.rid):
+            self.retries.forget(request.rid)
+
+    # ---- failures after admission ----
+
+    def finish_external_linker_loads(self, reqs: Any) -> Any:
+        """After the forward pass: requests whose pages did not all land are computed instead."""
+        loading = [req.rid for req in reqs if self._linker.is_loading(req.rid)]
+        failed = super().finish_external_linker_loads(reqs)
+        self.retries.mark_failed(failed)
+        lost = {req.rid for req in failed}
+        for rid in loading:
+            self._linker.loaded(rid)
+            if rid not in lost:
+                self.retries.forget(rid)
+        return failed
+
+    @staticmethod
+    def has_lost(reason: object) -> bool:
+        """Whether a request ended for this reason is to be computed instead of answered."""
+        return isinstance(reason, RestoreFailed)
+
+    def restart(self, req: Any) -> None:
+        """Computes a request whose restore failed."""
+        self.retries.restart(req, self.scheduler)
+
+    # ---- lifecycle ----
+
+    def has_pending_cache_operations(self) -> bool:
+        """Whether slots are being read or written behind the tree's back, so that the server is not idle."""
+        return self._linker.has_pending
+
+    def clear_storage_backend(self) -> bool:
+        """Forgets the page objects in host memory; what the peer keeps is shared and stays."""
+        assert self._runtime is not None
+        self._runtime.cache.clear()
+        return True
+
+    def supports_retraction_backup(self) -> bool:
+        """Retracted requests are matched again, not backed up."""
+        return False
+
+    def reset(self) -> None:
+        """Empties the tree; the peer and the host cache keep their pages."""
+        for held in self._held.values():
+            held.ticket.cancelled.set()
+        self._held.clear()
+        super().reset()
+        if self._runtime is not None:
+            self._runtime.flushed()
+
+    def weights_changing(self) -> None:
+        """New weights are about to be loaded."""
+        if self._runtime is not None:
+            self._runtime.weights_changing()
+
+    def release_host_resources(self) -> None:
+        """The server ends."""
+        super().release_host_resources()
+        if self._runtime is not None:
+            self._runtime.close()
+
+
+def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
+    """Factory for SGLang's radix-cache registry; ``ctx`` is its ``TreeCacheBuildContext``.
+
+    Raises:
+        ConfigurationError: what was asked for can't be had; the server does not start.
+    """
+    try:
+        if ctx.disable_radix_cache:
+            raise UnsupportedError("kvcodec does not work together with --disable-radix-cache")
+        if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+            raise UnsupportedError("kvcodec can't code the KV cache of sliding-window or state-space models")
+        config = server_config(ctx.server_args)
+        pool = wrap_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
+        runtime = Runtime(config, pool, lambda: build_namespace(ctx, pool.spec, config.profile))
+    except ConfigurationError as error:
+        logger.error("sglang-kvcodec: %s", error)
+        raise
+    cache: KVCodecRadixCache = create_unified_radix_cache(ctx, cache_class=KVCodecRadixCache)
+    cache.attach(runtime, ctx)
+    return cache

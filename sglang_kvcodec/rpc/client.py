@@ -1,0 +1,223 @@
+"""A storage peer over gRPC, as an SGLang server sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import grpc
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.config import MAX_OBJECT_BYTES, Timeouts, parse_remote
+from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError, PeerTimeoutError, PeerUnavailableError
+from sglang_kvcodec.format.exchange import FetchEvent, LookupResult, PeerStat, PutOutcome, PutResult
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.errors import peer_error
+from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES, channel_options
+from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
+from sglang_kvcodec.rpc.watch import CallWatch, Verdict, WatchedCall
+from sglang_kvcodec.rpc.wire import decode_fetch, encode_chunk
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
+
+
+class GrpcPeer:
+    """Implements ``format.exchange.PeerTransport``; see there. One connection, opened by the first call."""
+
+    def __init__(self, remote: str, timeouts: Timeouts | None = None, max_message_bytes: int = 0) -> None:
+        """Connects lazily.
+
+        Args:
+            remote: ``grpc://HOST:PORT``.
+            timeouts: how long each phase may take.
+            max_message_bytes: asks for smaller or larger messages of a Fetch; 0 leaves it to the peer.
+
+        Raises:
+            ConfigurationError: not such a URL.
+        """
+        self._address = parse_remote(remote)
+        self._timeouts = timeouts or Timeouts()
+        self._max_message_bytes = max_message_bytes
+        self._closed = False
+        self._answered = False
+        self._watch = CallWatch()
+        self._channel = grpc.insecure_channel(self._address, options=channel_options(self._timeouts))
+        unary = self._channel.unary_unary
+        self._lookup = unary(f"/{_SERVICE}/Lookup", pb.LookupRequest.SerializeToString, pb.LookupResponse.FromString)
+        self._delete = unary(f"/{_SERVICE}/Delete", pb.DeleteRequest.SerializeToString, pb.DeleteResponse.FromString)
+        self._stat = unary(f"/{_SERVICE}/Stat", pb.StatRequest.SerializeToString, pb.StatResponse.FromString)
+        self._fetch = self._channel.unary_stream(f"/{_SERVICE}/Fetch", pb.FetchRequest.SerializeToString)
+        self._put = self._channel.stream_unary(f"/{_SERVICE}/Put", None, pb.PutResponse.FromString)
+
+    def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
+        """Which of the pages are stored."""
+        request = pb.LookupRequest(namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes))
+        with self._translated("Lookup"):
+            response = self._lookup(request, timeout=self._deadline_s(self._timeouts.lookup_s))
+            return lookup_result(response, len(page_hashes))
+
+    def delete(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> int:
+        """Deletes pages; how many there were."""
+        request = pb.DeleteRequest(namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes))
+        with self._translated("Delete"):
+            response = self._delete(request, timeout=self._deadline_s(self._timeouts.progress_s))
+            return int(response.deleted_pages)
+
+    def stat(self) -> PeerStat:
+        """The peer's account of itself."""
+        with self._translated("Stat"):
+            stat = self._stat(pb.StatRequest(), timeout=self._deadline_s(self._timeouts.progress_s))
+            return PeerStat(
+                stat.objects,
+                stat.stored_bytes,
+                stat.capacity_bytes,
+                stat.evicted_objects,
+                stat.engine,
+                stat.format_version,
+                stat.software_version,
+            )
+
+    def fetch(
+        self, namespace_digest: bytes, page_hashes: Sequence[bytes], cancelled: threading.Event | None = None
+    ) -> Iterator[FetchEvent]:
+        """The pages; the call starts with the first ``next`` and ends with the iterator."""
+        request = pb.FetchRequest(
+            namespace_digest=namespace_digest,
+            page_hashes=b"".join(page_hashes),
+            max_message_bytes=self._max_message_bytes,
+        )
+        checks = FetchChecks(page_hashes)
+        with self._translated("Fetch"):
+            call = self._fetch(request, timeout=self._timeouts.fetch_s)
+            watched = WatchedCall(call, self._timeouts.progress_s, cancelled)
+            try:
+                for message in self._messages(call, watched):
+                    for event in decode_fetch(message):
+                        checks.check(event)
+                        yield event
+            finally:
+                call.cancel()
+
+    def put(self, namespace_digest: bytes, objects: Sequence[tuple[bytes, bytes]]) -> list[PutResult]:
+        """Stores ``(page_hash, object)`` pairs in one call; one result each."""
+        sent = [(PageKey(namespace_digest, page_hash), data) for page_hash, data in objects]
+        fitting = [(key, data) for key, data in sent if len(data) <= MAX_OBJECT_BYTES]
+        results = iter(self._put_all(fitting) if fitting else [])
+        too_large = PutResult(PutOutcome.REJECTED, f"larger than {MAX_OBJECT_BYTES} bytes")
+        return [next(results) if len(data) <= MAX_OBJECT_BYTES else too_large for _, data in sent]
+
+    def close(self) -> None:
+        """Ends every call under way with ``PeerUnavailableError``. May be called twice."""
+        self._closed = True
+        self._channel.close()
+        self._watch.close()
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Waits for a connection, trying again as the back-off allows.
+
+        Raises:
+            PeerUnavailableError: there was none in time.
+        """
+        with self._translated("connect"):
+            try:
+                grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
+            except grpc.FutureTimeoutError:
+                raise PeerUnavailableError(f"no connection to {self._address} within {timeout_s} s") from None
+
+    def _put_all(self, objects: Sequence[tuple[PageKey, bytes]]) -> list[PutResult]:
+        started = threading.Event()
+        watched: WatchedCall | None = None
+
+        def messages() -> Iterator[bytes]:
+            # gRPC asks for the next message when it has taken the last: each is a sign of life from the peer.
+            started.wait()
+            for message in _put_messages(objects):
+                if watched is not None:
+                    watched.waiting()
+                yield message
+            if watched is not None:
+                watched.waiting()
+
+        with self._translated("Put"):
+            call = self._put.future(messages(), timeout=self._timeouts.put_s)
+            watched = WatchedCall(call, self._timeouts.progress_s, None)
+            self._watch.add(watched)
+            started.set()
+            try:
+                return put_results(call.result(), len(objects))
+            except grpc.FutureCancelledError:
+                raise self._ended(watched, "Put") from None
+            except grpc.RpcError:
+                if watched.verdict is not None:
+                    raise self._ended(watched, "Put") from None
+                raise
+            finally:
+                self._watch.remove(watched)
+                call.cancel()
+
+    def _messages(self, call: Iterator[bytes], watched: WatchedCall) -> Iterator[bytes]:
+        """The messages of a response stream under watch; ends early where the caller has cancelled."""
+        self._watch.add(watched)
+        try:
+            while True:
+                watched.waiting()
+                message = next(call, None)
+                watched.heard()
+                if message is None or watched.given_up:
+                    return
+                self._answered = True
+                yield message
+        except grpc.RpcError:
+            if watched.verdict is Verdict.CANCELLED:
+                return
+            if watched.verdict is Verdict.SILENT:
+                raise self._ended(watched, "Fetch") from None
+            raise
+        finally:
+            self._watch.remove(watched)
+
+    def _ended(self, watched: WatchedCall, rpc: str) -> PeerError:
+        if watched.verdict is Verdict.SILENT:
+            return PeerTimeoutError(f"{rpc} at {self._address}: silent for {self._timeouts.progress_s} s")
+        return PeerUnavailableError(f"{rpc} at {self._address}: the client was closed")
+
+    def _deadline_s(self, phase_s: float) -> float:
+        """A call that may have to connect first gets the time for it."""
+        return phase_s if self._answered else self._timeouts.connect_s + phase_s
+
+    @contextlib.contextmanager
+    def _translated(self, rpc: str) -> Iterator[None]:
+        """Turns whatever goes wrong on the way into one of the three errors, and counts it."""
+        try:
+            if self._closed:
+                raise PeerUnavailableError(f"{rpc} at {self._address}: the client is closed")
+            try:
+                yield
+                self._answered = True
+            except grpc.RpcError as error:
+                raise peer_error(error.code(), error.details(), rpc, self._address) from error
+            except FormatError as error:
+                raise PeerRejectedError(f"{rpc} at {self._address}: a senseless answer: {error}") from error
+            except ValueError as error:
+                # What grpc raises for a call on a channel that another thread has just closed.
+                if not self._closed:
+                    raise
+                raise PeerUnavailableError(f"{rpc} at {self._address}: the client was closed") from error
+        except PeerError as error:
+            if not isinstance(error, PeerRejectedError):
+                self._answered = False
+            metrics.PEER_ERRORS.labels(rpc.lower(), error.reason).inc()
+            raise
+
+
+def _put_messages(objects: Sequence[tuple[PageKey, bytes]]) -> Iterator[bytes]:
+    commit = pb.PutRequest(commit=True).SerializeToString()
+    for key, data in objects:
+        begin = pb.PutBegin(namespace_digest=key.namespace_digest, page_hash=key.page_hash, object_bytes=len(data))
+        yield pb.PutRequest(begin=begin).SerializeToString()
+        view = memoryview(data)
+        for start in range(0, len(data), DEFAULT_MESSAGE_BYTES):
+            yield encode_chunk(view[start : start + DEFAULT_MESSAGE_BYTES])
+        yield commit

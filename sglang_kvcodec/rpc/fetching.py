@@ -1,0 +1,141 @@
+"""What a Fetch sends: page headers, then payload layer group by layer group. Blocking; for a pool of threads.
+
+Nothing is held but where each layer group lies: every message reads its own slices from the engine, so a stream takes
+the memory of a few messages, however many pages it carries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.errors import ForeignPageError, FormatError, TruncatedError
+from sglang_kvcodec.format.digest import Buffer
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import PREFIX, PageHeader, header_bytes, read_header
+from sglang_kvcodec.rpc.wire import encode_fragments
+from sglang_kvcodec.storage.base import StorageEngine
+
+logger = logging.getLogger(__name__)
+
+_FIRST_READ_BYTES = 4096
+"""Holds most headers whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PageLayout:
+    """Where the layer groups of a stored object lie, as ``(start, stop)`` in bytes."""
+
+    object_bytes: int
+    group_ranges: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Bytes ``[start, stop)`` of the object of the request's page ``page_index``."""
+
+    page_index: int
+    start: int
+    stop: int
+
+
+@functools.lru_cache(maxsize=8192)
+def _header_of(header: bytes) -> PageHeader:
+    # Named by its own bytes: a popular prefix is parsed once, and a changed byte is parsed anew.
+    return read_header(header)
+
+
+def read_page(engine: StorageEngine, key: bytes, object_bytes: int) -> tuple[bytes, PageLayout] | None:
+    """Header and layout of a stored object; None if it is not stored, or can't be read and was therefore deleted.
+
+    Args:
+        engine: where it is.
+        key: its storage key.
+        object_bytes: its size there.
+
+    Raises:
+        StorageError: the engine failed.
+    """
+    start = engine.get_range(key, 0, _FIRST_READ_BYTES)
+    if start is None:
+        return None
+    try:
+        size = header_bytes(memoryview(start)[: PREFIX.size])
+        if size > len(start):
+            start = engine.get_range(key, 0, size)
+            if start is None:
+                return None
+        encoded = bytes(memoryview(start)[:size])
+        header = _header_of(encoded) if size <= _FIRST_READ_BYTES else read_header(encoded)
+        if header.key.to_bytes() != key:
+            raise ForeignPageError(f"page {header.key} is stored under another key")
+        if header.object_bytes != object_bytes:
+            raise TruncatedError(f"{object_bytes} of {header.object_bytes} bytes are stored")
+    except FormatError as error:
+        metrics.STORE_DAMAGED.labels(error.reason).inc()
+        logger.warning("deleting stored page %s, which can't be read: %s", PageKey.from_bytes(key), error)
+        engine.delete(key)
+        return None
+    return encoded, PageLayout(object_bytes, header.group_ranges)
+
+
+def plan_messages(layouts: Mapping[int, PageLayout], message_bytes: int) -> Iterator[list[Slice]]:
+    """The slices of each message: group-major over all pages, at most ``message_bytes`` each."""
+    message: list[Slice] = []
+    free_bytes = message_bytes
+    groups = max((len(layout.group_ranges) for layout in layouts.values()), default=0)
+    for group in range(groups):
+        for page_index, layout in layouts.items():
+            if group >= len(layout.group_ranges):
+                continue
+            start, stop = layout.group_ranges[group]
+            while start < stop:
+                end = min(stop, start + free_bytes)
+                message.append(Slice(page_index, start, end))
+                free_bytes -= end - start
+                start = end
+                if not free_bytes:
+                    yield message
+                    message, free_bytes = [], message_bytes
+    if message:
+        yield message
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchMessage:
+    """One message of payload.
+
+    Attributes:
+        encoded: the serialized ``FetchResponse``.
+        payload_bytes: object bytes in it.
+        lost: pages that have gone from the store since their header was read.
+    """
+
+    encoded: bytes
+    payload_bytes: int
+    lost: frozenset[int]
+
+
+def read_message(engine: StorageEngine, keys: Sequence[bytes], slices: Sequence[Slice]) -> FetchMessage:
+    """Reads ``slices`` into a message.
+
+    Raises:
+        StorageError: the engine failed.
+    """
+    fragments: list[tuple[int, int, Buffer]] = []
+    lost = set()
+    payload_bytes = 0
+    for piece in slices:
+        if piece.page_index in lost:
+            continue
+        data = engine.get_range(keys[piece.page_index], piece.start, piece.stop)
+        # A shorter object under the same key was stored anew in between; its other bytes fail the client's checks.
+        if data is None or len(data) != piece.stop - piece.start:
+            lost.add(piece.page_index)
+            continue
+        fragments.append((piece.page_index, piece.start, data))
+        payload_bytes += len(data)
+    return FetchMessage(encode_fragments(fragments), payload_bytes, frozenset(lost))

@@ -1,0 +1,103 @@
+"""A storage peer: the servicer, health and reflection on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.errors import ConfigurationError, StorageError
+from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.limits import server_options
+from sglang_kvcodec.rpc.servicer import PeerLimits, PeerServicer
+from sglang_kvcodec.storage.base import StorageEngine
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
+_METRICS_PERIOD_S = 5.0
+
+
+def _handlers(servicer: PeerServicer) -> grpc.GenericRpcHandler:
+    """The service as ``protos/`` has it; the bulk side of Fetch and Put passes bytes, see ``rpc/wire.py``."""
+    unary = grpc.unary_unary_rpc_method_handler
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "Lookup": unary(servicer.Lookup, pb.LookupRequest.FromString, pb.LookupResponse.SerializeToString),
+            "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, pb.FetchRequest.FromString, None),
+            "Put": grpc.stream_unary_rpc_method_handler(servicer.Put, None, pb.PutResponse.SerializeToString),
+            "Delete": unary(servicer.Delete, pb.DeleteRequest.FromString, pb.DeleteResponse.SerializeToString),
+            "Stat": unary(servicer.Stat, pb.StatRequest.FromString, pb.StatResponse.SerializeToString),
+        },
+    )
+
+
+class PeerServer:
+    """Serves one engine on one port, in the running event loop."""
+
+    def __init__(self, engine: StorageEngine, listen: str, limits: PeerLimits | None = None) -> None:
+        """Prepares a peer.
+
+        Args:
+            engine: stays the caller's to close, after :meth:`stop`.
+            listen: ``HOST:PORT``; port 0 takes a free one.
+            limits: what it takes on at once.
+        """
+        self._engine = engine
+        self._listen = listen
+        self._servicer = PeerServicer(engine, limits)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=server_options())
+        self._metrics_task: asyncio.Task[None] | None = None
+        self.address = listen
+        """Where it listens once started."""
+
+    async def start(self) -> None:
+        """Listens and serves.
+
+        Raises:
+            ConfigurationError: it can't listen there.
+        """
+        self._server.add_generic_rpc_handlers((_handlers(self._servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        try:
+            port = self._server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise ConfigurationError(f"can't listen on {self._listen}: the port is taken or not ours") from error
+        self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._metrics_task = asyncio.create_task(self._export_store_metrics())
+
+    async def stop(self, grace_s: float) -> None:
+        """Drains: takes no new calls, says NOT_SERVING, lets running ones end within ``grace_s``, then ends them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        if self._metrics_task is not None:
+            self._metrics_task.cancel()
+        await asyncio.get_running_loop().run_in_executor(None, self._servicer.close)
+
+    async def _export_store_metrics(self) -> None:
+        evicted_before: int | None = None
+        while True:
+            try:
+                stat = await asyncio.get_running_loop().run_in_executor(None, self._engine.stat)
+            except StorageError as error:
+                logger.warning("the store gives no account of itself: %s", error)
+            else:
+                metrics.STORE_OBJECTS.set(stat.objects)
+                metrics.STORE_BYTES.set(stat.stored_bytes)
+                metrics.STORE_CAPACITY_BYTES.set(stat.capacity_bytes)
+                if evicted_before is not None:
+                    metrics.STORE_EVICTIONS.inc(max(0, stat.evicted_objects - evicted_before))
+                evicted_before = stat.evicted_objects
+            await asyncio.sleep(_METRICS_PERIOD_S)

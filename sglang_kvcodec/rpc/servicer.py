@@ -1,0 +1,273 @@
+"""The peer's five RPCs. Nothing a client or an engine does ends more than its own call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from sglang_kvcodec import __version__, metrics
+from sglang_kvcodec.config import MAX_OBJECT_BYTES
+from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError, TruncatedError
+from sglang_kvcodec.format.exchange import PutOutcome, PutResult
+from sglang_kvcodec.format.namespace import FORMAT_VERSION
+from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
+from sglang_kvcodec.rpc.budget import ByteBudget
+from sglang_kvcodec.rpc.errors import status_of
+from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, Slice, plan_messages, read_message, read_page
+from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
+from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
+from sglang_kvcodec.rpc.requests import announced_object, storage_keys
+from sglang_kvcodec.rpc.wire import decode_put
+from sglang_kvcodec.storage.base import StorageEngine
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_HEADERS_PER_READ = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerLimits:
+    """What a peer takes on at once."""
+
+    max_streams: int = 256
+    """Fetch and Put streams; a further one is refused."""
+    receive_bytes: int = 2 * MAX_OBJECT_BYTES
+    """Bytes of announced objects that all Put streams hold together; a further one waits."""
+    receive_wait_s: float = 10.0
+    idle_s: float = 30.0
+    """Longest silence of a client inside a Put."""
+    bandwidth_bits_per_s: int | None = None
+    """Bound of the object bytes that all Fetch streams send together."""
+    read_threads: int = 4
+    write_threads: int = 2
+
+
+class PeerServicer:
+    """Serves a storage engine. Belongs to one event loop; the engine is called in threads of its own."""
+
+    def __init__(self, engine: StorageEngine, limits: PeerLimits | None = None) -> None:
+        """Serves ``engine``, which stays the caller's to close, after :meth:`close`."""
+        self._engine = engine
+        self._limits = limits or PeerLimits()
+        # Apart, so that no Lookup waits for the disk behind a queue of writes.
+        self._readers = ThreadPoolExecutor(self._limits.read_threads, "kvcodec-read")
+        self._writers = ThreadPoolExecutor(self._limits.write_threads, "kvcodec-write")
+        self._budget = ByteBudget(self._limits.receive_bytes)
+        bits_per_s = self._limits.bandwidth_bits_per_s
+        self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None
+        self._streams = 0
+
+    def close(self) -> None:
+        """Waits for the engine's calls under way."""
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+
+    async def Lookup(self, request: pb.LookupRequest, context: grpc.aio.ServicerContext) -> pb.LookupResponse:
+        """See ``protos/``."""
+        async with self._serving("Lookup", context):
+            keys = storage_keys(request.namespace_digest, request.page_hashes)
+            sizes = await self._read(self._engine.sizes, keys)
+            covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
+            return pb.LookupResponse(
+                covered_pages=covered,
+                present=bytes(size is not None for size in sizes),
+                covered_bytes=sum(size for size in sizes[:covered] if size is not None),
+            )
+
+    async def Fetch(self, request: pb.FetchRequest, context: grpc.aio.ServicerContext) -> None:
+        """See ``protos/``. Writes serialized messages."""
+        async with self._serving("Fetch", context), self._stream("Fetch"):
+            keys = storage_keys(request.namespace_digest, request.page_hashes)
+            most_bytes = self._bandwidth.message_bytes if self._bandwidth else MAX_MESSAGE_BYTES
+            size_bytes = message_bytes(request.max_message_bytes, most_bytes)
+            layouts = await self._send_headers(keys, size_bytes, context)
+            await self._send_payload(keys, layouts, size_bytes, context)
+
+    async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
+        """See ``protos/``. Reads serialized messages."""
+        async with self._serving("Put", context), self._stream("Put"):
+            response = pb.PutResponse()
+            while (step := await self._next_step(context)) is not None:
+                if not isinstance(step, pb.PutRequest) or step.WhichOneof("step") != "begin":
+                    raise FormatError("an object starts with its begin")
+                if len(response.results) == MAX_PAGES_PER_REQUEST:
+                    raise FormatError(f"more than the {MAX_PAGES_PER_REQUEST} objects of one Put")
+                key, object_bytes = announced_object(step.begin)
+                await self._budget.acquire(object_bytes, self._limits.receive_wait_s)
+                try:
+                    result = await self._receive(IncomingObject(key, object_bytes), context)
+                finally:
+                    self._budget.release(object_bytes)
+                metrics.PEER_PUTS.labels(result.outcome.value).inc()
+                response.results.add(outcome=OUTCOMES[result.outcome], detail=result.detail)
+            return response
+
+    async def Delete(self, request: pb.DeleteRequest, context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
+        """See ``protos/``."""
+        async with self._serving("Delete", context):
+            keys = storage_keys(request.namespace_digest, request.page_hashes)
+            return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._engine, keys))
+
+    async def Stat(self, request: pb.StatRequest, context: grpc.aio.ServicerContext) -> pb.StatResponse:
+        """See ``protos/``."""
+        async with self._serving("Stat", context):
+            stat = await self._read(self._engine.stat)
+            return pb.StatResponse(
+                objects=stat.objects,
+                stored_bytes=stat.stored_bytes,
+                capacity_bytes=stat.capacity_bytes,
+                evicted_objects=stat.evicted_objects,
+                engine=self._engine.name,
+                format_version=FORMAT_VERSION,
+                software_version=__version__,
+            )
+
+    async def _send_headers(
+        self, keys: Sequence[bytes], size_bytes: int, context: grpc.aio.ServicerContext
+    ) -> dict[int, PageLayout]:
+        """Tells which pages are missing and sends the headers of the others; gives their layouts by page index."""
+        sizes = await self._read(self._engine.sizes, keys)
+        stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
+        response = pb.FetchResponse(missing=[index for index, size in enumerate(sizes) if size is None])
+        layouts: dict[int, PageLayout] = {}
+        held_bytes = 0
+        for first in range(0, len(stored), _HEADERS_PER_READ):
+            batch = stored[first : first + _HEADERS_PER_READ]
+            pages = await self._read(_read_pages, self._engine, [(keys[index], size) for index, size in batch])
+            for (index, object_bytes), page in zip(batch, pages, strict=True):
+                if page is None:
+                    response.missing.append(index)
+                    continue
+                header, layouts[index] = page
+                if held_bytes and held_bytes + len(header) > size_bytes:
+                    await self._send(response.SerializeToString(), held_bytes, context)
+                    response, held_bytes = pb.FetchResponse(), 0
+                response.headers.add(page_index=index, object_bytes=object_bytes, header=header)
+                held_bytes += len(header)
+        await self._send(response.SerializeToString(), held_bytes, context)
+        return layouts
+
+    async def _send_payload(
+        self, keys: Sequence[bytes], layouts: dict[int, PageLayout], size_bytes: int, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Sends the payload; the next message is read while the last one leaves."""
+        lost: set[int] = set()
+        plan = plan_messages(layouts, size_bytes)
+        pending = self._read_ahead(next(plan, None), keys)
+        try:
+            while pending is not None:
+                message = await pending
+                slices = next(plan, None)
+                if slices is not None:
+                    gone = lost | message.lost
+                    slices = [piece for piece in slices if piece.page_index not in gone]
+                pending = self._read_ahead(slices, keys)
+                if newly_lost := message.lost - lost:
+                    lost |= newly_lost
+                    await context.write(pb.FetchResponse(missing=sorted(newly_lost)).SerializeToString())
+                if message.payload_bytes:
+                    await self._send(message.encoded, message.payload_bytes, context)
+        finally:
+            if pending is not None:
+                pending.cancel()
+
+    def _read_ahead(self, slices: list[Slice] | None, keys: Sequence[bytes]) -> asyncio.Future[FetchMessage] | None:
+        if slices is None:
+            return None
+        return asyncio.get_running_loop().run_in_executor(self._readers, read_message, self._engine, keys, slices)
+
+    async def _send(self, encoded: bytes, object_bytes: int, context: grpc.aio.ServicerContext) -> None:
+        if self._bandwidth is not None:
+            await self._bandwidth.take(object_bytes)
+        await context.write(encoded)
+        metrics.PEER_SENT_BYTES.inc(object_bytes)
+
+    async def _receive(self, incoming: IncomingObject, context: grpc.aio.ServicerContext) -> PutResult:
+        """Takes the chunks of an object up to its commit, then stores it."""
+        while (step := await self._next_step(context)) is not None:
+            if isinstance(step, memoryview):
+                incoming.add(step)
+                metrics.PEER_RECEIVED_BYTES.inc(len(step))
+                continue
+            if step.WhichOneof("step") != "commit" or not step.commit:
+                raise FormatError(f"page {incoming.key}: chunks and a commit follow the begin")
+            try:
+                incoming.check_complete()
+            except TruncatedError as error:
+                return PutResult(PutOutcome.REJECTED, f"{error.reason}: {error}")
+            return await self._write(store_object, self._engine, incoming.key, incoming.chunks)
+        raise FormatError(f"page {incoming.key}: the stream ended before the commit")
+
+    async def _next_step(self, context: grpc.aio.ServicerContext) -> pb.PutRequest | memoryview | None:
+        try:
+            async with asyncio.timeout(self._limits.idle_s):
+                data = await context.read()
+        except TimeoutError:
+            raise PeerTimeoutError(f"no message within {self._limits.idle_s} s") from None
+        return None if data is grpc.aio.EOF else decode_put(data)
+
+    async def _read(self, function: Callable[..., T], *args: object) -> T:
+        return await self._in_threads(self._readers, function, *args)
+
+    async def _write(self, function: Callable[..., T], *args: object) -> T:
+        return await self._in_threads(self._writers, function, *args)
+
+    async def _in_threads(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, method: str) -> AsyncIterator[None]:
+        if self._streams >= self._limits.max_streams:
+            raise CapacityError(f"this peer serves {self._streams} streams already")
+        self._streams += 1
+        metrics.PEER_STREAMS.labels(method).inc()
+        try:
+            yield
+        finally:
+            self._streams -= 1
+            metrics.PEER_STREAMS.labels(method).dec()
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        """Counts a call, and turns whatever ends it into a status with a sentence."""
+        started_s = time.perf_counter()
+        status = grpc.StatusCode.OK
+        try:
+            yield
+        except asyncio.CancelledError:
+            status = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # the top of a call: whatever an engine raises must not reach gRPC
+            if context.done():
+                status = grpc.StatusCode.CANCELLED
+                return
+            status, sentence = status_of(error)
+            if isinstance(error, StorageError):
+                logger.warning("%s failed: %s", method, error)
+            elif status is grpc.StatusCode.UNAVAILABLE:
+                logger.exception("%s failed", method)
+            await context.abort(status, sentence)
+        finally:
+            metrics.PEER_RPCS.labels(method, status.name).inc()
+            metrics.PEER_RPC_SECONDS.labels(method).observe(time.perf_counter() - started_s)
+
+
+def _read_pages(engine: StorageEngine, pages: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, PageLayout] | None]:
+    return [read_page(engine, key, object_bytes) for key, object_bytes in pages]
+
+
+def _delete_all(engine: StorageEngine, keys: Sequence[bytes]) -> int:
+    return sum(engine.delete(key) for key in keys)

@@ -1,0 +1,195 @@
+"""The engine that keeps objects in a directory, in LMDB: crash-safe, bounded, least recently used out first."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import threading
+from collections.abc import Sequence
+
+from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
+from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
+from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
+
+_TOUCHES_HELD = 16384
+"""Uses remembered before they are written without a put to do it."""
+_EVICTIONS_PER_TRANSACTION = 1024
+_ROOM_ATTEMPTS = 6
+"""How often room is made in a full data file before giving up; each time twice as much is evicted."""
+
+_logger = logging.getLogger(__name__)
+
+
+class LmdbEngine(StorageEngine):
+    """Objects in an LMDB environment.
+
+    Every put is one transaction, synced before it returns, evictions included. Reads take no write transaction: what
+    they used is remembered here and written with the next put, every ``16384`` uses, and at close; a crash forgets at
+    most that much of the order, never an object.
+
+    The data file grows with what is stored and never shrinks. LMDB stores in pages of 4 KiB, so the file is larger
+    than the objects: little for objects of 100 KiB, several times for objects of 100 bytes.
+    """
+
+    name = "lmdb"
+
+    def __init__(self, directory: pathlib.Path, capacity_bytes: int, *, max_file_bytes: int | None = None) -> None:
+        """Opens or creates the store; what is over a capacity smaller than the last one is evicted.
+
+        Args:
+            directory: holds the store and nothing else.
+            capacity_bytes: bound of the bytes of all objects.
+            max_file_bytes: bound of the data file; objects are evicted when it is reached. Default: twice the
+                capacity and 256 MiB, so that the capacity is what binds.
+
+        Raises:
+            ConfigurationError: the directory holds something else, or a store of another version.
+            StorageUnavailableError: in use by another engine, read-only, disk full.
+        """
+        self._capacity_bytes = capacity_bytes
+        self._environment = LmdbEnvironment(directory, max_file_bytes or 2 * capacity_bytes + (256 << 20))
+        self._write_lock = threading.Lock()
+        self._touch_lock = threading.Lock()
+        self._touches: dict[bytes, int] = {}
+        try:
+            with self._environment.reading() as store:
+                self._sequence = store.last_sequence()
+            self._evict_to_capacity()
+        except StorageUnavailableError:
+            self._environment.close()
+            raise
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        """See the base class."""
+        with self._environment.reading() as store:
+            found = [store.size_bytes(key) for key in keys]
+        self._remember_use([key for key, size_bytes in zip(keys, found, strict=True) if size_bytes is not None])
+        return found
+
+    def get(self, key: bytes) -> bytes | None:
+        """See the base class."""
+        with self._environment.reading() as store:
+            value = store.read(key)
+        if value is not None:
+            self._remember_use([key])
+        return value
+
+    def put(self, key: bytes, value: bytes) -> bool:
+        """See the base class."""
+        if len(value) > self._capacity_bytes:
+            raise CapacityError(f"an object of {len(value)} bytes can't fit in {self._capacity_bytes}")
+        with self._environment.reading() as store:
+            is_there = store.size_bytes(key) is not None
+        if is_there:
+            self._remember_use([key])
+            return False
+        with self._write_lock:
+            for attempt in range(_ROOM_ATTEMPTS):
+                try:
+                    return self._put_in_one_transaction(key, value)
+                except FileFullError:
+                    self._make_room_in_file(len(value) << attempt)
+            try:
+                return self._put_in_one_transaction(key, value)
+            except FileFullError as error:
+                raise StorageUnavailableError(f"no room for {len(value)} bytes: {error}") from error
+
+    def delete(self, key: bytes) -> bool:
+        """See the base class."""
+        with self._environment.reading() as store:
+            if store.size_bytes(key) is None:
+                return False
+        with self._write_lock, self._environment.writing() as store:
+            return store.remove(key)
+
+    def stat(self) -> StoreStat:
+        """See the base class."""
+        with self._environment.reading() as store:
+            return StoreStat(store.objects(), store.stored_bytes, self._capacity_bytes, store.evicted_objects)
+
+    def close(self) -> None:
+        """See the base class."""
+        with self._write_lock:
+            if self._environment.closed:
+                return
+            self._write_touches()
+            self._environment.close()
+
+    def _put_in_one_transaction(self, key: bytes, value: bytes) -> bool:
+        touches = self._take_touches()
+        try:
+            with self._environment.writing() as store:
+                for touched, sequence in touches.items():
+                    store.touch(touched, sequence)
+                if store.size_bytes(key) is not None:
+                    store.touch(key, self._next_sequence())
+                    return False
+                while store.stored_bytes + len(value) > self._capacity_bytes:
+                    store.evict_oldest()
+                store.add(key, value, self._next_sequence())
+                return True
+        except StorageUnavailableError:
+            with self._touch_lock:
+                self._touches = {**touches, **self._touches}
+            raise
+
+    def _make_room_in_file(self, room_bytes: int) -> None:
+        """Evicts at least ``room_bytes`` and makes their place in the file usable."""
+        with self._environment.writing() as store:
+            goal_bytes = store.stored_bytes - room_bytes
+            while store.stored_bytes > goal_bytes and store.evict_oldest():
+                pass
+        # LMDB reuses what a transaction freed from the next but one transaction on; this one does nothing else.
+        with self._environment.writing():
+            pass
+
+    def _evict_to_capacity(self) -> None:
+        is_over = True
+        while is_over:
+            with self._environment.reading() as store:
+                is_over = store.stored_bytes > self._capacity_bytes
+            if is_over:
+                with self._environment.writing() as store:
+                    self._evict_some(store)
+
+    def _evict_some(self, store: StoreTransaction) -> None:
+        for _ in range(_EVICTIONS_PER_TRANSACTION):
+            if store.stored_bytes <= self._capacity_bytes or not store.evict_oldest():
+                return
+
+    def _next_sequence(self) -> int:
+        with self._touch_lock:
+            self._sequence += 1
+            return self._sequence
+
+    def _remember_use(self, keys: Sequence[bytes]) -> None:
+        with self._touch_lock:
+            # The last key first, so that the first one ends up as used last.
+            for key in reversed(keys):
+                self._sequence += 1
+                self._touches[key] = self._sequence
+            is_due = len(self._touches) >= _TOUCHES_HELD
+        # A writer that is at work writes them soon; a read does not wait for it.
+        if is_due and self._write_lock.acquire(blocking=False):
+            try:
+                self._write_touches()
+            finally:
+                self._write_lock.release()
+
+    def _take_touches(self) -> dict[bytes, int]:
+        with self._touch_lock:
+            touches, self._touches = self._touches, {}
+        return touches
+
+    def _write_touches(self) -> None:
+        """Writes the remembered uses; forgets them if that fails, for their loss only blurs the order of eviction."""
+        touches = self._take_touches()
+        if not touches:
+            return
+        try:
+            with self._environment.writing() as store:
+                for key, sequence in touches.items():
+                    store.touch(key, sequence)
+        except StorageUnavailableError as error:
+            _logger.warning("the order of use of %d objects was not kept: %s", len(touches), error)

@@ -1,0 +1,111 @@
+"""What an LMDB store holds, as operations inside one transaction.
+
+Four tables: ``objects`` (key -> bytes), ``meta`` (key -> sequence number of the last use, size), ``order`` (sequence
+number -> key: the least recently used object is the first record) and LMDB's unnamed one (format mark and counts).
+Sizes and order are apart from the objects so that no bookkeeping ever reads an object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Any
+
+FORMAT_KEY = b"sglang-kvcodec store"
+FORMAT_VERSION = b"1"
+TABLE_COUNT = 3
+
+_COUNTS_KEY = b"counts"
+_COUNTS = struct.Struct(">QQ")
+_META = struct.Struct(">QQ")
+_SEQUENCE = struct.Struct(">Q")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """LMDB's handles of the named tables; they live as long as the environment."""
+
+    objects: Any
+    meta: Any
+    order: Any
+
+    @classmethod
+    def open(cls, environment: Any, transaction: Any) -> Tables:
+        """Opens the tables, creating those that are missing."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(*(environment.open_db(name.encode(), txn=transaction) for name in names))
+
+
+class StoreTransaction:
+    """One LMDB transaction on a store. Lives inside the ``with`` that made it; for one thread."""
+
+    def __init__(self, transaction: Any, tables: Tables) -> None:
+        self._transaction = transaction
+        self._tables = tables
+        self.stored_bytes, self.evicted_objects = _COUNTS.unpack(transaction.get(_COUNTS_KEY, bytes(_COUNTS.size)))
+
+    # ---- reading ----
+    def objects(self) -> int:
+        """How many objects there are."""
+        return int(self._transaction.stat(self._tables.meta)["entries"])
+
+    def size_bytes(self, key: bytes) -> int | None:
+        """Size of an object, None where there is none."""
+        record = self._transaction.get(key, db=self._tables.meta)
+        return None if record is None else int(_META.unpack(record)[1])
+
+    def read(self, key: bytes) -> bytes | None:
+        """A copy of an object, None where there is none."""
+        value: bytes | None = self._transaction.get(key, db=self._tables.objects)
+        return value
+
+    def last_sequence(self) -> int:
+        """The highest sequence number in use, 0 in an empty store."""
+        with self._transaction.cursor(self._tables.order) as cursor:
+            return int(_SEQUENCE.unpack(cursor.key())[0]) if cursor.last() else 0
+
+    # ---- writing ----
+    def add(self, key: bytes, value: bytes, sequence: int) -> None:
+        """Adds an object that is not there."""
+        self._transaction.put(key, value, db=self._tables.objects)
+        self._place(key, sequence, len(value))
+        self.stored_bytes += len(value)
+
+    def touch(self, key: bytes, sequence: int) -> None:
+        """Records a use, unless the object has gone or was used later."""
+        record = self._transaction.get(key, db=self._tables.meta)
+        if record is None:
+            return
+        old_sequence, size_bytes = _META.unpack(record)
+        if sequence > old_sequence:
+            self._transaction.delete(_SEQUENCE.pack(old_sequence), db=self._tables.order)
+            self._place(key, sequence, size_bytes)
+
+    def remove(self, key: bytes) -> bool:
+        """Removes an object; whether it was there."""
+        record = self._transaction.pop(key, db=self._tables.meta)
+        if record is None:
+            return False
+        sequence, size_bytes = _META.unpack(record)
+        self._transaction.delete(_SEQUENCE.pack(sequence), db=self._tables.order)
+        self._transaction.delete(key, db=self._tables.objects)
+        self.stored_bytes -= size_bytes
+        return True
+
+    def evict_oldest(self) -> bool:
+        """Removes the least recently used object; False if the store is empty."""
+        with self._transaction.cursor(self._tables.order) as cursor:
+            if not cursor.first():
+                return False
+            key = bytes(cursor.value())
+        self.remove(key)
+        self.evicted_objects += 1
+        return True
+
+    def save_counts(self) -> None:
+        """Writes the counts; called once, before the commit."""
+        self._transaction.put(_COUNTS_KEY, _COUNTS.pack(self.stored_bytes, self.evicted_objects))
+
+    def _place(self, key: bytes, sequence: int, size_bytes: int) -> None:
+        self._transaction.put(key, _META.pack(sequence, size_bytes), db=self._tables.meta)
+        self._transaction.put(_SEQUENCE.pack(sequence), key, db=self._tables.order)

@@ -1,0 +1,172 @@
+"""Pictures coded and decoded in software: libx265 and FFmpeg's HEVC decoder, through PyAV.
+
+Both release Python's lock while they work, so threads with one object each use one core each.
+"""
+
+from __future__ import annotations
+
+import fractions
+from collections.abc import Iterator, Sequence
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.error import FFmpegError
+
+from sglang_kvcodec.errors import CodecError
+from sglang_kvcodec.video.base import Canvases, EncodedPictures
+from sglang_kvcodec.video.bitstream import split_access_unit
+
+# What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, every picture an IDR.
+# Look-ahead and frame threads are off, so that each picture comes out as soon as it went in and the encoder stays open.
+_X265_PARAMS = ":".join(
+    [
+        "lossless=1",
+        "keyint=1",
+        "bframes=0",
+        "b-adapt=0",
+        "ref=1",
+        "rc-lookahead=0",
+        "scenecut=0",
+        "open-gop=0",
+        "slices=1",
+        "wpp=0",
+        "pools=none",
+        "frame-threads=1",
+        "sao=0",
+        "deblock=0",
+        "info=0",
+        "annexb=1",
+        "repeat-headers=1",
+        "log-level=none",
+    ]
+)
+_MAX_PIXELS = 8192 * 8192
+"""FFmpeg refuses a damaged header that claims more."""
+
+
+class SoftwareEncoder:
+    """libx265, lossless of the 8-bit values, on one thread."""
+
+    name = "software"
+
+    def __init__(self) -> None:
+        _silence()
+        self._context: av.VideoCodecContext | None = None
+        self._shape = (0, 0)
+        self._parameter_sets = b""
+        self._next_pts = 0
+
+    def encode(self, canvases: Canvases) -> EncodedPictures:
+        """See ``PictureEncoder.encode``. Canvases of another size than last time reopen the encoder."""
+        shape = (canvases.shape[1], canvases.shape[2])
+        try:
+            if self._context is None or shape != self._shape:
+                self._open(shape)
+            pictures = tuple(self._encode_one(canvas) for canvas in canvases)
+        except (FFmpegError, ValueError) as error:
+            self.close()
+            raise CodecError(f"libx265 failed: {error}") from error
+        return EncodedPictures(self._parameter_sets, pictures)
+
+    def close(self) -> None:
+        """See ``PictureEncoder.close``."""
+        self._context = None
+        self._parameter_sets = b""
+
+    def _open(self, shape: tuple[int, int]) -> None:
+        self.close()
+        context = av.VideoCodecContext.create("libx265", "w")
+        context.width, context.height, context.pix_fmt = shape[1], shape[0] * 2 // 3, "yuv420p"
+        context.time_base = fractions.Fraction(1, 25)
+        context.thread_count = 1
+        context.options = {"preset": "ultrafast", "x265-params": _X265_PARAMS}
+        context.open()
+        self._context, self._shape, self._next_pts = context, shape, 0
+
+    def _encode_one(self, canvas: npt.NDArray[np.uint8]) -> bytes:
+        assert self._context is not None
+        frame = _to_frame(canvas)
+        frame.pts = self._next_pts
+        self._next_pts += 1
+        packets = [bytes(packet) for packet in self._context.encode(frame)]
+        if len(packets) != 1:
+            raise CodecError(f"libx265 gave {len(packets)} pictures for one")
+        parameter_sets, picture = split_access_unit(packets[0])
+        if self._parameter_sets not in (b"", parameter_sets):
+            raise CodecError("libx265 changed its parameter sets between pictures")
+        self._parameter_sets = parameter_sets
+        return picture
+
+
+class SoftwareDecoder:
+    """FFmpeg's HEVC decoder on one thread. Every call starts afresh: nothing damaged outlives its segment."""
+
+    name = "software"
+
+    def __init__(self) -> None:
+        _silence()
+
+    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> Canvases:
+        """See ``PictureDecoder.decode``."""
+        if not pictures:
+            raise CodecError("a segment without pictures")
+        context = av.VideoCodecContext.create("hevc", "r")
+        context.thread_count = 1
+        context.options = {"max_pixels": str(_MAX_PIXELS), "err_detect": "explode"}
+        canvases: Canvases | None = None
+        decoded = 0
+        try:
+            for frame in _decode_frames(context, parameter_sets, pictures):
+                if canvases is None:
+                    canvases = np.empty((len(pictures), frame.height * 3 // 2, frame.width), np.uint8)
+                if decoded == len(pictures):
+                    raise CodecError(f"more than {decoded} pictures came out")
+                _from_frame(frame, canvases[decoded])
+                decoded += 1
+        except (FFmpegError, ValueError) as error:
+            raise CodecError(f"FFmpeg can't decode the pictures: {error}") from error
+        if canvases is None or decoded != len(pictures):
+            raise CodecError(f"{decoded} pictures came out of {len(pictures)}")
+        return canvases
+
+    def close(self) -> None:
+        """See ``PictureDecoder.close``."""
+
+
+def _decode_frames(
+    context: av.VideoCodecContext, parameter_sets: bytes, pictures: Sequence[bytes]
+) -> Iterator[av.VideoFrame]:
+    for index, picture in enumerate(pictures):
+        data = parameter_sets + picture if index == 0 else picture
+        yield from context.decode(av.Packet(data))
+    yield from context.decode(None)
+
+
+def _plane(frame: av.VideoFrame, index: int, width: int) -> npt.NDArray[np.uint8]:
+    """A view of the samples of a plane; its rows may lie further apart than they are wide."""
+    plane = frame.planes[index]
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, :width]
+
+
+def _to_frame(canvas: npt.NDArray[np.uint8]) -> av.VideoFrame:
+    height, width = canvas.shape[0] * 2 // 3, canvas.shape[1]
+    frame = av.VideoFrame(width, height, "yuv420p")
+    _plane(frame, 0, width)[:] = canvas[:height]
+    _plane(frame, 1, width // 2)[:] = canvas[height:, 0::2]
+    _plane(frame, 2, width // 2)[:] = canvas[height:, 1::2]
+    return frame
+
+
+def _from_frame(frame: av.VideoFrame, canvas: npt.NDArray[np.uint8]) -> None:
+    height, width = frame.height, frame.width
+    if frame.format.name != "yuv420p" or canvas.shape != (height * 3 // 2, width) or width % 2 or height % 2:
+        raise CodecError(f"a picture of {width}x{height} {frame.format.name} among {canvas.shape[1]} wide ones")
+    canvas[:height] = _plane(frame, 0, width)
+    canvas[height:, 0::2] = _plane(frame, 1, width // 2)
+    canvas[height:, 1::2] = _plane(frame, 2, width // 2)
+
+
+def _silence() -> None:
+    """FFmpeg prints what it thinks of damaged bytes; the typed error says it already."""
+    av.logging.set_level(av.logging.PANIC)

@@ -1,0 +1,58 @@
+import subprocess
+import sys
+
+import pytest
+
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.storage import open_engine
+
+
+def test_memory():
+    engine = open_engine("memory:", 1000)
+    assert engine.name == "memory"
+    assert engine.stat().capacity_bytes == 1000
+
+
+def test_lmdb_makes_its_directory(tmp_path):
+    directory = tmp_path / "deep" / "store: with a colon"
+    engine = open_engine(f"lmdb:{directory}", 1000)
+    try:
+        assert engine.name == "lmdb"
+        assert engine.put(b"k" * 64, b"value") is True
+        assert (directory / "data.mdb").is_file()
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("url", ["", "memory", "redis://host", "/var/lib/kvcodec", "LMDB:/tmp/x"])
+def test_unknown_engines_are_refused_with_the_known_ones(url):
+    with pytest.raises(ConfigurationError, match=r"memory:, lmdb:DIR"):
+        open_engine(url, 1000)
+
+
+@pytest.mark.parametrize(("url", "says"), [("lmdb:", "directory"), ("memory:4GB", "no location")])
+def test_wrong_locations_are_refused(url, says):
+    with pytest.raises(ConfigurationError, match=says):
+        open_engine(url, 1000)
+
+
+@pytest.mark.parametrize("capacity_bytes", [0, -1])
+def test_a_store_without_capacity_is_refused(capacity_bytes):
+    with pytest.raises(ConfigurationError, match="capacity"):
+        open_engine("memory:", capacity_bytes)
+
+
+def test_a_machine_without_lmdb_has_the_memory_engine_and_a_clear_refusal(tmp_path):
+    code = f"""
+import sys
+sys.modules["lmdb"] = None
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.storage import open_engine
+open_engine("memory:", 10).close()
+try:
+    open_engine("lmdb:{tmp_path}", 10)
+except ConfigurationError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "pip install sglang-kvcodec[server]" in result.stdout
