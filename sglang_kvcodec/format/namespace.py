@@ -19,7 +19,7 @@ class Namespace:
     """What a page's bytes depend on besides its tokens.
 
     The tokens, and with them SGLang's ``extra_key`` (which holds a LoRA adapter's id) and ``cache_salt``, are named by
-    the page hash: SGLang seeds the chain of hashes with both (``storage_namespace_seed`` in its ``mem_cache/utils.py``).
+    the page hash: SGLang seeds the chain of hashes with both (``storage_namespace_seed`` in ``mem_cache/utils.py``).
 
     Attributes:
         weights_digest: hex digest of every parameter this rank has loaded.

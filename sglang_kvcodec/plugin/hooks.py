@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -36,6 +36,9 @@ def register() -> None:
             register_radix_cache_backend(BACKEND_NAME, _build_radix_cache)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.handle_generate_request", _before_generate, HookType.BEFORE)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.send_abort_output", _around_abort_output, HookType.AROUND)
+        HookRegistry.register(f"{_STREAMER}.stream_output", _around_stream_output, HookType.AROUND)
         for source in ("disk", "distributed", "tensor", "ipc"):
             HookRegistry.register(f"{_WEIGHTS}.update_weights_from_{source}", _before_weights, HookType.BEFORE)
         HookRegistry.register(f"{_STREAMER}._get_storage_backend_type", _around_storage_backend_type, HookType.AROUND)
@@ -89,6 +92,7 @@ def _after_scheduler_init(result: object, scheduler: Any, *args: object, **kwarg
         return
     # These two gate the calls the cache lives on: prefetch_from_storage, check_prefetch_progress and
     # has_pending_cache_operations; ready_to_load_host_cache and finish_external_linker_loads.
+    scheduler.tree_cache.scheduler = scheduler
     scheduler.enable_lmcache = True
     scheduler.enable_unified_cache_external_linker = True
 
@@ -96,6 +100,31 @@ def _after_scheduler_init(result: object, scheduler: Any, *args: object, **kwarg
 def _after_on_idle(result: object, scheduler: Any) -> None:
     if _is_ours(scheduler.tree_cache):
         scheduler.tree_cache.rest_while_held()
+
+
+def _before_generate(scheduler: Any, tokenized: Any, *args: object, **kwargs: object) -> None:
+    if _is_ours(scheduler.tree_cache):
+        scheduler.tree_cache.retries.note(tokenized)
+
+
+def _around_stream_output(
+    original: Callable[..., None], streamer: Any, reqs: Sequence[Any], *args: Any, **kwargs: Any
+) -> None:
+    cache = streamer.tree_cache
+    if not _is_ours(cache):
+        original(streamer, reqs, *args, **kwargs)
+        return
+    lost = [req for req in reqs if cache.has_lost(req.finished_reason)]
+    original(streamer, [req for req in reqs if req not in lost] if lost else reqs, *args, **kwargs)
+    for req in lost:
+        cache.restart(req)
+
+
+def _around_abort_output(original: Callable[..., None], scheduler: Any, abort_req: Any, req: Any) -> None:
+    if _is_ours(scheduler.tree_cache) and scheduler.tree_cache.has_lost(req.discard_output_reason):
+        scheduler.tree_cache.restart(req)
+    else:
+        original(scheduler, abort_req, req)
 
 
 def _around_storage_backend_type(original: Callable[..., str], streamer: Any) -> str:

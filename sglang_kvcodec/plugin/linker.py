@@ -37,7 +37,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         restorer: Restorer,
         publisher: Publisher,
         namespace_digest: Callable[[], bytes | None],
-        held_pages: Callable[[str], dict[bytes, PageObject]],
+        pages_of: Callable[[str], dict[bytes, PageObject] | None],
         forward_stream: Any,
     ) -> None:
         """Links the tree of one rank.
@@ -49,7 +49,7 @@ class KVCodecLinker(UnifiedCacheLinker):
             restorer: restores them.
             publisher: publishes new ones.
             namespace_digest: the current namespace, None while there is none to trust.
-            held_pages: pages fetched for a request (by its id) that still waits.
+            pages_of: pages fetched for a request (by its id) that still waits; None for one that must be computed.
             forward_stream: the stream the model writes the pool on, None on a CPU.
         """
         self.pools = {PoolName.KV: pool}
@@ -59,9 +59,10 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._restorer = restorer
         self._publisher = publisher
         self._namespace_digest = namespace_digest
-        self._held_pages = held_pages
+        self._pages_of = pages_of
         self._matched: dict[str, list[PageObject]] = {}
         self._queued: dict[str, RestoreJob] = {}
+        self._loading: set[str] = set()
         self._running: dict[int, Restore] = {}
         self._offloads: collections.deque[Offload] = collections.deque()
         self._bad_pages: collections.OrderedDict[bytes, None] = collections.OrderedDict()
@@ -71,9 +72,9 @@ class KVCodecLinker(UnifiedCacheLinker):
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length in pages: those whose page objects are in host memory."""
         self._matched.pop(rid, None)
-        if self._namespace_digest() is None:
+        held = self._pages_of(rid)
+        if held is None or self._namespace_digest() is None:
             return []
-        held = self._held_pages(rid)
         pages: list[PageObject] = []
         for key in self._keys(transfers):
             page = None if key in self._bad_pages else held.get(key) or self._cache.get(key)
@@ -98,7 +99,23 @@ class KVCodecLinker(UnifiedCacheLinker):
             raise RuntimeError(f"kvcodec: asked to load {count} pages of which {len(pages)} were found")
         slots = transfers[0].device_indices
         self._queued[rid] = RestoreJob(pages[:count], slots)
+        self._loading.add(rid)
         return True
+
+    def is_loading(self, rid: str) -> bool:
+        """Whether a restore for the request is queued or not yet judged."""
+        return rid in self._loading
+
+    def loaded(self, rid: str) -> None:
+        """The request's restore has been judged."""
+        self._loading.discard(rid)
+
+    def without_bad(self, page_hashes: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """The part of a prefix before the first page that could not be restored once."""
+        for index, page_hash in enumerate(page_hashes):
+            if page_hash in self._bad_pages:
+                return page_hashes[:index]
+        return page_hashes
 
     def start_layer_wise_loading(self) -> int:
         """Starts the queued restores; the forward pass then waits layer by layer."""
@@ -137,6 +154,7 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     def cancel_queued_load(self, rid: str) -> bool:
         """Cancels a restore that has not started."""
+        self._loading.discard(rid)
         return self._queued.pop(rid, None) is not None
 
     # ---- write side ----
@@ -183,6 +201,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._offloads.clear()
         self._matched.clear()
         self._queued.clear()
+        self._loading.clear()
         self.layer_done_counter.reset()
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.linker import KVCodecLinker
 from sglang_kvcodec.plugin.pool import wrap_pool
+from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.plugin.settings import server_config
 
@@ -55,10 +56,13 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     _held: dict[Any, _Held]
     _runtime: Runtime | None = None
+    scheduler: Any = None
+    """The scheduler that owns this cache; set when it is built."""
 
     def __init__(self, params: Any) -> None:
         # Before super(): it calls reset().
         self._held = {}
+        self.retries = RetryBook()
         super().__init__(params)
 
     def attach(self, runtime: Runtime, ctx: Any) -> None:
@@ -73,7 +77,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             runtime.restorer,
             runtime.publisher,
             runtime.namespace_digest,
-            self._held_pages,
+            self._pages_of,
             ctx.tp_worker.model_runner.forward_stream if device == "cuda" else None,
         )
         self.init_cache_linker(self._linker)
@@ -109,10 +113,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
             is_bigram=self.tree_core.is_eagle,
             cache_salt=cache_salt,
         ).page_aligned(self.page_size)
-        if digest is None or len(key) // self.page_size <= start_page or request in self._held:
+        if digest is None or request.rid not in self.retries or request in self._held:
+            return
+        if len(key) // self.page_size <= start_page:
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
-        wanted = hashes[start_page:]
+        wanted = self._linker.without_bad(hashes[start_page:])
         self._held[request] = _Held(self._runtime.fetcher.start(digest, wanted), start_page, wanted)
 
     def check_prefetch_progress(self, request: Any) -> bool:
@@ -149,7 +155,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._runtime.progress.wait(REST_S)
         self._runtime.progress.clear()
 
-    def _held_pages(self, rid: str) -> dict[bytes, PageObject]:
+    def _pages_of(self, rid: str) -> dict[bytes, PageObject] | None:
+        """Pages fetched for a request that waits; None for a request that must be computed."""
+        if rid not in self.retries:
+            return None
         for request, held in self._held.items():
             if request.rid == rid and held.agreed_pages:
                 return dict(zip(held.hashes, held.ticket.pages[: held.agreed_pages], strict=False))
@@ -170,6 +179,31 @@ class KVCodecRadixCache(UnifiedRadixCache):
         if held is not None:
             held.ticket.cancelled.set()
         self._linker.forget(request.rid)
+        if not self._linker.is_loading(request.rid):
+            self.retries.forget(request.rid)
+
+    # ---- failures after admission ----
+
+    def finish_external_linker_loads(self, reqs: Any) -> Any:
+        """After the forward pass: requests whose pages did not all land are computed instead."""
+        loading = [req.rid for req in reqs if self._linker.is_loading(req.rid)]
+        failed = super().finish_external_linker_loads(reqs)
+        self.retries.mark_failed(failed)
+        lost = {req.rid for req in failed}
+        for rid in loading:
+            self._linker.loaded(rid)
+            if rid not in lost:
+                self.retries.forget(rid)
+        return failed
+
+    @staticmethod
+    def has_lost(reason: object) -> bool:
+        """Whether a request ended for this reason is to be computed instead of answered."""
+        return isinstance(reason, RestoreFailed)
+
+    def restart(self, req: Any) -> None:
+        """Computes a request whose restore failed."""
+        self.retries.restart(req, self.scheduler)
 
     # ---- lifecycle ----
 
