@@ -45,17 +45,16 @@ class StorageEngine(abc.ABC):
             StorageUnavailableError: the engine failed; the object may still be there.
         """
 
+    @abc.abstractmethod
     def get_range(self, key: bytes, start: int, stop: int) -> bytes | memoryview | None:
         """Bytes ``[start, stop)`` of the object, fewer where it ends before; None where there is none.
 
-        A peer reads an object in many such slices, after a ``sizes`` that marked it as used: this need not. An engine
-        that can read a part without the whole overrides this. A view stays valid for as long as it is held.
+        Does not mark it as used: a peer reads the pages of a prefix in many such slices, after a ``sizes`` that marked
+        them in the right order. A view stays valid for as long as it is held.
 
         Raises:
             StorageUnavailableError: the engine failed; the object may still be there.
         """
-        data = self.get(key)
-        return None if data is None else memoryview(data)[start:stop]
 
     @abc.abstractmethod
     def put(self, key: bytes, value: bytes) -> bool:

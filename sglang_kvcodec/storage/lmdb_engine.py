@@ -75,6 +75,11 @@ class LmdbEngine(StorageEngine):
             self._remember_use([key])
         return value
 
+    def get_range(self, key: bytes, start: int, stop: int) -> bytes | None:
+        """See the base class."""
+        with self._environment.reading() as store:
+            return store.read_range(key, start, stop)
+
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""
         if len(value) > self._capacity_bytes:

@@ -64,7 +64,8 @@ class LmdbEnvironment:
         Raises:
             StorageUnavailableError: closed, or LMDB failed.
         """
-        with self._using(), self._errors_in_our_words(), self._environment.begin() as transaction:
+        # Buffers: what is read is a view into the map, so that a part of an object is copied without the rest.
+        with self._using(), self._errors_in_our_words(), self._environment.begin(buffers=True) as transaction:
             yield StoreTransaction(transaction, self._tables)
 
     @contextlib.contextmanager

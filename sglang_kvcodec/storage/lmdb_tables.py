@@ -56,8 +56,13 @@ class StoreTransaction:
 
     def read(self, key: bytes) -> bytes | None:
         """A copy of an object, None where there is none."""
-        value: bytes | None = self._transaction.get(key, db=self._tables.objects)
-        return value
+        value = self._transaction.get(key, db=self._tables.objects)
+        return None if value is None else bytes(value)
+
+    def read_range(self, key: bytes, start: int, stop: int) -> bytes | None:
+        """A copy of bytes ``[start, stop)`` of an object, None where there is none."""
+        value = self._transaction.get(key, db=self._tables.objects)
+        return None if value is None else bytes(value[start:stop])
 
     def last_sequence(self) -> int:
         """The highest sequence number in use, 0 in an empty store."""

@@ -43,6 +43,13 @@ class MemoryEngine(StorageEngine):
                 self._objects.move_to_end(key)
             return value
 
+    def get_range(self, key: bytes, start: int, stop: int) -> memoryview | None:
+        """See the base class."""
+        with self._lock:
+            self._require_open()
+            value = self._objects.get(key)
+        return None if value is None else memoryview(value)[start:stop]
+
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""
         if len(value) > self._capacity_bytes:

@@ -114,6 +114,27 @@ class StorageEngineContract:
         assert engine.sizes([make_key("b"), make_key("a"), make_key("a")]) == [None, size_bytes, size_bytes]
         assert engine.stat() == StoreStat(1, size_bytes, max(size_bytes, 1), 0)
 
+    @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (4095, 4097), (99_999, 100_003), (5, 200_000)])
+    def test_parts_of_an_object(self, make_engine: EngineFactory, start: int, stop: int) -> None:
+        """As of a slice of bytes; what was read stays as it is when the object has gone."""
+        engine = make_engine(200_000)
+        value = make_value("a", 100_003)
+        assert engine.get_range(make_key("a"), start, stop) is None
+        engine.put(make_key("a"), value)
+        part = engine.get_range(make_key("a"), start, stop)
+        engine.delete(make_key("a"))
+        engine.put(make_key("b"), make_value("b", 100_003))
+        assert part == value[start:stop]
+
+    def test_reading_a_part_is_no_use(self, make_engine: EngineFactory) -> None:
+        """The order of use stays that of the calls that name whole prefixes."""
+        engine = make_engine(20)
+        for name in "ab":
+            engine.put(make_key(name), make_value(name, 10))
+        assert engine.get_range(make_key("a"), 0, 5) == make_value("a", 10)[:5]
+        engine.put(make_key("c"), make_value("c", 10))
+        assert engine.sizes([make_key(name) for name in "abc"]) == [None, 10, 10]
+
     def test_an_object_that_is_there_is_left(self, make_engine: EngineFactory) -> None:
         """The second put changes nothing, whatever it brings."""
         engine = make_engine(1000)
@@ -276,6 +297,7 @@ class StorageEngineContract:
         engine.close()
         for use in (
             lambda: engine.get(make_key("a")),
+            lambda: engine.get_range(make_key("a"), 0, 1),
             lambda: engine.sizes([make_key("a")]),
             lambda: engine.put(make_key("b"), b"value"),
             lambda: engine.delete(make_key("a")),

@@ -195,7 +195,7 @@ def test_lmdb_giving_up_is_survived(open_store, monkeypatch):
     class Refusing:
         close = environment.close
 
-        def begin(self, write=False):
+        def begin(self, write=False, buffers=False):
             raise lmdb.PanicError("as after a failed write of the meta page")
 
     monkeypatch.setattr(store._environment, "_environment", Refusing())
