@@ -74,6 +74,8 @@ class PictureCodecContract:
     def test_encoding_is_deterministic(self) -> None:
         canvases = noise(2, 256, 192, 4.0)
         assert self.open_encoder().encode(canvases) == self.open_encoder().encode(canvases)
+        repeated = self.open_encoder().encode(np.repeat(canvases[:1], 40, axis=0))
+        assert len(set(repeated.pictures)) == 1
 
     def test_damaged_pictures_never_pass_for_sound(self) -> None:
         canvases = noise(2, 192, 192, 4.0)
