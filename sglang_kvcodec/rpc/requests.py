@@ -13,7 +13,6 @@ from sglang_kvcodec.format.page_object import PREFIX
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import MAX_PAGES_PER_REQUEST
 
-
 M = TypeVar("M", bound=Message)
 
 
