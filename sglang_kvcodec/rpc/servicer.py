@@ -1,4 +1,8 @@
-"""The peer's five RPCs. Nothing a client or an engine does ends more than its own call."""
+"""The peer's five RPCs. Nothing a client or an engine does ends more than its own call.
+
+Requests come serialized, so that bytes which are none are refused like any other bad request; Fetch writes serialized
+messages, see ``rpc/wire.py``.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ from sglang_kvcodec.rpc.errors import status_of
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, Slice, plan_messages, read_message, read_page
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
-from sglang_kvcodec.rpc.requests import announced_object, storage_keys
+from sglang_kvcodec.rpc.requests import announced_object, parsed, storage_keys
 from sglang_kvcodec.rpc.wire import decode_put
 from sglang_kvcodec.storage.base import StorageEngine
 
@@ -75,9 +79,10 @@ class PeerServicer:
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown(cancel_futures=True)
 
-    async def Lookup(self, request: pb.LookupRequest, context: grpc.aio.ServicerContext) -> pb.LookupResponse:
+    async def Lookup(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.LookupResponse:
         """See ``protos/``."""
         async with self._serving("Lookup", context):
+            request = parsed(pb.LookupRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             sizes = await self._read(self._engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
@@ -87,9 +92,10 @@ class PeerServicer:
                 covered_bytes=sum(size for size in sizes[:covered] if size is not None),
             )
 
-    async def Fetch(self, request: pb.FetchRequest, context: grpc.aio.ServicerContext) -> None:
-        """See ``protos/``. Writes serialized messages."""
+    async def Fetch(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        """See ``protos/``."""
         async with self._serving("Fetch", context), self._stream("Fetch"):
+            request = parsed(pb.FetchRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             most_bytes = self._bandwidth.message_bytes if self._bandwidth else MAX_MESSAGE_BYTES
             size_bytes = message_bytes(request.max_message_bytes, most_bytes)
@@ -97,7 +103,7 @@ class PeerServicer:
             await self._send_payload(keys, layouts, size_bytes, context)
 
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
-        """See ``protos/``. Reads serialized messages."""
+        """See ``protos/``."""
         async with self._serving("Put", context), self._stream("Put"):
             response = pb.PutResponse()
             while (step := await self._next_step(context)) is not None:
@@ -115,15 +121,17 @@ class PeerServicer:
                 response.results.add(outcome=OUTCOMES[result.outcome], detail=result.detail)
             return response
 
-    async def Delete(self, request: pb.DeleteRequest, context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
+    async def Delete(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
         """See ``protos/``."""
         async with self._serving("Delete", context):
+            request = parsed(pb.DeleteRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._engine, keys))
 
-    async def Stat(self, request: pb.StatRequest, context: grpc.aio.ServicerContext) -> pb.StatResponse:
+    async def Stat(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.StatResponse:
         """See ``protos/``."""
         async with self._serving("Stat", context):
+            parsed(pb.StatRequest, data)
             stat = await self._read(self._engine.stat)
             return pb.StatResponse(
                 objects=stat.objects,
