@@ -69,9 +69,13 @@ class Cluster:
             self.peer = None
 
     def restart_peer(self, *extra_args: str, capacity: str = CAPACITY) -> None:
-        """Stops it and starts it with other arguments."""
+        """Stops it and starts it with other arguments; the servers have noticed both."""
         self.stop_peer()
+        for server in (self.a, self.b):
+            wait_for(lambda s=server: metric(s, "kvcodec_peer_up") == 0, f"sign of the loss at {server.name}")
         self.start_peer(*extra_args, capacity=capacity)
+        for server in (self.a, self.b):
+            wait_up(server)
 
     def stat(self) -> PeerStat:
         """What the peer says of itself."""

@@ -137,6 +137,8 @@ DAMAGES = {
 def _tamper(cluster, damage) -> int:
     """Replaces every stored object by a damaged one under the same key; how many."""
     with cluster.store() as engine:
+        for server in (cluster.a, cluster.b):
+            wait_for(lambda s=server: metric(s, "kvcodec_peer_up") == 0, "sign of the loss")
         keys = _all_keys(cluster)
         for key in keys:
             data = engine.get(key)
