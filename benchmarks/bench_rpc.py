@@ -112,6 +112,8 @@ def measure(kind, total_bytes, rounds):
     namespace, pages = make_pages(BITS_PER_VALUE[kind], total_bytes)
     hashes = [page_hash for page_hash, _ in pages]
     total_bytes = sum(len(data) for _, data in pages)
+    # A machine with other work favours the socket: gRPC has several threads to run on either side.
+    load = os.getloadavg()[0]
     sender = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.bench_rpc", "--tcp-sender", str(total_bytes)],
         stdout=subprocess.PIPE,
@@ -135,6 +137,7 @@ def measure(kind, total_bytes, rounds):
             "pages": kind,
             "objects": len(pages),
             "object_bytes": len(pages[0][1]),
+            "load_average_before": load,
             "what": name,
             "mb_per_s_median": round(statistics.median(values)),
             "mb_per_s_all": [round(value) for value in values],

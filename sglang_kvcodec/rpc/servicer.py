@@ -21,8 +21,8 @@ import grpc.aio
 
 from sglang_kvcodec import __version__, metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES
-from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError, TruncatedError
-from sglang_kvcodec.format.exchange import PutOutcome, PutResult
+from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError
+from sglang_kvcodec.format.exchange import PutResult
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
@@ -105,19 +105,20 @@ class PeerServicer:
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
         """See ``protos/``."""
         async with self._serving("Put", context), self._stream("Put"):
+            storing: list[asyncio.Task[PutResult]] = []
+            try:
+                while (incoming := await self._receive(context)) is not None:
+                    # Stored while the next one arrives.
+                    storing.append(asyncio.create_task(self._store(incoming)))
+                    if len(storing) > MAX_PAGES_PER_REQUEST:
+                        raise FormatError(f"more than the {MAX_PAGES_PER_REQUEST} objects of one Put")
+            finally:
+                # What is committed is stored before the client hears how its stream ended.
+                ended = await asyncio.gather(*storing, return_exceptions=True)
             response = pb.PutResponse()
-            while (step := await self._next_step(context)) is not None:
-                if not isinstance(step, pb.PutRequest) or step.WhichOneof("step") != "begin":
-                    raise FormatError("an object starts with its begin")
-                if len(response.results) == MAX_PAGES_PER_REQUEST:
-                    raise FormatError(f"more than the {MAX_PAGES_PER_REQUEST} objects of one Put")
-                key, object_bytes = announced_object(step.begin)
-                await self._budget.acquire(object_bytes, self._limits.receive_wait_s)
-                try:
-                    result = await self._receive(IncomingObject(key, object_bytes), context)
-                finally:
-                    self._budget.release(object_bytes)
-                metrics.PEER_PUTS.labels(result.outcome.value).inc()
+            for result in ended:
+                if isinstance(result, BaseException):
+                    raise result
                 response.results.add(outcome=OUTCOMES[result.outcome], detail=result.detail)
             return response
 
@@ -203,21 +204,40 @@ class PeerServicer:
         await context.write(encoded)
         metrics.PEER_SENT_BYTES.inc(object_bytes)
 
-    async def _receive(self, incoming: IncomingObject, context: grpc.aio.ServicerContext) -> PutResult:
-        """Takes the chunks of an object up to its commit, then stores it."""
+    async def _receive(self, context: grpc.aio.ServicerContext) -> IncomingObject | None:
+        """The next object up to its commit, its bytes taken from the budget; None at the end of the stream."""
+        step = await self._next_step(context)
+        if step is None:
+            return None
+        if not isinstance(step, pb.PutRequest) or step.WhichOneof("step") != "begin":
+            raise FormatError("an object starts with its begin")
+        incoming = IncomingObject(*announced_object(step.begin))
+        await self._budget.acquire(incoming.object_bytes, self._limits.receive_wait_s)
+        try:
+            await self._receive_chunks(incoming, context)
+        except BaseException:
+            self._budget.release(incoming.object_bytes)
+            raise
+        return incoming
+
+    async def _receive_chunks(self, incoming: IncomingObject, context: grpc.aio.ServicerContext) -> None:
         while (step := await self._next_step(context)) is not None:
             if isinstance(step, memoryview):
                 incoming.add(step)
                 metrics.PEER_RECEIVED_BYTES.inc(len(step))
-                continue
-            if step.WhichOneof("step") != "commit" or not step.commit:
+            elif step.WhichOneof("step") == "commit" and step.commit:
+                return
+            else:
                 raise FormatError(f"page {incoming.key}: chunks and a commit follow the begin")
-            try:
-                incoming.check_complete()
-            except TruncatedError as error:
-                return PutResult(PutOutcome.REJECTED, f"{error.reason}: {error}")
-            return await self._write(store_object, self._engine, incoming.key, incoming.chunks)
         raise FormatError(f"page {incoming.key}: the stream ended before the commit")
+
+    async def _store(self, incoming: IncomingObject) -> PutResult:
+        try:
+            result = await self._write(store_object, self._engine, incoming)
+        finally:
+            self._budget.release(incoming.object_bytes)
+        metrics.PEER_PUTS.labels(result.outcome.value).inc()
+        return result
 
     async def _next_step(self, context: grpc.aio.ServicerContext) -> pb.PutRequest | memoryview | None:
         try:
