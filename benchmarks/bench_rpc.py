@@ -6,6 +6,7 @@ Peer, TCP sender and client are processes of their own. The store is in memory, 
 
 import argparse
 import os
+import pathlib
 import socket
 import statistics
 import subprocess
@@ -73,13 +74,22 @@ def fetch_all(peer, namespace, hashes):
     )
 
 
-def rate(function):
+def cpu_seconds(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rate(function, other_pid):
+    """MB/s, and CPU seconds per GB of the other process and of this one."""
     started = time.perf_counter()
+    before = cpu_seconds(other_pid), cpu_seconds("self")
     size_bytes = function()
-    return size_bytes / (time.perf_counter() - started) / 1e6
+    elapsed_s = time.perf_counter() - started
+    after = cpu_seconds(other_pid), cpu_seconds("self")
+    return size_bytes / elapsed_s / 1e6, *((b - a) / size_bytes * 1e9 for a, b in zip(before, after, strict=True))
 
 
-def fetch_rate(peer, namespace, hashes, streams):
+def fetch_rate(peer, pid, namespace, hashes, streams):
     """All pages, split among ``streams`` calls at once."""
     received = [0] * streams
 
@@ -94,10 +104,10 @@ def fetch_rate(peer, namespace, hashes, streams):
             thread.join()
         return sum(received)
 
-    return rate(every)
+    return rate(every, pid)
 
 
-def put_rate(peer, namespace, pages):
+def put_rate(peer, pid, namespace, pages):
     peer.delete(namespace, [page_hash for page_hash, _ in pages])
 
     def put():
@@ -105,13 +115,15 @@ def put_rate(peer, namespace, pages):
         assert all(result.outcome is PutOutcome.STORED for result in results), results
         return sum(len(data) for _, data in pages)
 
-    return rate(put)
+    return rate(put, pid)
 
 
 def measure(kind, total_bytes, rounds):
     namespace, pages = make_pages(BITS_PER_VALUE[kind], total_bytes)
     hashes = [page_hash for page_hash, _ in pages]
     total_bytes = sum(len(data) for _, data in pages)
+    # A machine with other work favours the socket: gRPC has several threads to run on either side.
+    load = os.getloadavg()[0]
     sender = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.bench_rpc", "--tcp-sender", str(total_bytes)],
         stdout=subprocess.PIPE,
@@ -122,23 +134,27 @@ def measure(kind, total_bytes, rounds):
         peer = GrpcPeer(process.remote, TIMEOUTS)
         port = int(sender.stdout.readline())
         for _ in range(rounds):
-            rates["put"].append(put_rate(peer, namespace, pages))
-            rates["tcp"].append(rate(lambda: tcp_copy(port)))
+            rates["put"].append(put_rate(peer, process.pid, namespace, pages))
+            rates["tcp"].append(rate(lambda: tcp_copy(port), sender.pid))
             for streams in (1, 4):
-                rates[f"fetch_{streams}"].append(fetch_rate(peer, namespace, hashes, streams))
+                rates[f"fetch_{streams}"].append(fetch_rate(peer, process.pid, namespace, hashes, streams))
         peer.close()
     sender.kill()
     sender.wait()
-    for name, values in rates.items():
-        ratios = [value / tcp for value, tcp in zip(values, rates["tcp"], strict=True)]
+    for name, rows in rates.items():
+        values, peer_cpu, client_cpu = zip(*rows, strict=True)
+        ratios = [value / tcp for value, (tcp, _, _) in zip(values, rates["tcp"], strict=True)]
         yield {
             "pages": kind,
             "objects": len(pages),
             "object_bytes": len(pages[0][1]),
+            "load_average_before": load,
             "what": name,
             "mb_per_s_median": round(statistics.median(values)),
             "mb_per_s_all": [round(value) for value in values],
             "ratio_to_tcp_median": round(statistics.median(ratios), 3),
+            "peer_cpu_s_per_gb": round(statistics.median(peer_cpu), 2),
+            "client_cpu_s_per_gb": round(statistics.median(client_cpu), 2),
         }
 
 
@@ -154,7 +170,8 @@ def main():
     rows = [row for kind in BITS_PER_VALUE for row in measure(kind, arguments.megabytes * MIB, arguments.rounds)]
     for row in rows:
         print(
-            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s  {row['ratio_to_tcp_median']:.2f} of TCP"
+            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s  {row['ratio_to_tcp_median']:.2f} of TCP  "
+            f"CPU s/GB: peer {row['peer_cpu_s_per_gb']:.2f}, client {row['client_cpu_s_per_gb']:.2f}"
         )
     if not arguments.dry:
         print(record("rpc", rows))

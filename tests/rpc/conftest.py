@@ -64,6 +64,7 @@ class PeerThread:
     def __init__(self, engine, limits=None):
         self._ready = threading.Event()
         self._failure = None
+        self._is_stopping = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(engine, limits)))
         self._thread.start()
         self._ready.wait()
@@ -88,6 +89,9 @@ class PeerThread:
         await self.server.stop(self._grace_s)
 
     def begin_stop(self, grace_s):
+        if self._is_stopping:
+            return
+        self._is_stopping = True
         self._grace_s = grace_s
         self._loop.call_soon_threadsafe(self._stopping.set)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sglang_kvcodec.format.page_object import read_header
-from sglang_kvcodec.rpc.fetching import PageLayout, Slice, plan_messages, read_message, read_page
+from sglang_kvcodec.rpc.fetching import PageLayout, PayloadReader, Slice, plan_messages, read_page
 from sglang_kvcodec.rpc.wire import decode_fetch
 
 
@@ -60,12 +60,16 @@ def test_an_object_that_went_or_changed_is_lost(engine, namespace, page):
     keys = [namespace + page(name)[0] for name in "abc"]
     engine.put(keys[0], b"0123456789")
     engine.put(keys[2], b"0123")
-    message = read_message(
-        engine, keys, [Slice(0, 2, 5), Slice(1, 0, 4), Slice(2, 2, 6), Slice(2, 0, 1), Slice(0, 5, 6)]
-    )
-    assert message.lost == {1, 2}
-    assert message.payload_bytes == 4
-    assert [(f.page_index, f.offset, f.data) for f in decode_fetch(message.encoded)] == [(0, 2, b"234"), (0, 5, b"5")]
+    plans = [
+        [Slice(0, 2, 5), Slice(1, 0, 4), Slice(2, 2, 6), Slice(2, 0, 1), Slice(0, 5, 6)],
+        [Slice(1, 4, 5)],
+        [Slice(0, 6, 10)],
+    ]
+    first, second, third = PayloadReader(engine, keys).read(plans)
+    assert (first.lost, first.payload_bytes) == ((1, 2), 4)
+    assert [(f.page_index, f.offset, f.data) for f in decode_fetch(first.encoded)] == [(0, 2, b"234"), (0, 5, b"5")]
+    assert (second.lost, second.payload_bytes) == ((), 0)
+    assert third.payload_bytes == 4
 
 
 def test_read_page_of_nothing(engine):

@@ -83,7 +83,7 @@ def test_messages_are_bounded(start_peer, connect, namespace, page):
     assert len(sizes) == 1 + -(-payload // MIN_MESSAGE_BYTES)
 
 
-@pytest.mark.parametrize(("asked", "given"), [(0, 1 << 20), (1, 16384), (50_000, 50_000), (1 << 31, 4 << 20)], ids=str)
+@pytest.mark.parametrize(("asked", "given"), [(0, 1 << 19), (1, 16384), (50_000, 50_000), (1 << 31, 4 << 20)], ids=str)
 def test_message_bytes(asked, given):
     assert message_bytes(asked) == given
 

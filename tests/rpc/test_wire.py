@@ -2,7 +2,7 @@
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kvcodec.errors import FormatError
@@ -10,11 +10,14 @@ from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, Fetch
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.wire import decode_fetch, decode_put, encode_chunk, encode_fragments
 
+no_deadline = settings(deadline=None)
+
 fragments = st.lists(
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**63), st.binary(max_size=300)).map(tuple), max_size=5
 )
 
 
+@no_deadline
 @given(fragments)
 def test_protobuf_reads_our_fragments(wanted):
     response = pb.FetchResponse.FromString(encode_fragments(wanted))
@@ -23,6 +26,7 @@ def test_protobuf_reads_our_fragments(wanted):
     assert not response.missing
 
 
+@no_deadline
 @given(fragments)
 def test_we_read_our_own_and_protobufs_fragments(wanted):
     expected = [FetchedFragment(*fragment) for fragment in wanted]
@@ -45,6 +49,7 @@ def test_headers_and_missing_pages():
     ]
 
 
+@no_deadline
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_as_protobuf_reads_them_or_refused(data):
     try:
@@ -59,6 +64,7 @@ def test_any_bytes_are_read_as_protobuf_reads_them_or_refused(data):
     ]
 
 
+@no_deadline
 @given(fragments, st.data())
 def test_a_cut_message_is_refused_or_read_as_protobuf_reads_it(wanted, data):
     encoded = encode_fragments(wanted)
@@ -67,6 +73,7 @@ def test_a_cut_message_is_refused_or_read_as_protobuf_reads_it(wanted, data):
     )
 
 
+@no_deadline
 @given(st.binary(max_size=300))
 def test_chunks(data):
     encoded = encode_chunk(data)
@@ -82,6 +89,7 @@ def test_put_steps_that_are_not_chunks():
     assert decode_put(b"") == pb.PutRequest()
 
 
+@no_deadline
 @given(st.binary(max_size=60))
 def test_any_put_bytes_are_read_as_protobuf_reads_them_or_refused(data):
     try:
