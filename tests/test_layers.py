@@ -33,6 +33,7 @@ HOMES = {
     "grpc": {"rpc"},
     "grpc_health": {"rpc"},
     "grpc_reflection": {"rpc"},
+    "hypothesis": {"testing"},
     "lmdb": {"storage"},
     "prometheus_client": {"metrics", "cli", "rpc", "plugin"},
     "pytest": {"testing"},

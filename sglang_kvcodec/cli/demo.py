@@ -25,7 +25,8 @@ from rich.table import Table
 from sglang_kvcodec.config import PROFILES
 from sglang_kvcodec.testing.conversation import first_difference, source_slices
 from sglang_kvcodec.testing.machine import describe_machine, gpu_names, versions
-from sglang_kvcodec.testing.processes import KVCodecArgs, PeerProcess, ProcessError, SGLangProcess
+from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
 from sglang_kvcodec.testing.sglang_client import CachedTokens, ChatReply
 
 TINY_MODEL = pathlib.Path(__file__).parents[2] / "tests/models/tiny-code-lm"
@@ -102,13 +103,13 @@ class Demo:
         options = self._options
         gpus = len(gpu_names())
         with self._progress("Starting a storage peer"):
-            peer = stack.enter_context(PeerProcess(self._log("peer"), f"lmdb:{self._work_dir / 'store'}"))
-            peer.wait_ready()
+            store = f"lmdb:{self._work_dir / 'store'}"
+            peer = stack.enter_context(PeerProcess(store, "2GB", arguments=("--log-level", "warning")))
         where = f"{gpus} GPU" if gpus else "CPU: slow, but the same code"
         with self._progress(f"Starting three SGLang servers with {pathlib.Path(options.model).name} ({where})"):
             started = []
             for index, name in enumerate(("A", "B", "plain")):
-                kvcodec = None if name == "plain" else KVCodecArgs(peer.url, options.profile)
+                kvcodec = None if name == "plain" else KVCodecArgs(peer.remote, options.profile)
                 server = SGLangProcess(
                     f"server-{name}",
                     options.model,
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json:
             write_json(options.json, options, turns)
         failed = not report_words(turns, console.print)
-    except (ProcessError, OSError) as error:
+    except (OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)
     except KeyboardInterrupt:
         console.print("interrupted")

@@ -1,6 +1,6 @@
-"""Storage peers and SGLang servers as processes of their own: for the demo, the integration tests and the benchmarks.
+"""SGLang servers as processes of their own: for the demo, the integration tests and the benchmarks.
 
-Standard library only: neither SGLang nor gRPC is imported here, they run in the processes.
+Standard library only: SGLang is not imported here, it runs in the processes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import dataclasses
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
@@ -22,7 +21,6 @@ from typing import Self
 
 from sglang_kvcodec.testing.sglang_client import SGLangClient
 
-_PEER_READY = re.compile(r"kvcodec peer ready on (\S+:\d+)")
 _POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -35,6 +33,8 @@ Several servers share few cores here: threads that spin while they wait would ta
 CPU_ARGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--max-total-tokens", "20000", "--mem-fraction-static", "0.3"),
+    # An idle scheduler would otherwise take a core from the servers that do work.
+    "--sleep-on-idle",
 )
 
 
@@ -180,49 +180,6 @@ def _runs(pid: int) -> bool:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-class PeerProcess(ManagedProcess):
-    """``kvcodec serve`` as a process."""
-
-    def __init__(
-        self,
-        log_path: pathlib.Path,
-        store: str,
-        capacity: str = "2GB",
-        listen: str = "127.0.0.1:0",
-        extra_args: Sequence[str] = (),
-        name: str = "peer",
-    ) -> None:
-        kvcodec = pathlib.Path(sys.executable).with_name("kvcodec")
-        command = [str(kvcodec), "serve", "--listen", listen, "--store", store, "--capacity", capacity, *extra_args]
-        super().__init__(name, command, log_path)
-        self._listen = listen
-
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Waits until it serves.
-
-        Raises:
-            ProcessError: it ended, or does not serve after ``timeout_s``.
-        """
-        for _ in _until(time.monotonic() + timeout_s):
-            if _PEER_READY.search(self.log_text()):
-                return
-            self.check_alive()
-        raise self.error(f"is not ready after {timeout_s} s")
-
-    @property
-    def address(self) -> str:
-        """``HOST:PORT`` it listens on, which a listen address with port 0 does not tell. Once it is ready."""
-        ready = _PEER_READY.findall(self.log_text())
-        if not ready:
-            raise self.error("has not said where it listens")
-        return str(ready[-1])
-
-    @property
-    def url(self) -> str:
-        """What ``--kvcodec-remote`` takes."""
-        return f"grpc://{self.address}"
 
 
 @dataclasses.dataclass(frozen=True)
