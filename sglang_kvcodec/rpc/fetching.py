@@ -111,31 +111,44 @@ class FetchMessage:
     Attributes:
         encoded: the serialized ``FetchResponse``.
         payload_bytes: object bytes in it.
-        lost: pages that have gone from the store since their header was read.
+        lost: pages found to have gone from the store since their header was read, each told once.
     """
 
     encoded: bytes
     payload_bytes: int
-    lost: frozenset[int]
+    lost: tuple[int, ...]
 
 
-def read_message(engine: StorageEngine, keys: Sequence[bytes], slices: Sequence[Slice]) -> FetchMessage:
-    """Reads ``slices`` into a message.
+class PayloadReader:
+    """Reads the messages of one Fetch in order; for one thread at a time."""
 
-    Raises:
-        StorageError: the engine failed.
-    """
-    fragments: list[tuple[int, int, Buffer]] = []
-    lost = set()
-    payload_bytes = 0
-    for piece in slices:
-        if piece.page_index in lost:
-            continue
-        data = engine.get_range(keys[piece.page_index], piece.start, piece.stop)
-        # A shorter object under the same key was stored anew in between; its other bytes fail the client's checks.
-        if data is None or len(data) != piece.stop - piece.start:
-            lost.add(piece.page_index)
-            continue
-        fragments.append((piece.page_index, piece.start, data))
-        payload_bytes += len(data)
-    return FetchMessage(encode_fragments(fragments), payload_bytes, frozenset(lost))
+    def __init__(self, engine: StorageEngine, keys: Sequence[bytes]) -> None:
+        """Reads objects of ``engine``; ``keys`` by page index."""
+        self._engine = engine
+        self._keys = keys
+        self._lost: set[int] = set()
+
+    def read(self, plans: Sequence[Sequence[Slice]]) -> list[FetchMessage]:
+        """Reads each plan's slices into a message.
+
+        Raises:
+            StorageError: the engine failed.
+        """
+        return [self._read_one(slices) for slices in plans]
+
+    def _read_one(self, slices: Sequence[Slice]) -> FetchMessage:
+        fragments: list[tuple[int, int, Buffer]] = []
+        lost = []
+        payload_bytes = 0
+        for piece in slices:
+            if piece.page_index in self._lost:
+                continue
+            data = self._engine.get_range(self._keys[piece.page_index], piece.start, piece.stop)
+            # A shorter object under the same key was stored anew in between; its other bytes fail the client's checks.
+            if data is None or len(data) != piece.stop - piece.start:
+                self._lost.add(piece.page_index)
+                lost.append(piece.page_index)
+                continue
+            fragments.append((piece.page_index, piece.start, data))
+            payload_bytes += len(data)
+        return FetchMessage(encode_fragments(fragments), payload_bytes, tuple(lost))

@@ -8,15 +8,16 @@ ChannelOptions = list[tuple[str, int]]
 
 MAX_PAGES_PER_REQUEST = 1 << 16
 """Pages in one Lookup, Fetch or Delete; objects in one Put."""
-DEFAULT_MESSAGE_BYTES = MIB
-"""Payload of one Fetch message, and of one chunk of a Put."""
+DEFAULT_MESSAGE_BYTES = MIB // 2
+"""Payload of one Fetch message, and of one chunk of a Put. Above it glibc gives a message's memory back to the system
+and faults it in anew for the next, which costs a client more than further messages do."""
 MIN_MESSAGE_BYTES = 16 << 10
 MAX_MESSAGE_BYTES = 4 * MIB
 GRPC_MESSAGE_BYTES = 8 * MIB
 """gRPC refuses a larger message: above the largest manifest, the largest chunk and the longest list of hashes."""
 
 _FRAME_BYTES = MIB
-_READ_CHUNK_BYTES = MIB
+_READ_CHUNK_BYTES = 256 << 10
 _KEEPALIVE_S = 10
 _KEEPALIVE_TIMEOUT_S = 5
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sglang_kvcodec.errors import CapacityError, FormatError, StorageUnavailableError, TruncatedError
 from sglang_kvcodec.format.digest import Buffer
 from sglang_kvcodec.format.exchange import PutOutcome, PutResult
@@ -63,15 +61,16 @@ class IncomingObject:
             )
 
 
-def store_object(engine: StorageEngine, key: PageKey, chunks: Sequence[Buffer]) -> PutResult:
-    """Checks every byte of an object and stores it. Blocking; for a pool of threads."""
-    data = b"".join(chunks)
+def store_object(engine: StorageEngine, incoming: IncomingObject) -> PutResult:
+    """Checks every byte of a committed object and stores it. Blocking; for a pool of threads."""
     try:
-        PageObject(data, expected=key)
+        incoming.check_complete()
+        data = b"".join(incoming.chunks)
+        PageObject(data, expected=incoming.key)
     except FormatError as error:
         return PutResult(PutOutcome.REJECTED, f"{error.reason}: {error}")
     try:
-        stored = engine.put(key.to_bytes(), data)
+        stored = engine.put(incoming.key.to_bytes(), data)
     except (CapacityError, StorageUnavailableError) as error:
         return PutResult(PutOutcome.NO_CAPACITY, str(error))
     return PutResult(PutOutcome.STORED if stored else PutOutcome.ALREADY_STORED)

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
 from sglang_kvcodec.config import MAX_OBJECT_BYTES
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.namespace import NAMESPACE_BYTES, PAGE_HASH_BYTES, PageKey
 from sglang_kvcodec.format.page_object import PREFIX
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import MAX_PAGES_PER_REQUEST
+
+M = TypeVar("M", bound=Message)
+
+
+def parsed(kind: type[M], data: bytes) -> M:
+    """The request that ``data`` is.
+
+    Raises:
+        FormatError: it is not one.
+    """
+    request = kind()
+    try:
+        request.ParseFromString(data)
+    except DecodeError as error:
+        raise FormatError(f"not a {kind.__name__}: {error}") from error
+    return request
 
 
 def storage_keys(namespace_digest: bytes, page_hashes: bytes) -> list[bytes]:

@@ -24,16 +24,16 @@ _METRICS_PERIOD_S = 5.0
 
 
 def _handlers(servicer: PeerServicer) -> grpc.GenericRpcHandler:
-    """The service as ``protos/`` has it; the bulk side of Fetch and Put passes bytes, see ``rpc/wire.py``."""
-    unary = grpc.unary_unary_rpc_method_handler
+    """The service as ``protos/`` has it; the servicer reads requests itself, and writes what it streams."""
+    unary, streamed = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
-            "Lookup": unary(servicer.Lookup, pb.LookupRequest.FromString, pb.LookupResponse.SerializeToString),
-            "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, pb.FetchRequest.FromString, None),
+            "Lookup": unary(servicer.Lookup, None, pb.LookupResponse.SerializeToString),
+            "Fetch": streamed(servicer.Fetch, None, None),
             "Put": grpc.stream_unary_rpc_method_handler(servicer.Put, None, pb.PutResponse.SerializeToString),
-            "Delete": unary(servicer.Delete, pb.DeleteRequest.FromString, pb.DeleteResponse.SerializeToString),
-            "Stat": unary(servicer.Stat, pb.StatRequest.FromString, pb.StatResponse.SerializeToString),
+            "Delete": unary(servicer.Delete, None, pb.DeleteResponse.SerializeToString),
+            "Stat": unary(servicer.Stat, None, pb.StatResponse.SerializeToString),
         },
     )
 

@@ -1,4 +1,8 @@
-"""The peer's five RPCs. Nothing a client or an engine does ends more than its own call."""
+"""The peer's five RPCs. Nothing a client or an engine does ends more than its own call.
+
+Requests come serialized, so that bytes which are none are refused like any other bad request; Fetch writes serialized
+messages, see ``rpc/wire.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,18 +21,18 @@ import grpc
 import grpc.aio
 
 from sglang_kvcodec import __version__, metrics
-from sglang_kvcodec.config import MAX_OBJECT_BYTES
-from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError, TruncatedError
-from sglang_kvcodec.format.exchange import PutOutcome, PutResult
+from sglang_kvcodec.config import MAX_OBJECT_BYTES, MIB
+from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError
+from sglang_kvcodec.format.exchange import PutResult
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
 from sglang_kvcodec.rpc.budget import ByteBudget
 from sglang_kvcodec.rpc.errors import status_of
-from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, Slice, plan_messages, read_message, read_page
+from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
-from sglang_kvcodec.rpc.requests import announced_object, storage_keys
+from sglang_kvcodec.rpc.requests import announced_object, parsed, storage_keys
 from sglang_kvcodec.rpc.wire import decode_put
 from sglang_kvcodec.storage.base import StorageEngine
 
@@ -36,6 +41,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HEADERS_PER_READ = 32
+_READ_AHEAD_BYTES = 2 * MIB
+"""Payload that a Fetch reads at once; it holds two of these. A hand-over to a thread costs as much as a message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +82,10 @@ class PeerServicer:
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown(cancel_futures=True)
 
-    async def Lookup(self, request: pb.LookupRequest, context: grpc.aio.ServicerContext) -> pb.LookupResponse:
+    async def Lookup(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.LookupResponse:
         """See ``protos/``."""
         async with self._serving("Lookup", context):
+            request = parsed(pb.LookupRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             sizes = await self._read(self._engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
@@ -87,9 +95,10 @@ class PeerServicer:
                 covered_bytes=sum(size for size in sizes[:covered] if size is not None),
             )
 
-    async def Fetch(self, request: pb.FetchRequest, context: grpc.aio.ServicerContext) -> None:
-        """See ``protos/``. Writes serialized messages."""
+    async def Fetch(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        """See ``protos/``."""
         async with self._serving("Fetch", context), self._stream("Fetch"):
+            request = parsed(pb.FetchRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             most_bytes = self._bandwidth.message_bytes if self._bandwidth else MAX_MESSAGE_BYTES
             size_bytes = message_bytes(request.max_message_bytes, most_bytes)
@@ -97,33 +106,36 @@ class PeerServicer:
             await self._send_payload(keys, layouts, size_bytes, context)
 
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
-        """See ``protos/``. Reads serialized messages."""
+        """See ``protos/``."""
         async with self._serving("Put", context), self._stream("Put"):
+            storing: list[asyncio.Task[PutResult]] = []
+            try:
+                while (incoming := await self._receive(context)) is not None:
+                    # Stored while the next one arrives.
+                    storing.append(asyncio.create_task(self._store(incoming)))
+                    if len(storing) > MAX_PAGES_PER_REQUEST:
+                        raise FormatError(f"more than the {MAX_PAGES_PER_REQUEST} objects of one Put")
+            finally:
+                # What is committed is stored before the client hears how its stream ended.
+                ended = await asyncio.gather(*storing, return_exceptions=True)
             response = pb.PutResponse()
-            while (step := await self._next_step(context)) is not None:
-                if not isinstance(step, pb.PutRequest) or step.WhichOneof("step") != "begin":
-                    raise FormatError("an object starts with its begin")
-                if len(response.results) == MAX_PAGES_PER_REQUEST:
-                    raise FormatError(f"more than the {MAX_PAGES_PER_REQUEST} objects of one Put")
-                key, object_bytes = announced_object(step.begin)
-                await self._budget.acquire(object_bytes, self._limits.receive_wait_s)
-                try:
-                    result = await self._receive(IncomingObject(key, object_bytes), context)
-                finally:
-                    self._budget.release(object_bytes)
-                metrics.PEER_PUTS.labels(result.outcome.value).inc()
+            for result in ended:
+                if isinstance(result, BaseException):
+                    raise result
                 response.results.add(outcome=OUTCOMES[result.outcome], detail=result.detail)
             return response
 
-    async def Delete(self, request: pb.DeleteRequest, context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
+    async def Delete(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
         """See ``protos/``."""
         async with self._serving("Delete", context):
+            request = parsed(pb.DeleteRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._engine, keys))
 
-    async def Stat(self, request: pb.StatRequest, context: grpc.aio.ServicerContext) -> pb.StatResponse:
+    async def Stat(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.StatResponse:
         """See ``protos/``."""
         async with self._serving("Stat", context):
+            parsed(pb.StatRequest, data)
             stat = await self._read(self._engine.stat)
             return pb.StatResponse(
                 objects=stat.objects,
@@ -161,33 +173,34 @@ class PeerServicer:
         return layouts
 
     async def _send_payload(
-        self, keys: Sequence[bytes], layouts: dict[int, PageLayout], size_bytes: int, context: grpc.aio.ServicerContext
+        self,
+        keys: Sequence[bytes],
+        layouts: dict[int, PageLayout],
+        size_bytes: int,
+        context: grpc.aio.ServicerContext,
     ) -> None:
-        """Sends the payload; the next message is read while the last one leaves."""
-        lost: set[int] = set()
+        """Sends the payload; the next few messages are read while the last few leave."""
+        reader = PayloadReader(self._engine, keys)
         plan = plan_messages(layouts, size_bytes)
-        pending = self._read_ahead(next(plan, None), keys)
+        at_once = max(1, _READ_AHEAD_BYTES // size_bytes)
+        pending: asyncio.Task[list[FetchMessage]] | None = None
         try:
-            while pending is not None:
-                message = await pending
-                slices = next(plan, None)
-                if slices is not None:
-                    gone = lost | message.lost
-                    slices = [piece for piece in slices if piece.page_index not in gone]
-                pending = self._read_ahead(slices, keys)
-                if newly_lost := message.lost - lost:
-                    lost |= newly_lost
-                    await context.write(pb.FetchResponse(missing=sorted(newly_lost)).SerializeToString())
-                if message.payload_bytes:
-                    await self._send(message.encoded, message.payload_bytes, context)
+            while slices := list(itertools.islice(plan, at_once)):
+                messages = [] if pending is None else await pending
+                pending = asyncio.create_task(self._read(reader.read, slices))
+                await self._send_all(messages, context)
+            if pending is not None:
+                await self._send_all(await pending, context)
         finally:
             if pending is not None:
                 pending.cancel()
 
-    def _read_ahead(self, slices: list[Slice] | None, keys: Sequence[bytes]) -> asyncio.Future[FetchMessage] | None:
-        if slices is None:
-            return None
-        return asyncio.get_running_loop().run_in_executor(self._readers, read_message, self._engine, keys, slices)
+    async def _send_all(self, messages: Sequence[FetchMessage], context: grpc.aio.ServicerContext) -> None:
+        for message in messages:
+            if message.lost:
+                await context.write(pb.FetchResponse(missing=message.lost).SerializeToString())
+            if message.payload_bytes:
+                await self._send(message.encoded, message.payload_bytes, context)
 
     async def _send(self, encoded: bytes, object_bytes: int, context: grpc.aio.ServicerContext) -> None:
         if self._bandwidth is not None:
@@ -195,21 +208,40 @@ class PeerServicer:
         await context.write(encoded)
         metrics.PEER_SENT_BYTES.inc(object_bytes)
 
-    async def _receive(self, incoming: IncomingObject, context: grpc.aio.ServicerContext) -> PutResult:
-        """Takes the chunks of an object up to its commit, then stores it."""
+    async def _receive(self, context: grpc.aio.ServicerContext) -> IncomingObject | None:
+        """The next object up to its commit, its bytes taken from the budget; None at the end of the stream."""
+        step = await self._next_step(context)
+        if step is None:
+            return None
+        if not isinstance(step, pb.PutRequest) or step.WhichOneof("step") != "begin":
+            raise FormatError("an object starts with its begin")
+        incoming = IncomingObject(*announced_object(step.begin))
+        await self._budget.acquire(incoming.object_bytes, self._limits.receive_wait_s)
+        try:
+            await self._receive_chunks(incoming, context)
+        except BaseException:
+            self._budget.release(incoming.object_bytes)
+            raise
+        return incoming
+
+    async def _receive_chunks(self, incoming: IncomingObject, context: grpc.aio.ServicerContext) -> None:
         while (step := await self._next_step(context)) is not None:
             if isinstance(step, memoryview):
                 incoming.add(step)
                 metrics.PEER_RECEIVED_BYTES.inc(len(step))
-                continue
-            if step.WhichOneof("step") != "commit" or not step.commit:
+            elif step.WhichOneof("step") == "commit" and step.commit:
+                return
+            else:
                 raise FormatError(f"page {incoming.key}: chunks and a commit follow the begin")
-            try:
-                incoming.check_complete()
-            except TruncatedError as error:
-                return PutResult(PutOutcome.REJECTED, f"{error.reason}: {error}")
-            return await self._write(store_object, self._engine, incoming.key, incoming.chunks)
         raise FormatError(f"page {incoming.key}: the stream ended before the commit")
+
+    async def _store(self, incoming: IncomingObject) -> PutResult:
+        try:
+            result = await self._write(store_object, self._engine, incoming)
+        finally:
+            self._budget.release(incoming.object_bytes)
+        metrics.PEER_PUTS.labels(result.outcome.value).inc()
+        return result
 
     async def _next_step(self, context: grpc.aio.ServicerContext) -> pb.PutRequest | memoryview | None:
         try:

@@ -94,7 +94,7 @@ def _plain_fragments(data: bytes) -> list[FetchedFragment]:
         page_index, position = _read_varint(data, _expect(data, position, _PAGE_INDEX_TAG))
         offset, position = _read_varint(data, _expect(data, position, _OFFSET_TAG))
         data_bytes, position = _read_varint(data, _expect(data, position, _DATA_TAG))
-        if position + data_bytes != stop or stop > len(data):
+        if position + data_bytes != stop or stop > len(data) or page_index >> 32 or offset >> 64:
             raise IndexError
         fragments.append(FetchedFragment(page_index, offset, data[position:stop]))
         position = stop

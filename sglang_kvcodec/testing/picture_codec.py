@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import sys
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +77,8 @@ class PictureCodecContract:
     def test_encoding_is_deterministic(self) -> None:
         canvases = noise(2, 256, 192, 4.0)
         assert self.open_encoder().encode(canvases) == self.open_encoder().encode(canvases)
+        repeated = self.open_encoder().encode(np.repeat(canvases[:1], 40, axis=0))
+        assert len(set(repeated.pictures)) == 1
 
     def test_damaged_pictures_never_pass_for_sound(self) -> None:
         canvases = noise(2, 192, 192, 4.0)
@@ -119,6 +124,13 @@ class PictureCodecContract:
         with pytest.raises(CodecError):
             decoder.decode(small.parameter_sets, [])
 
+    def test_other_threads_run_during_the_work(self) -> None:
+        canvases = noise(2, 1024, 1024, 30.0)
+        encoder, decoder = self.open_encoder(), self.open_decoder()
+        encoded = encoder.encode(canvases)
+        assert runs_beside(lambda: encoder.encode(canvases))
+        assert runs_beside(lambda: decoder.decode(encoded.parameter_sets, encoded.pictures))
+
     def test_threads_with_objects_of_their_own_do_not_disturb_each_other(self) -> None:
         def round_trips(seed: int) -> bool:
             encoder, decoder = self.open_encoder(), self.open_decoder()
@@ -133,6 +145,28 @@ class PictureCodecContract:
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             assert all(pool.map(round_trips, range(8)))
+
+
+def runs_beside(work: Callable[[], object]) -> bool:
+    """Whether this thread gets Python's lock before ``work`` ends on another one that is never asked to give it up."""
+    started, done = threading.Event(), threading.Event()
+
+    def run() -> None:
+        started.set()
+        work()
+        done.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        started.wait()
+        beside = not done.is_set()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return beside
 
 
 def assert_refused_or_shaped(

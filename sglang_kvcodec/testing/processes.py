@@ -25,8 +25,11 @@ _POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
-CPU_ENV = {"SGLANG_PLATFORM": "kvcodec_cpu"}
-"""What lets stock SGLang run without a GPU, together with :data:`CPU_ARGS`."""
+CPU_ENV = {"SGLANG_PLATFORM": "kvcodec_cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+"""What lets stock SGLang run without a GPU, together with :data:`CPU_ARGS`.
+
+Several servers share few cores here: threads that spin while they wait would take them from each other.
+"""
 CPU_ARGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--max-total-tokens", "20000", "--mem-fraction-static", "0.3"),

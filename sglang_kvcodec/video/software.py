@@ -18,10 +18,10 @@ from sglang_kvcodec.errors import CodecError
 from sglang_kvcodec.video.base import Canvases, EncodedPictures
 from sglang_kvcodec.video.bitstream import split_access_unit
 
-# What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, blocks of 32 as levels from 5 on
-# ask for, every picture an IDR. The latter is asked for picture by picture, because with keyint=1 x265 states a profile
-# of the range extensions. Look-ahead and frame threads are off, so that each picture comes out as soon as it went in and
-# the encoder stays open.
+# What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, blocks of 32 (levels from 5 on
+# forbid smaller ones), every picture an IDR. That is asked for picture by picture, because with keyint=1 x265 states a
+# profile of the range extensions. Look-ahead and frame threads are off, so that each picture comes out as soon as it
+# went in and the encoder stays open.
 _X265_PARAMS = ":".join(
     [
         "lossless=1",
@@ -33,14 +33,14 @@ _X265_PARAMS = ":".join(
         "tu-intra-depth=2",
         "rc-lookahead=0",
         "scenecut=0",
-        "open-gop=0",
+        "no-open-gop=1",
         "slices=1",
-        "wpp=0",
+        "no-wpp=1",
         "pools=none",
         "frame-threads=1",
-        "sao=0",
-        "deblock=0",
-        "info=0",
+        "no-sao=1",
+        "no-deblock=1",
+        "no-info=1",
         "annexb=1",
         "repeat-headers=1",
         "log-level=none",

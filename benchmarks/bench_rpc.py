@@ -1,0 +1,181 @@
+"""Throughput of peer and client over loopback, against a plain TCP socket copy of the same bytes in the same run.
+
+Peer, TCP sender and client are processes of their own. The store is in memory, so that no disk is measured.
+``python -m benchmarks.bench_rpc [--megabytes 256] [--rounds 5]``
+"""
+
+import argparse
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+from benchmarks.record import record
+from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.format.exchange import PutOutcome
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import SideData, build_page_object
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, layer_groups
+from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.testing.peer import PeerProcess
+
+SPEC = KVSpec(layers=32, kv_heads=8, head_dim=128, page_tokens=64, dtype=KVDtype.BFLOAT16)
+"""An 8B model."""
+BITS_PER_VALUE = {"coded": 2, "raw": 16}
+MIB = 1 << 20
+TIMEOUTS = Timeouts(progress_s=30, fetch_s=300, put_s=300)
+
+
+def make_pages(bits_per_value, total_bytes):
+    """``(page_hash, object)`` pairs of about ``total_bytes``, with the parts that pages of this density have."""
+    namespace = os.urandom(32)
+    groups = [
+        {
+            side: SideData(stored=os.urandom(group.layers * SPEC.layer_values * bits_per_value // 8))
+            for side in SPEC.sides
+        }
+        for group in layer_groups(SPEC)
+    ]
+    pages = []
+    while sum(len(data) for _, data in pages) < total_bytes:
+        page_hash = os.urandom(32)
+        pages.append((page_hash, build_page_object(PageKey(namespace, page_hash), SPEC, "raw", groups)))
+    return namespace, pages
+
+
+def tcp_sender(total_bytes):
+    """Serves ``total_bytes`` to every connection, in pieces of 1 MiB."""
+    piece = os.urandom(MIB)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        print(server.getsockname()[1], flush=True)
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                left = total_bytes
+                while left:
+                    left -= connection.send(piece[:left] if left < MIB else piece)
+
+
+def tcp_copy(port):
+    received, buffer = 0, bytearray(MIB)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        while size := connection.recv_into(buffer):
+            received += size
+    return received
+
+
+def fetch_all(peer, namespace, hashes):
+    return sum(
+        len(event.header) if hasattr(event, "header") else len(event.data) for event in peer.fetch(namespace, hashes)
+    )
+
+
+def cpu_seconds(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rate(function, other_pid):
+    """MB/s, and CPU seconds per GB of the other process and of this one."""
+    started = time.perf_counter()
+    before = cpu_seconds(other_pid), cpu_seconds("self")
+    size_bytes = function()
+    elapsed_s = time.perf_counter() - started
+    after = cpu_seconds(other_pid), cpu_seconds("self")
+    return size_bytes / elapsed_s / 1e6, *((b - a) / size_bytes * 1e9 for a, b in zip(before, after, strict=True))
+
+
+def fetch_rate(peer, pid, namespace, hashes, streams):
+    """All pages, split among ``streams`` calls at once."""
+    received = [0] * streams
+
+    def one(index):
+        received[index] = fetch_all(peer, namespace, hashes[index::streams])
+
+    def every():
+        threads = [threading.Thread(target=one, args=(index,)) for index in range(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(received)
+
+    return rate(every, pid)
+
+
+def put_rate(peer, pid, namespace, pages):
+    peer.delete(namespace, [page_hash for page_hash, _ in pages])
+
+    def put():
+        results = peer.put(namespace, pages)
+        assert all(result.outcome is PutOutcome.STORED for result in results), results
+        return sum(len(data) for _, data in pages)
+
+    return rate(put, pid)
+
+
+def measure(kind, total_bytes, rounds):
+    namespace, pages = make_pages(BITS_PER_VALUE[kind], total_bytes)
+    hashes = [page_hash for page_hash, _ in pages]
+    total_bytes = sum(len(data) for _, data in pages)
+    # A machine with other work favours the socket: gRPC has several threads to run on either side.
+    load = os.getloadavg()[0]
+    sender = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.bench_rpc", "--tcp-sender", str(total_bytes)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    rates = {"tcp": [], "put": [], "fetch_1": [], "fetch_4": []}
+    with PeerProcess(capacity=str(2 * total_bytes), arguments=["--log-level", "warning"]) as process:
+        peer = GrpcPeer(process.remote, TIMEOUTS)
+        port = int(sender.stdout.readline())
+        for _ in range(rounds):
+            rates["put"].append(put_rate(peer, process.pid, namespace, pages))
+            rates["tcp"].append(rate(lambda: tcp_copy(port), sender.pid))
+            for streams in (1, 4):
+                rates[f"fetch_{streams}"].append(fetch_rate(peer, process.pid, namespace, hashes, streams))
+        peer.close()
+    sender.kill()
+    sender.wait()
+    for name, rows in rates.items():
+        values, peer_cpu, client_cpu = zip(*rows, strict=True)
+        ratios = [value / tcp for value, (tcp, _, _) in zip(values, rates["tcp"], strict=True)]
+        yield {
+            "pages": kind,
+            "objects": len(pages),
+            "object_bytes": len(pages[0][1]),
+            "load_average_before": load,
+            "what": name,
+            "mb_per_s_median": round(statistics.median(values)),
+            "mb_per_s_all": [round(value) for value in values],
+            "ratio_to_tcp_median": round(statistics.median(ratios), 3),
+            "peer_cpu_s_per_gb": round(statistics.median(peer_cpu), 2),
+            "client_cpu_s_per_gb": round(statistics.median(client_cpu), 2),
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dry", action="store_true", help="print, but keep no result")
+    parser.add_argument("--tcp-sender", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.tcp_sender:
+        tcp_sender(arguments.tcp_sender)
+    rows = [row for kind in BITS_PER_VALUE for row in measure(kind, arguments.megabytes * MIB, arguments.rounds)]
+    for row in rows:
+        print(
+            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s  {row['ratio_to_tcp_median']:.2f} of TCP  "
+            f"CPU s/GB: peer {row['peer_cpu_s_per_gb']:.2f}, client {row['client_cpu_s_per_gb']:.2f}"
+        )
+    if not arguments.dry:
+        print(record("rpc", rows))
+
+
+if __name__ == "__main__":
+    main()

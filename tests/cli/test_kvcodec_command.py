@@ -1,0 +1,94 @@
+"""The command itself: what it prints, what it refuses, what it needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sglang_kvcodec import __version__
+from sglang_kvcodec.cli.main import main
+from sglang_kvcodec.cli.serve import check_listen
+from sglang_kvcodec.config import parse_bits_per_s
+from sglang_kvcodec.errors import ConfigurationError
+
+
+def test_version_and_help(capsys):
+    for argument in ("--version", "--help"):
+        with pytest.raises(SystemExit) as caught:
+            main([argument])
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"kvcodec {__version__}" in out
+    assert "serve" in out
+
+
+SERVE = ["serve", "--listen", "127.0.0.1:0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*SERVE, "--store", "floppy:A"], "unknown storage engine"),
+        ([*SERVE, "--store", "memory:", "--capacity", "much"], "not a size"),
+        ([*SERVE, "--store", "memory:", "--bandwidth-limit", "fast"], "not a bandwidth"),
+        ([*SERVE, "--store", "memory:", "--max-streams", "0"], "--max-streams"),
+        (["serve", "--store", "memory:", "--listen", "here"], "HOST:PORT"),
+        (["serve", "--store", "memory:", "--listen", "127.0.0.1:99999"], "HOST:PORT"),
+        (["serve", "--store", "memory:", "--listen", "0.0.0.0:0"], "--insecure"),
+        (["serve", "--store", "memory:", "--listen", "192.0.2.1:1", "--insecure"], "can't listen"),
+        ([*SERVE, "--store", "memory:", "--metrics-port", "99999"], "can't serve metrics"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(capfd, arguments, words):
+    assert main(arguments) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("kvcodec: ")
+    assert words in last
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.8.0.1:1", "localhost:65535", "[::1]:7440"])
+def test_loopback_needs_no_flag(listen):
+    assert check_listen(listen, insecure=False) == listen.rpartition(":")[0]
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "example.org:1", "127.0.0.1.example.org:1"])
+def test_beyond_this_machine_needs_a_flag_and_warns(listen, caplog):
+    with pytest.raises(ConfigurationError, match="--insecure"):
+        check_listen(listen, insecure=False)
+    assert check_listen(listen, insecure=True) == listen.rpartition(":")[0]
+    assert "plaintext" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "bits"), [("1Gbps", 10**9), ("2.5 mbps", 2_500_000), ("9600bps", 9600)])
+def test_bandwidths(text, bits):
+    assert parse_bits_per_s(text) == bits
+
+
+@pytest.mark.parametrize("text", ["", "0Gbps", "1GB", "-1Mbps", "1Gibps"])
+def test_no_bandwidths(text):
+    with pytest.raises(ConfigurationError):
+        parse_bits_per_s(text)
+
+
+def test_a_peer_needs_neither_torch_nor_sglang_nor_video():
+    script = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "sglang", "av", "triton"):
+            raise ImportError(f"{name} is not on this machine")
+sys.meta_path.insert(0, Blocked())
+from sglang_kvcodec.cli.main import main
+from sglang_kvcodec.storage import open_engine
+import sglang_kvcodec.rpc.client
+open_engine("memory:", 1000).close()
+try:
+    main(["serve", "--help"])
+except SystemExit as stopped:
+    sys.exit(stopped.code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--capacity" in done.stdout

@@ -1,0 +1,161 @@
+"""Real ``kvcodec serve`` processes: killed, restarted, drained."""
+
+import contextlib
+import random
+import threading
+import urllib.request
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.errors import PeerUnavailableError
+from sglang_kvcodec.format.exchange import FetchedHeader, PutOutcome
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import SideData, build_page_object
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, layer_groups
+from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
+from sglang_kvcodec.testing.peer import PeerProcess
+
+NAMESPACE = bytes(range(32))
+SPEC = KVSpec(layers=7, kv_heads=1, head_dim=1024, page_tokens=64, dtype=KVDtype.BFLOAT16)
+PATIENT = Timeouts(connect_s=20, lookup_s=20, progress_s=20, fetch_s=60, put_s=60)
+READY_S = 30
+
+
+def make_page(name, part_bytes=50_001):
+    source = random.Random(name)
+    page_hash = source.randbytes(32)
+    groups = [{side: SideData(stored=source.randbytes(part_bytes)) for side in SPEC.sides} for _ in layer_groups(SPEC)]
+    return page_hash, build_page_object(PageKey(NAMESPACE, page_hash), SPEC, "raw", groups)
+
+
+PAGES = [make_page(f"page {index}") for index in range(4)]
+HASHES = [page_hash for page_hash, _ in PAGES]
+
+
+def fetch_all(client):
+    pages = {}
+    for event in client.fetch(NAMESPACE, HASHES):
+        if isinstance(event, FetchedHeader):
+            pages[event.page_index] = bytearray(event.header) + bytearray(event.object_bytes - len(event.header))
+        else:
+            pages[event.page_index][event.offset : event.offset + len(event.data)] = event.data
+    return [bytes(pages[index]) for index in range(len(PAGES))]
+
+
+@pytest.fixture
+def connect():
+    with contextlib.ExitStack() as stack:
+
+        def make(remote):
+            client = GrpcPeer(remote, PATIENT, max_message_bytes=1)
+            stack.callback(client.close)
+            return client
+
+        yield make
+
+
+def test_killed_in_the_middle_of_a_fetch_and_back(tmp_path, connect):
+    # Slow, so that the fetch can't be over before the kill.
+    with PeerProcess(f"lmdb:{tmp_path}/store", bandwidth_limit="1Mbps") as process:
+        client = connect(process.remote)
+        assert all(result.outcome is PutOutcome.STORED for result in client.put(NAMESPACE, PAGES))
+        events = client.fetch(NAMESPACE, HASHES)
+        for _ in range(len(PAGES) + 2):
+            next(events)
+        process.kill()
+        with pytest.raises(PeerUnavailableError):
+            list(events)
+        with pytest.raises(PeerUnavailableError):
+            client.lookup(NAMESPACE, HASHES)
+    with PeerProcess(f"lmdb:{tmp_path}/store", port=int(process.address.rpartition(":")[2])):
+        client.wait_until_ready(READY_S)
+        assert client.lookup(NAMESPACE, HASHES).covered_pages == len(PAGES)
+        assert fetch_all(client) == [data for _, data in PAGES]
+
+
+def test_killed_in_the_middle_of_a_put_and_back(tmp_path, connect):
+    with PeerProcess(f"lmdb:{tmp_path}/store") as process:
+        client = connect(process.remote)
+        received, killed = threading.Event(), threading.Event()
+        (hash_a, data_a), (hash_b, data_b) = PAGES[:2]
+
+        def steps():
+            for page_hash, data in ((hash_a, data_a), (hash_b, data_b[:-1])):
+                begin = pb.PutBegin(namespace_digest=NAMESPACE, page_hash=page_hash, object_bytes=len(data_a))
+                yield pb.PutRequest(begin=begin)
+                yield pb.PutRequest(chunk=data)
+                if page_hash == hash_a:
+                    yield pb.PutRequest(commit=True)
+            received.set()
+            killed.wait()
+
+        with grpc.insecure_channel(process.address) as channel:
+            call = PeerStub(channel).Put.future(steps())
+            received.wait()
+            while not client.lookup(NAMESPACE, [hash_a]).covered_pages:
+                pass  # until the first object's commit has been served: the peer answers each question in turn
+            process.kill()
+            killed.set()
+            assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
+        process.restart()
+        client.wait_until_ready(READY_S)
+        assert client.lookup(NAMESPACE, [hash_a, hash_b]).present == (True, False)
+        outcomes = [result.outcome for result in client.put(NAMESPACE, PAGES)]
+        assert outcomes == [PutOutcome.ALREADY_STORED] + [PutOutcome.STORED] * 3
+        assert fetch_all(client) == [data for _, data in PAGES]
+
+
+def test_sigterm_drains_and_exits_with_0(tmp_path, connect):
+    with PeerProcess(f"lmdb:{tmp_path}/store", bandwidth_limit="20Mbps", arguments=["--grace", "60"]) as process:
+        client = connect(process.remote)
+        client.put(NAMESPACE, PAGES)
+        events = client.fetch(NAMESPACE, HASHES)
+        first = next(events)
+        with grpc.insecure_channel(process.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+            process.signal_stop()
+            assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            health.cancel()
+        received = len(first.header) + sum(
+            len(getattr(event, "data", getattr(event, "header", b""))) for event in events
+        )
+        assert received == sum(len(data) for _, data in PAGES)
+        assert process.wait() == 0
+
+
+def test_sigterm_ends_streams_after_the_grace(connect):
+    with PeerProcess(bandwidth_limit="1Mbps", arguments=["--grace", "0.1"]) as process:
+        client = connect(process.remote)
+        client.put(NAMESPACE, PAGES)
+        events = client.fetch(NAMESPACE, HASHES)
+        next(events)
+        process.signal_stop()
+        with pytest.raises(PeerUnavailableError):
+            list(events)
+        assert process.wait() == 0
+
+
+def test_two_peers_do_not_share_a_port(capfd):
+    with PeerProcess() as process:
+        port = int(process.address.rpartition(":")[2])
+        with pytest.raises(RuntimeError, match="exit status 2"):
+            PeerProcess(port=port)
+    assert "can't listen" in capfd.readouterr().err
+
+
+def test_metrics_are_served(connect):
+    with PeerProcess(arguments=["--metrics-port", "0"]) as process:
+        client = connect(process.remote)
+        client.put(NAMESPACE, PAGES[:1])
+        address = process.ready_line.rpartition("metrics=")[2]
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as response:
+            text = response.read().decode()
+    assert 'kvcodec_peer_puts_total{outcome="stored"} 1.0' in text
+    assert "kvcodec_store_capacity_bytes 1.073741824e+09" in text
+    assert process.ready_line.startswith(f"kvcodec peer ready on {process.address} store=memory: capacity=1073741824")
