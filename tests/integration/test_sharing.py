@@ -102,7 +102,7 @@ def test_a_held_request_holds_up_nobody(fresh, stored):
     text, answer = stored
     other = fresh.fresh_text()[:300]
     # About half a megabyte for the held request: two seconds or more.
-    fresh.restart_peer("--bandwidth-limit", "2Mbps")
+    fresh.restart_peer("2Mbps")
     wait_up(fresh.b)
     replies = {}
     held = threading.Thread(target=lambda: replies.__setitem__("held", ask(fresh.b, text)))
@@ -119,7 +119,7 @@ def test_a_held_request_holds_up_nobody(fresh, stored):
 
 def test_an_aborted_held_request_leaves_nothing_behind(fresh, stored):
     text, answer = stored
-    fresh.restart_peer("--bandwidth-limit", "1Mbps")
+    fresh.restart_peer("1Mbps")
     wait_up(fresh.b)
     fetched = metric(fresh.b, "kvcodec_fetched_bytes_total")
 
