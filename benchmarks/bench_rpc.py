@@ -170,7 +170,8 @@ def main():
     rows = [row for kind in BITS_PER_VALUE for row in measure(kind, arguments.megabytes * MIB, arguments.rounds)]
     for row in rows:
         print(
-            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s  {row['ratio_to_tcp_median']:.2f} of TCP  "
+            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s  "
+            f"{row['ratio_to_tcp_median']:.2f} of TCP  "
             f"CPU s/GB: peer {row['peer_cpu_s_per_gb']:.2f}, client {row['client_cpu_s_per_gb']:.2f}"
         )
     if not arguments.dry:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import shutil
@@ -265,11 +266,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(turn_table(turns))
         if options.json:
             write_json(options.json, options, turns)
-        failed = not report_words(turns, console.print)
+        failed = not report_words(turns, functools.partial(console.print, markup=False))
     except (OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)
     except KeyboardInterrupt:
         console.print("interrupted")
+        failed = False
         return 130
     finally:
         if failed:
