@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sglang_kvcodec/__init__.py").read_text())[1]
 
 SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80", "tqdm>=4.60"]
+DEMO = ["rich>=13"]
 DEV = [
     "grpcio-tools>=1.80",
     "hypothesis>=6.100",
@@ -36,7 +37,8 @@ setup(
         "server": SERVER,
         "sglang": ["sglang==0.5.23"],
         "gpu": ["PyNvVideoCodec>=2.2.4"],
-        "dev": DEV + SERVER,
+        "demo": DEMO,
+        "dev": DEV + DEMO + SERVER,
     },
     entry_points={
         "console_scripts": ["kvcodec = sglang_kvcodec.cli.main:main"],

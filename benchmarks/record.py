@@ -1,4 +1,4 @@
-"""Writes measured rows with what is needed to judge them: machine, versions, date, command."""
+"""Keeps what a benchmark measured, with all that is needed to judge it later."""
 
 from __future__ import annotations
 
@@ -8,50 +8,90 @@ import json
 import os
 import pathlib
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-_PACKAGES = ("sglang-kvcodec", "sglang", "torch", "av", "grpcio", "lmdb", "zstandard")
+_PACKAGES = (
+    "sglang-kvcodec",
+    "sglang",
+    "torch",
+    "triton",
+    "av",
+    "PyNvVideoCodec",
+    "grpcio",
+    "protobuf",
+    "lmdb",
+    "numpy",
+    "zstandard",
+)
 
 
 def record(name: str, rows: Sequence[Mapping[str, object]]) -> pathlib.Path:
-    """Writes ``results/<date>-<name>.json`` and gives its path."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{today}-{name}.json"
+    """Writes ``results/<date>-<name>.json``; a second run of a day gets a number, so that no result is lost.
+
+    Args:
+        name: the benchmark, e.g. ``storage``.
+        rows: one per measured configuration: its settings, its figures with units in their names, and the ratio to a
+            baseline that was measured in the same run.
+
+    Returns:
+        The file.
+    """
+    now = datetime.datetime.now(datetime.UTC)
     document = {
-        "name": name,
-        "date": today,
-        "command": " ".join([pathlib.Path(sys.executable).name, *sys.argv]),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "gpu": _gpu_name()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "benchmark": name,
+        "date": now.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": _output(["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]),
+        "machine": machine(),
+        "versions": versions(),
         "rows": list(rows),
     }
+    RESULTS.mkdir(exist_ok=True)
+    path, number = RESULTS / f"{now:%Y-%m-%d}-{name}.json", 1
+    while path.exists():
+        number += 1
+        path = RESULTS / f"{now:%Y-%m-%d}-{name}-{number}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 
 
-def _cpu_model() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def machine() -> dict[str, object]:
+    """CPU, cores, memory, GPU (None without one) and kernel of this machine."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    gpus = _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu": gpus.splitlines() if gpus else None,
+        "kernel": platform.release(),
+    }
 
 
-def _gpu_name() -> str | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Python and those of our libraries that are installed."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -14,7 +14,7 @@ from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError
 from sglang_kvcodec.flow.assembly import PageAssembly
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.planner import plan_fetch
+from sglang_kvcodec.flow.planner import WHOLE_PREFIX, plan_fetch
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import FetchedHeader, FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
@@ -133,7 +133,8 @@ class Fetcher:
         metrics.FETCHES.labels(outcome=outcome).inc()
         missed = len(ticket.page_hashes) - len(ticket.pages)
         if missed:
-            metrics.MISSES.labels(reason=outcome).inc(missed)
+            # Of a prefix that was fetched whole, what is missing was not stored.
+            metrics.MISSES.labels(reason="not_stored" if outcome == WHOLE_PREFIX else outcome).inc(missed)
         ticket.finish()
         self._on_done()
 

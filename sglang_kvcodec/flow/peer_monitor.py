@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 class PeerMonitor:
     """A circuit breaker: opens at the first failed call, closes when a probe in the background succeeds.
 
-    It starts open, so a server whose peer is not there starts and serves as if there were no kvcodec.
+    It starts open, so a server whose peer is not there starts and serves as if there were no kvcodec. It goes on
+    probing while the peer is up, so that a peer that vanishes is noticed before a request has to wait for it.
     """
 
     def __init__(self, peer: PeerTransport, retry_s: float) -> None:
@@ -24,7 +25,7 @@ class PeerMonitor:
 
         Args:
             peer: whom to probe.
-            retry_s: time between two probes of a peer that is down.
+            retry_s: time between two probes.
         """
         self._peer = peer
         self._retry_s = retry_s
@@ -65,22 +66,24 @@ class PeerMonitor:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while True:
-            self._down.wait()
-            if self._closed.is_set():
-                return
+        while not self._closed.is_set():
             if self._probe():
                 self._down.clear()
-                self._up.set()
-                metrics.PEER_UP.set(1)
-            else:
-                self._closed.wait(self._retry_s)
+                if not self._up.is_set():
+                    logger.info("kvcodec: the peer is up")
+                    self._up.set()
+                    metrics.PEER_UP.set(1)
+                self._down.wait(self._retry_s)
+            self._closed.wait(self._retry_s if self._down.is_set() else 0)
 
     def _probe(self) -> bool:
         try:
             stat = self._peer.stat()
         except PeerError as error:
-            self._complain(f"kvcodec: no peer yet ({error}); prefixes are computed until it is there")
+            if self._up.is_set():
+                self.failed("stat", error)
+            else:
+                self._complain(f"kvcodec: no peer yet ({error}); prefixes are computed until it is there")
             return False
         if stat.format_version != FORMAT_VERSION:
             self._complain(
@@ -88,13 +91,6 @@ class PeerMonitor:
                 "prefixes are computed"
             )
             return False
-        logger.info(
-            "kvcodec: peer is up: %s, %d pages, %d of %d bytes",
-            stat.engine,
-            stat.objects,
-            stat.stored_bytes,
-            stat.capacity_bytes,
-        )
         self._last_complaint = ""
         return True
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+WHOLE_PREFIX = "whole_prefix"
+
 
 @dataclasses.dataclass(frozen=True)
 class FetchPlan:
@@ -35,4 +37,4 @@ def plan_fetch(covered_pages: int, covered_bytes: int, page_tokens: int, min_tok
     if covered_bytes > max_bytes:
         pages = int(covered_pages * max_bytes / covered_bytes)
         return FetchPlan(pages, "cut_to_host_memory")
-    return FetchPlan(covered_pages, "whole_prefix")
+    return FetchPlan(covered_pages, WHOLE_PREFIX)

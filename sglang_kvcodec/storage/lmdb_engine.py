@@ -12,7 +12,7 @@ from sglang_kvcodec.storage.base import StorageEngine, StoreStat
 from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
 from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
 
-_TOUCHES_HELD = 16384
+_TOUCHES_HELD = 4096
 """Uses remembered before they are written without a put to do it."""
 _EVICTIONS_PER_TRANSACTION = 1024
 _ROOM_ATTEMPTS = 6
@@ -25,7 +25,7 @@ class LmdbEngine(StorageEngine):
     """Objects in an LMDB environment.
 
     Every put is one transaction, synced before it returns, evictions included. Reads take no write transaction: what
-    they used is remembered here and written with the next put, every ``16384`` uses, and at close; a crash forgets at
+    they used is remembered here and written with the next put, every 4096 uses, and at close; a crash forgets at
     most that much of the order, never an object.
 
     The data file grows with what is stored and never shrinks. LMDB stores in pages of 4 KiB, so the file is larger

@@ -12,30 +12,35 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.error import FFmpegError
+from av.video.frame import PictureType
 
 from sglang_kvcodec.errors import CodecError
 from sglang_kvcodec.video.base import Canvases, EncodedPictures
 from sglang_kvcodec.video.bitstream import split_access_unit
 
-# What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, every picture an IDR.
-# Look-ahead and frame threads are off, so that each picture comes out as soon as it went in and the encoder stays open.
+# What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, blocks of 32 (levels from 5 on
+# forbid smaller ones), every picture an IDR. That is asked for picture by picture, because with keyint=1 x265 states a
+# profile of the range extensions. Look-ahead and frame threads are off, so that each picture comes out as soon as it
+# went in and the encoder stays open.
 _X265_PARAMS = ":".join(
     [
         "lossless=1",
-        "keyint=1",
+        "keyint=-1",
         "bframes=0",
         "b-adapt=0",
         "ref=1",
+        "ctu=32",
+        "tu-intra-depth=2",
         "rc-lookahead=0",
         "scenecut=0",
-        "open-gop=0",
+        "no-open-gop=1",
         "slices=1",
-        "wpp=0",
+        "no-wpp=1",
         "pools=none",
         "frame-threads=1",
-        "sao=0",
-        "deblock=0",
-        "info=0",
+        "no-sao=1",
+        "no-deblock=1",
+        "no-info=1",
         "annexb=1",
         "repeat-headers=1",
         "log-level=none",
@@ -80,13 +85,14 @@ class SoftwareEncoder:
         context.width, context.height, context.pix_fmt = shape[1], shape[0] * 2 // 3, "yuv420p"
         context.time_base = fractions.Fraction(1, 25)
         context.thread_count = 1
-        context.options = {"preset": "ultrafast", "x265-params": _X265_PARAMS}
+        context.options = {"preset": "ultrafast", "x265-params": _X265_PARAMS, "forced-idr": "1"}
         context.open()
         self._context, self._shape, self._next_pts = context, shape, 0
 
     def _encode_one(self, canvas: npt.NDArray[np.uint8]) -> bytes:
         assert self._context is not None
         frame = _to_frame(canvas)
+        frame.pict_type = PictureType.I
         frame.pts = self._next_pts
         self._next_pts += 1
         packets = [bytes(packet) for packet in self._context.encode(frame)]

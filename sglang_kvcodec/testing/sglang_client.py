@@ -1,0 +1,172 @@
+"""A client of an SGLang server's HTTP interface that measures what a user sees. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, str]
+"""``{"role": …, "content": …}``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTokens:
+    """Prompt tokens that were not computed, by where they came from."""
+
+    device: int = 0
+    host: int = 0
+    storage: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatReply:
+    """An answer and how it came about.
+
+    Attributes:
+        ttft_s: from sending the request to the first piece of text.
+        total_s: from sending the request to the end.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached: CachedTokens
+    ttft_s: float
+    total_s: float
+    finish_reason: str
+
+
+class SGLangClient:
+    """Talks to one server. Stateless and thread-safe."""
+
+    def __init__(self, base_url: str, timeout_s: float = 300.0) -> None:
+        self.base_url = base_url
+        self._timeout_s = timeout_s
+        # A proxy in the environment is not for servers on this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def is_healthy(self) -> bool:
+        """Whether the server is up."""
+        try:
+            with self._opener.open(f"{self.base_url}/health", timeout=5.0) as response:
+                return bool(response.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def chat(
+        self, messages: Sequence[Message], max_tokens: int, extra: Mapping[str, object] | None = None
+    ) -> ChatReply:
+        """Sends a conversation, greedy unless ``extra`` says otherwise, and reads the answer as it comes.
+
+        Raises:
+            OSError: the server is gone or refused the request.
+        """
+        body = {
+            "model": "default",
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_cached_tokens_details": True,
+            **(extra or {}),
+        }
+        started = time.perf_counter()
+        first: float | None = None
+        pieces: list[str] = []
+        usage: dict[str, Any] = {}
+        cached = CachedTokens()
+        finish_reason = ""
+        for event in self._events("/v1/chat/completions", body):
+            if "error" in event:
+                raise OSError(f"{self.base_url} answered {event['error']}")
+            for choice in event.get("choices", ()):
+                piece = choice["delta"].get("content") or choice["delta"].get("reasoning_content")
+                if piece:
+                    first = first or time.perf_counter()
+                    pieces.append(piece)
+                finish_reason = choice.get("finish_reason") or finish_reason
+            usage = event.get("usage") or usage
+            # Absent where nothing was cached.
+            if details := (event.get("sglext") or {}).get("cached_tokens_details"):
+                cached = CachedTokens(**{tier: details.get(tier) or 0 for tier in ("device", "host", "storage")})
+        ended = time.perf_counter()
+        return ChatReply(
+            text="".join(pieces),
+            prompt_tokens=usage.get("prompt_tokens", 0),
+            completion_tokens=usage.get("completion_tokens", 0),
+            cached=cached,
+            ttft_s=(first or ended) - started,
+            total_s=ended - started,
+            finish_reason=finish_reason,
+        )
+
+    def flush_cache(self, timeout_s: float = 30.0) -> None:
+        """Makes the server forget all KV that it holds itself, as soon as it is idle.
+
+        Raises:
+            TimeoutError: it was busy for ``timeout_s``.
+        """
+        deadline = time.monotonic() + timeout_s
+        request = urllib.request.Request(f"{self.base_url}/flush_cache", method="POST")
+        while True:
+            try:
+                with self._opener.open(request, timeout=self._timeout_s):
+                    return
+            except urllib.error.HTTPError as error:
+                error.close()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.base_url} would not flush its cache for {timeout_s} s") from error
+            time.sleep(0.1)
+
+    def metrics(self) -> dict[str, float]:
+        """The server's Prometheus page: the sum over all labels of every series."""
+        totals: dict[str, float] = {}
+        with self._opener.open(f"{self.base_url}/metrics", timeout=self._timeout_s) as response:
+            for line in response.read().decode().splitlines():
+                if line and not line.startswith("#"):
+                    series, _, value = line.rpartition(" ")
+                    name = series.partition("{")[0]
+                    totals[name] = totals.get(name, 0.0) + float(value)
+        return totals
+
+    def wait_published(self, timeout_s: float = 60.0, settle_s: float = 0.5) -> bool:
+        """Waits until the server has sent its peer what it had computed: nothing queued, and no page for ``settle_s``.
+
+        Returns:
+            False if it was still at it after ``timeout_s``.
+        """
+        deadline = time.monotonic() + timeout_s
+        state: tuple[float, ...] = ()
+        since = time.monotonic()
+        while time.monotonic() < deadline:
+            values = self.metrics()
+            queued = values.get("kvcodec_publish_queue_bytes", 0.0)
+            now = tuple(values.get(f"kvcodec_{name}_total", 0.0) for name in ("published_pages", "publish_drops"))
+            if queued or now != state:
+                state, since = now, time.monotonic()
+            elif time.monotonic() - since >= settle_s:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _events(self, path: str, body: Mapping[str, object]) -> Iterator[dict[str, Any]]:
+        request = urllib.request.Request(
+            self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            response = self._opener.open(request, timeout=self._timeout_s)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise OSError(f"{self.base_url} answered {error.code}: {error.read().decode()[:500]}") from None
+        with response:
+            for line in response:
+                data = line.removeprefix(b"data: ").strip()
+                if line.startswith(b"data: ") and data != b"[DONE]":
+                    yield json.loads(data)

@@ -1,0 +1,259 @@
+import dataclasses
+import hashlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from sglang_kvcodec.errors import ChecksumError, CodecError, ForeignPageError, FormatError, UnsupportedError
+from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
+from sglang_kvcodec.testing.synthetic import page_values, random_bits
+from sglang_kvcodec.transform.floats import to_bits
+from sglang_kvcodec.video import open_decoder, open_encoder
+
+NAMESPACE = hashlib.sha256(b"namespace").digest()
+MOST_VALUES = 250_000
+"""Of one example, so that the property test stays fast."""
+
+
+def page_hash(number):
+    return hashlib.sha256(b"page %d" % number).digest()
+
+
+def encoder_for(spec, profile):
+    return PageEncoder(NAMESPACE, spec, profile, None if profile == "raw" else open_encoder("software"))
+
+
+def decoder_for(spec, profile):
+    return GroupDecoder(spec, profile, None if profile == "raw" else open_decoder("software"))
+
+
+def encode_pages(spec, profile, pages):
+    encoder = encoder_for(spec, profile)
+    objects = [encoder.encode(page_hash(number), values) for number, values in enumerate(pages)]
+    return [PageObject(data, PageKey(NAMESPACE, page_hash(number))) for number, data in enumerate(objects)]
+
+
+def assert_restores(spec, profile, pages, objects):
+    decoder = decoder_for(spec, profile)
+    for group in layer_groups(spec):
+        for side in spec.sides:
+            restored = decoder.decode(objects, group.index, side)
+            original = torch.stack([page[side][group.first_layer : group.first_layer + group.layers] for page in pages])
+            assert restored.shape == original.shape
+            assert restored.dtype == original.dtype
+            if profile == "high":
+                wide = original.double()
+                noise = ((restored.double() - wide) ** 2).sum((2, 3, 4))
+                assert (noise <= 1e-3 * ((wide - wide.mean(2, keepdim=True)) ** 2).sum((2, 3, 4))).all()
+            else:
+                assert torch.equal(to_bits(restored), to_bits(original))
+
+
+@st.composite
+def specs(draw):
+    head_dim = draw(st.sampled_from([64, 80, 96, 128, 192, 256]))
+    page_tokens = draw(st.sampled_from([16, 17, 32, 48, 64, 100, 128, 256]))
+    kv_heads = draw(st.integers(1, max(1, min(32, MOST_VALUES // (2 * head_dim * page_tokens)))))
+    layers = draw(st.integers(1, max(1, min(10, MOST_VALUES // (2 * head_dim * page_tokens * kv_heads)))))
+    sides = draw(st.sampled_from([(Side.KEY, Side.VALUE), (Side.KEY, Side.VALUE), (Side.LATENT,)]))
+    return KVSpec(layers, kv_heads, head_dim, page_tokens, draw(st.sampled_from(KVDtype)), sides)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(spec=specs(), profile=st.sampled_from(["raw", "exact", "high"]), seed=st.integers(0, 1000))
+@hypothesis.example(KVSpec(1, 32, 256, 16, KVDtype.BFLOAT16), "exact", 0)
+@hypothesis.example(KVSpec(1, 1, 64, 16, KVDtype.BFLOAT16), "high", 0)
+@hypothesis.example(KVSpec(10, 1, 64, 16, KVDtype.FLOAT16), "exact", 0)
+@hypothesis.example(KVSpec(7, 2, 80, 100, KVDtype.FLOAT8_E5M2), "exact", 0)
+@hypothesis.example(KVSpec(5, 1, 128, 256, KVDtype.FLOAT16), "high", 0)
+@hypothesis.example(KVSpec(4, 1, 576, 64, KVDtype.BFLOAT16, (Side.LATENT,)), "exact", 0)
+def test_every_geometry_comes_back(spec, profile, seed):
+    try:
+        encoder_for(spec, profile)
+    except UnsupportedError:
+        assert profile == "high"
+        assert spec.dtype.item_bytes == 1
+        return
+    pages = [page_values(spec, seed)]
+    assert_restores(spec, profile, pages, encode_pages(spec, profile, pages))
+
+
+SPEC = KVSpec(4, 2, 128, 64, KVDtype.BFLOAT16)
+
+
+@pytest.mark.parametrize("profile", ["raw", "exact", "high"])
+def test_many_pages_in_one_call(profile):
+    pages = [page_values(SPEC, seed) for seed in range(5)]
+    objects = encode_pages(SPEC, profile, pages)
+    assert len(layer_groups(SPEC)) == 2
+    assert_restores(SPEC, profile, pages, objects)
+    assert_restores(SPEC, profile, pages[::-2], objects[::-2])
+
+
+@pytest.mark.parametrize("dtype", KVDtype)
+def test_exact_keeps_any_bits(dtype):
+    spec = dataclasses.replace(SPEC, dtype=dtype)
+    shape = (spec.layers, spec.page_tokens, spec.kv_heads, spec.head_dim)
+    pages = [{side: random_bits(dtype, shape, seed) for seed, side in enumerate(spec.sides)}]
+    assert_restores(spec, "exact", pages, encode_pages(spec, "exact", pages))
+
+
+@pytest.mark.parametrize("profile", ["raw", "exact", "high"])
+def test_the_same_page_gives_the_same_bytes(profile):
+    values = page_values(SPEC, 1)
+    first, second = encoder_for(SPEC, profile), encoder_for(SPEC, profile)
+    second.encode(page_hash(9), page_values(SPEC, 2))
+    assert first.encode(page_hash(0), values) == second.encode(page_hash(0), values)
+
+
+class CountingDecoder:
+    """Counts the calls of a real decoder."""
+
+    name = "counting"
+
+    def __init__(self):
+        self._decoder = open_decoder("software")
+        self.calls = []
+
+    def decode(self, parameter_sets, pictures):
+        self.calls.append(len(pictures))
+        return self._decoder.decode(parameter_sets, pictures)
+
+    def close(self):
+        self._decoder.close()
+
+
+def rebuilt(page, change_side, parameter_sets=None):
+    """The page with its first side of its first group changed, and every checksum in order again."""
+    header = page.header
+    groups: list[GroupData] = [
+        {side: page.side_data(group.index, side) for side in header.spec.sides} for group in layer_groups(header.spec)
+    ]
+    first = header.spec.sides[0]
+    groups[0][first] = change_side(groups[0][first])
+    sets = page.parameter_sets if parameter_sets is None else parameter_sets
+    return PageObject(build_page_object(header.key, header.spec, header.profile_name, groups, sets))
+
+
+def test_one_decode_call_for_all_pages_with_the_same_parameter_sets():
+    objects = encode_pages(SPEC, "exact", [page_values(SPEC, seed) for seed in range(4)])
+    decoder = CountingDecoder()
+    GroupDecoder(SPEC, "exact", decoder).decode(objects, 0, Side.KEY)
+    assert decoder.calls == [4]
+    # A zero byte before a start code changes nothing but the bytes.
+    other = rebuilt(objects[1], lambda side: side, b"\0" + objects[1].parameter_sets)
+    decoder.calls.clear()
+    mixed = [objects[0], other, objects[2], objects[3]]
+    assert torch.equal(
+        GroupDecoder(SPEC, "exact", decoder).decode(mixed, 0, Side.KEY),
+        GroupDecoder(SPEC, "exact", decoder).decode(objects, 0, Side.KEY),
+    )
+    assert decoder.calls == [3, 1, 4]
+
+
+@pytest.mark.parametrize("profile", ["exact", "high"])
+def test_a_picture_that_decodes_to_other_planes_names_its_page(profile):
+    objects = encode_pages(SPEC, profile, [page_values(SPEC, seed) for seed in range(2)])
+
+    def other_digest(side):
+        return dataclasses.replace(
+            side, picture=dataclasses.replace(side.picture, plane_digest=side.picture.plane_digest ^ 1)
+        )
+
+    damaged = rebuilt(objects[1], other_digest)
+    with pytest.raises(ChecksumError, match=page_hash(1).hex()[:12]):
+        decoder_for(SPEC, profile).decode([objects[0], damaged], 0, Side.KEY)
+
+
+@pytest.mark.parametrize("profile", ["exact", "high"])
+def test_damaged_pictures_under_good_checksums_are_never_accepted(profile):
+    """As if the damage had been there when the checksums were made: only the plane digest can tell."""
+    page = encode_pages(SPEC, profile, [page_values(SPEC, 0)])[0]
+    decoder, rng = decoder_for(SPEC, profile), np.random.default_rng(0)
+    sound = decoder.decode([page], 0, Side.KEY)
+
+    for number in range(40):
+
+        def damage(side, number=number):
+            data = bytearray(side.picture.data)
+            if number % 4 == 0:
+                data = data[: rng.integers(len(data))]
+            else:
+                data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+            return dataclasses.replace(side, picture=dataclasses.replace(side.picture, data=bytes(data)))
+
+        try:
+            restored = decoder.decode([rebuilt(page, damage)], 0, Side.KEY)
+        except (CodecError, FormatError):
+            continue
+        assert torch.equal(to_bits(restored), to_bits(sound))
+
+
+def test_pictures_of_another_size_are_refused():
+    page = encode_pages(SPEC, "exact", [page_values(SPEC, 0)])[0]
+    encoded = open_encoder("software").encode(np.zeros((1, 576, 256), np.uint8))
+    foreign = rebuilt(
+        page,
+        lambda side: dataclasses.replace(side, picture=PicturePart(encoded.pictures[0], 0)),
+        encoded.parameter_sets,
+    )
+    with pytest.raises(CodecError, match="pictures of"):
+        decoder_for(SPEC, "exact").decode([foreign], 0, Side.KEY)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dataclasses.replace(SPEC, layers=5),
+        dataclasses.replace(SPEC, kv_heads=4, head_dim=64),
+        dataclasses.replace(SPEC, page_tokens=32),
+        dataclasses.replace(SPEC, dtype=KVDtype.FLOAT16),
+        dataclasses.replace(SPEC, sides=(Side.KEY,)),
+    ],
+)
+def test_pages_of_another_spec_are_refused(other):
+    objects = encode_pages(SPEC, "raw", [page_values(SPEC, 0)])
+    foreign = encode_pages(other, "raw", [page_values(other, 0)])
+    with pytest.raises(ForeignPageError):
+        decoder_for(SPEC, "raw").decode(objects + foreign, 0, Side.KEY)
+
+
+def test_pages_of_another_profile_or_calibration_are_refused():
+    values = page_values(SPEC, 0)
+    with pytest.raises(ForeignPageError, match="'exact'"):
+        decoder_for(SPEC, "high").decode(encode_pages(SPEC, "exact", [values]), 0, Side.KEY)
+    page = encode_pages(SPEC, "raw", [values])[0]
+    groups = [{side: page.side_data(group.index, side) for side in SPEC.sides} for group in layer_groups(SPEC)]
+    calibrated = build_page_object(page.header.key, SPEC, "raw", groups, calibration_digest=bytes(32))
+    with pytest.raises(ForeignPageError, match="calibration"):
+        decoder_for(SPEC, "raw").decode([PageObject(calibrated)], 0, Side.KEY)
+
+
+@pytest.mark.parametrize("profile", ["raw", "exact", "high"])
+def test_parts_that_do_not_fit_the_profile_are_refused(profile):
+    page = encode_pages(SPEC, profile, [page_values(SPEC, 0)])[0]
+    decoder = decoder_for(SPEC, profile)
+    side = page.side_data(0, Side.KEY)
+    changes = [
+        lambda side: dataclasses.replace(side, stored=side.stored[:-1] or b"\0"),
+        lambda side: dataclasses.replace(side, escapes=b"\0"),
+        lambda side: SideData(None, side.stored, b"\1"),
+    ]
+    if side.picture is not None:
+        changes.append(lambda side: dataclasses.replace(side, picture=dataclasses.replace(side.picture, steps=(1.0,))))
+    for change in changes:
+        with pytest.raises(FormatError):
+            decoder.decode([rebuilt(page, change)], 0, Side.KEY)
+
+
+def test_a_coded_profile_without_codec_is_the_callers_mistake():
+    with pytest.raises(ValueError, match="needs an encoder"):
+        PageEncoder(NAMESPACE, SPEC, "exact", None)
+    with pytest.raises(ValueError, match="needs a decoder"):
+        GroupDecoder(SPEC, "high", None)

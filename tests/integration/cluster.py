@@ -1,0 +1,166 @@
+"""One peer and two SGLang servers that share it, as processes, with a third that knows no kvcodec as the truth."""
+
+import contextlib
+import pathlib
+import re
+import time
+import urllib.request
+
+from sglang_kvcodec.config import parse_bytes
+from sglang_kvcodec.format.exchange import PeerStat
+from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.storage import open_engine
+from sglang_kvcodec.testing.conversation import source_slices
+from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, free_port
+from sglang_kvcodec.testing.sglang_client import ChatReply
+
+MODEL = str(pathlib.Path(__file__).parents[1] / "models" / "tiny-code-lm")
+PAGE_TOKENS = 64
+CAPACITY = "500MB"
+ANSWER_TOKENS = 24
+FAST_RETRY = "0.3"
+
+
+class Cluster:
+    """Owns the processes. Servers live as long as the test session, the peer comes and goes at one address."""
+
+    def __init__(self, work_dir: pathlib.Path) -> None:
+        self.work_dir = work_dir
+        self.store_dir = work_dir / "store"
+        self.peer_port = free_port()
+        self.remote = f"grpc://127.0.0.1:{self.peer_port}"
+        self.peer: PeerProcess | None = None
+        self._stack = contextlib.ExitStack()
+        self._text = iter(_texts())
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self.stop_peer()
+
+    # ---- processes ----
+
+    def start_server(self, name: str, kvcodec: bool = True, extra_args=(), profile="exact", env=None) -> SGLangProcess:
+        """Starts an SGLang server; does not wait for it."""
+        server = SGLangProcess(
+            name,
+            MODEL,
+            self.work_dir / f"{name}.log",
+            KVCodecArgs(self.remote, profile) if kvcodec else None,
+            extra_args=extra_args,
+            env=env,
+        )
+        # SGLang takes long to end when asked to.
+        self._stack.callback(server.kill)
+        return server
+
+    def start_peer(self, bandwidth_limit: str | None = None, capacity: str = CAPACITY) -> None:
+        """Starts the peer at its address."""
+        self.peer = PeerProcess(f"lmdb:{self.store_dir}", capacity, self.peer_port, bandwidth_limit)
+
+    def stop_peer(self) -> None:
+        """SIGTERM, if it runs."""
+        if self.peer is not None:
+            if self.peer.alive:
+                self.peer.terminate()
+            self.peer = None
+
+    def restart_peer(self, bandwidth_limit: str | None = None, capacity: str = CAPACITY) -> None:
+        """Stops it and starts it with other arguments; the servers have noticed both."""
+        self.stop_peer()
+        for server in (self.a, self.b):
+            wait_for(lambda s=server: metric(s, "kvcodec_peer_up") == 0, f"sign of the loss at {server.name}")
+        self.start_peer(bandwidth_limit, capacity)
+        for server in (self.a, self.b):
+            wait_up(server)
+
+    def stat(self) -> PeerStat:
+        """What the peer says of itself."""
+        peer = GrpcPeer(self.remote)
+        try:
+            return peer.stat()
+        finally:
+            peer.close()
+
+    @contextlib.contextmanager
+    def store(self):
+        """The store's engine in this process, while the peer is down."""
+        self.stop_peer()
+        engine = open_engine(f"lmdb:{self.store_dir}", parse_bytes(CAPACITY))
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    # ---- what a test does ----
+
+    def fresh_text(self) -> str:
+        """Text that no test has used, about 700 tokens."""
+        return next(self._text)
+
+
+def _texts():
+    while True:
+        size = 2200
+        for module in (
+            "argparse",
+            "tarfile",
+            "zipfile",
+            "typing",
+            "_pydecimal",
+            "turtle",
+            "doctest",
+            "pydoc",
+            "inspect",
+        ):
+            slices = source_slices([size] * 12, module)
+            yield from slices
+        raise RuntimeError("no text is left")
+
+
+def ask(server: SGLangProcess, text: str, **extra) -> ChatReply:
+    """One greedy question."""
+    return server.client.chat([{"role": "user", "content": text}], ANSWER_TOKENS, extra or None)
+
+
+def forget(server: SGLangProcess) -> None:
+    """Makes a server forget all KV it holds, on the device and coded in host memory."""
+    server.client.flush_cache()
+    deadline = time.monotonic() + 30
+    while True:
+        request = urllib.request.Request(f"{server.url}/hicache/storage-backend/clear", method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=30):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def metric(server: SGLangProcess, name: str, **labels: str) -> float:
+    """Sum of a metric over all series with the given labels."""
+    total = 0.0
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
+        for line in response.read().decode().splitlines():
+            series, _, value = line.rpartition(" ")
+            found = re.match(r"[^{ ]+", series)
+            if found and found[0] == name and all(f'{k}="{v}"' in series for k, v in labels.items()):
+                total += float(value)
+    return total
+
+
+def wait_for(condition, what: str, timeout_s: float = 60.0) -> None:
+    """Polls until ``condition()``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def wait_up(server: SGLangProcess) -> None:
+    """Waits until the server has found its peer."""
+    wait_for(lambda: metric(server, "kvcodec_peer_up") == 1, f"peer at {server.name}")

@@ -1,0 +1,40 @@
+import pytest
+from integration.cluster import Cluster, ask, forget, wait_up
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        # Started without a peer: `no_peer_replies` is what they say then.
+        cluster.a = cluster.start_server("a")
+        cluster.b = cluster.start_server("b", extra_args=["--chunked-prefill-size", "256"])
+        cluster.plain = cluster.start_server("plain", kvcodec=False)
+        for server in (cluster.a, cluster.b, cluster.plain):
+            server.wait_ready()
+        text = cluster.fresh_text()
+        cluster.no_peer_replies = [ask(server, text) for server in (cluster.a, cluster.plain)]
+        cluster.start_peer()
+        yield cluster
+
+
+@pytest.fixture
+def fresh(cluster):
+    """The cluster with an empty tree at both servers and the peer up."""
+    if cluster.peer is None or not cluster.peer.alive:
+        cluster.start_peer()
+    for server in (cluster.a, cluster.b):
+        wait_up(server)
+        server.client.wait_published()
+        forget(server)
+    return cluster
+
+
+@pytest.fixture
+def stored(fresh):
+    """A text whose pages are stored, which neither server holds, and the answer to it."""
+    text = fresh.fresh_text()
+    answer = ask(fresh.plain, text).text
+    assert ask(fresh.a, text).text == answer
+    assert fresh.a.client.wait_published()
+    forget(fresh.a)
+    return text, answer

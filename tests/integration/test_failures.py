@@ -1,0 +1,211 @@
+"""Whatever happens to the peer and to what it keeps, the answer is that of a server without kvcodec."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from integration.cluster import ask, forget, metric, wait_for, wait_up
+
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import PREFIX, PageObject, PicturePart, SideData, build_page_object
+from sglang_kvcodec.format.spec import layer_groups
+
+pytestmark = pytest.mark.sglang
+
+
+def test_peer_killed_in_the_middle_of_a_fetch_and_back(fresh, stored):
+    text, answer = stored
+    objects = fresh.stat().objects
+    fresh.restart_peer("1Mbps")
+    wait_up(fresh.b)
+    fetched = metric(fresh.b, "kvcodec_fetched_bytes_total")
+    replies = []
+    asking = threading.Thread(target=lambda: replies.append(ask(fresh.b, text)))
+    asking.start()
+    wait_for(lambda: metric(fresh.b, "kvcodec_fetched_bytes_total") > fetched + 20_000, "fetched bytes")
+    fresh.peer.kill()
+    asking.join()
+    assert replies[0].text == answer
+    wait_for(lambda: metric(fresh.b, "kvcodec_peer_up") == 0, "sign of the loss")
+    assert metric(fresh.b, "kvcodec_peer_errors_total", rpc="fetch") > 0
+
+    # Requests flow while it is down, and nothing stored is lost.
+    assert ask(fresh.b, text).text == answer
+    fresh.restart_peer()
+    wait_up(fresh.b)
+    assert fresh.stat().objects >= objects
+    forget(fresh.b)
+    again = ask(fresh.b, text)
+    assert again.text == answer
+    assert again.cached.storage > 0
+
+
+def test_peer_killed_in_the_middle_of_a_put_and_back(fresh):
+    text = fresh.fresh_text()
+    answer = ask(fresh.plain, text).text
+    before = fresh.stat().objects
+    assert ask(fresh.a, text).text == answer
+    wait_for(lambda: metric(fresh.a, "kvcodec_publish_queue_bytes") > 0, "pages to publish")
+    fresh.peer.kill()
+    assert ask(fresh.a, text).text == answer
+    fresh.start_peer()
+    wait_up(fresh.a)
+    assert fresh.stat().objects >= before
+    assert fresh.a.client.wait_published()
+    forget(fresh.b)
+    assert ask(fresh.b, text).text == answer
+
+
+def test_peer_is_full(fresh):
+    # Room for about ten pages: older ones go, newer ones stay, every answer is right.
+    fresh.restart_peer(capacity="700KB")
+    wait_up(fresh.a)
+    for _ in range(3):
+        text = fresh.fresh_text()
+        assert ask(fresh.a, text).text == ask(fresh.plain, text).text
+        assert fresh.a.client.wait_published()
+    stat = fresh.stat()
+    assert stat.stored_bytes <= 700_000
+    assert stat.evicted_objects > 0
+    forget(fresh.b)
+    wait_up(fresh.b)
+    assert ask(fresh.b, text).text == ask(fresh.plain, text).text
+    fresh.restart_peer()
+
+
+def _rebuilt(page: PageObject, key: PageKey, profile=None, spoil=None) -> bytes:
+    """The same page under another key or with other contents, with checksums that hold."""
+    spec = page.header.spec
+    groups = [{side: page.side_data(group.index, side) for side in spec.sides} for group in layer_groups(spec)]
+    if spoil is not None:
+        groups = [{side: spoil(data) for side, data in group.items()} for group in groups]
+    return build_page_object(key, spec, profile or page.header.profile_name, groups, page.parameter_sets)
+
+
+def _truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _bit_flipped(data: bytes) -> bytes:
+    at = len(data) - 100
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def _manifest_bit_flipped(data: bytes) -> bytes:
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+def _other_version(data: bytes) -> bytes:
+    magic, version, *rest = PREFIX.unpack_from(data)
+    return PREFIX.pack(magic, version + 1, *rest) + data[PREFIX.size :]
+
+
+def _other_model(data: bytes) -> bytes:
+    page = PageObject(data)
+    return _rebuilt(page, PageKey(bytes(32), page.header.key.page_hash))
+
+
+def _other_page(data: bytes) -> bytes:
+    page = PageObject(data)
+    return _rebuilt(page, PageKey(page.header.key.namespace_digest, bytes(32)))
+
+
+def _other_profile(data: bytes) -> bytes:
+    page = PageObject(data)
+    spec = page.header.spec
+    raw = SideData(stored=bytes(spec.layers * spec.layer_values * 2))
+    return build_page_object(page.header.key, spec, "raw", [dict.fromkeys(spec.sides, raw) for _ in layer_groups(spec)])
+
+
+def _garbage(data: bytes) -> bytes:
+    return bytes(range(256)) * 40
+
+
+DAMAGES = {
+    "truncated": _truncated,
+    "bit flipped": _bit_flipped,
+    "manifest bit flipped": _manifest_bit_flipped,
+    "other format version": _other_version,
+    "other model": _other_model,
+    "other page": _other_page,
+    "other profile": _other_profile,
+    "garbage": _garbage,
+}
+
+
+def _tamper(cluster, damage) -> int:
+    """Replaces every stored object by a damaged one under the same key; how many."""
+    with cluster.store() as engine:
+        for server in (cluster.a, cluster.b):
+            wait_for(lambda s=server: metric(s, "kvcodec_peer_up") == 0, "sign of the loss")
+        keys = _all_keys(cluster)
+        for key in keys:
+            data = engine.get(key)
+            spoiled = damage(data)
+            assert engine.delete(key)
+            assert engine.put(key, spoiled)
+    cluster.start_peer()
+    return len(keys)
+
+
+_PRINT_KEYS = """
+import sys
+import lmdb
+env = lmdb.open(sys.argv[1], readonly=True, lock=False, max_dbs=8)
+objects = env.open_db(b"objects", create=False)
+with env.begin() as txn:
+    for key, _ in txn.cursor(objects):
+        print(key.hex())
+"""
+
+
+def _all_keys(cluster) -> list[bytes]:
+    """Keys of everything stored. Read by a child: LMDB allows one handle of a store per process."""
+    command = [sys.executable, "-c", _PRINT_KEYS, str(cluster.store_dir)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sorted({bytes.fromhex(line) for line in printed.split()})
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_stored_object_that_is_not_what_it_should_be(fresh, stored, damage):
+    text, answer = stored
+    assert _tamper(fresh, damage) > 0
+    wait_up(fresh.b)
+    missed = metric(fresh.b, "kvcodec_misses_total")
+    reply = ask(fresh.b, text)
+    assert reply.text == answer
+    assert reply.cached.storage == 0
+    assert metric(fresh.b, "kvcodec_misses_total") > missed
+
+    # The damage heals: the page is computed, stored anew and used.
+    assert fresh.b.client.wait_published()
+    forget(fresh.b)
+    healed = ask(fresh.b, text)
+    assert healed.text == answer
+    assert healed.cached.storage > 0
+
+
+def _unrestorable(data: bytes) -> bytes:
+    """Checksums that hold around pictures that decode to something else: only restoring can tell."""
+    page = PageObject(data)
+
+    def spoil(side: SideData) -> SideData:
+        return SideData(PicturePart(side.picture.data, side.picture.plane_digest ^ 1), side.stored, side.escapes)
+
+    return _rebuilt(page, page.header.key, spoil=spoil)
+
+
+def test_pages_that_fail_after_admission_are_computed(fresh, stored):
+    text, answer = stored
+    _tamper(fresh, _unrestorable)
+    wait_up(fresh.b)
+    reply = ask(fresh.b, text)
+    assert reply.text == answer
+    assert reply.finish_reason in ("stop", "length")
+    assert reply.cached.storage == 0
+    assert metric(fresh.b, "kvcodec_restore_failures_total") > 0
+    # Nothing leaked: the server gets idle and flushes, and others are served.
+    forget(fresh.b)
+    other = fresh.fresh_text()
+    assert ask(fresh.b, other).text == ask(fresh.plain, other).text
