@@ -50,9 +50,12 @@ class PagedKVPool:
         stream = self._local.stream
         for event in after:
             stream.wait_event(event)
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            # After an error too: its caller believes that the slots are left alone from now on.
+            stream.synchronize()
 
     def gather(self, slots: torch.Tensor, after: Sequence[Any] = ()) -> dict[Side, torch.Tensor]:
         """Copies pages to host memory.
