@@ -202,7 +202,8 @@ class Publisher:
             pages = len(offload.page_hashes)
             missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
             try:
-                values = {} if self._closed.is_set() else self._gather(offload, missing)
+                is_wanted = bool(missing) and not self._closed.is_set()
+                values = self._pool.gather(offload.slots, offload.after, missing) if is_wanted else {}
             except Exception:
                 # A thread's top: the pages' slots stay locked until this is answered.
                 logger.exception("kvcodec: pages could not be copied out of the pool")
@@ -217,12 +218,6 @@ class Publisher:
                 continue
             offload.settle(True)
             self._queue_missing(offload, missing, values)
-
-    def _gather(self, offload: Offload, missing: Sequence[int]) -> dict[Side, torch.Tensor]:
-        if not missing:
-            return {}
-        slots = offload.slots.view(len(offload.page_hashes), self._pool.spec.page_tokens)
-        return self._pool.gather(slots[missing].reshape(-1), offload.after)
 
     def _queue_missing(self, offload: Offload, missing: Sequence[int], values: dict[Side, torch.Tensor]) -> None:
         page_bytes = self._pool.spec.page_bytes
