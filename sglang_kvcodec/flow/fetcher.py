@@ -14,7 +14,7 @@ from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError
 from sglang_kvcodec.flow.assembly import PageAssembly
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.planner import CUT_TO_HOST_MEMORY, WHOLE_PREFIX, plan_fetch
+from sglang_kvcodec.flow.planner import CUT_TO_HOST_MEMORY, plan_fetch
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import FetchedHeader, FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
@@ -36,6 +36,8 @@ class FetchTicket:
         self.page_hashes = tuple(page_hashes)
         self.pages: list[PageObject] = []
         """The pages that arrived: an unbroken prefix of ``page_hashes``. Held as long as the ticket is."""
+        self.stored_pages = len(self.page_hashes)
+        """How long a prefix the peer has; that it has all is the guess until it was asked."""
         self.cancelled = threading.Event()
         self._done = threading.Event()
 
@@ -135,10 +137,12 @@ class Fetcher:
 
     def _end(self, ticket: FetchTicket, outcome: str) -> None:
         metrics.FETCHES.labels(outcome=outcome).inc()
-        missed = len(ticket.page_hashes) - len(ticket.pages)
-        if missed:
-            # Of a prefix that was fetched whole, what is missing was not stored.
-            metrics.MISSES.labels(reason="not_stored" if outcome == WHOLE_PREFIX else outcome).inc(missed)
+        unused = ticket.stored_pages - len(ticket.pages)
+        if unused:
+            metrics.MISSES.labels(reason=outcome).inc(unused)
+        not_stored = len(ticket.page_hashes) - ticket.stored_pages
+        if not_stored:
+            metrics.MISSES.labels(reason="not_stored").inc(not_stored)
         ticket.finish()
         self._on_done()
 
@@ -151,6 +155,7 @@ class Fetcher:
             return "too_slow"
         lookup = self._peer.lookup(namespace_digest, ticket.page_hashes)
         self._stored.update(namespace_digest, ticket.page_hashes, lookup.present)
+        ticket.stored_pages = lookup.covered_pages
         metrics.LOOKUP_PAGES.labels(outcome="stored").inc(lookup.covered_pages)
         metrics.LOOKUP_PAGES.labels(outcome="missing").inc(len(ticket.page_hashes) - lookup.covered_pages)
         plan = plan_fetch(

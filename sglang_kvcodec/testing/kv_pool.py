@@ -41,7 +41,7 @@ class KnownPool:
 
     def fill(self, index: int, seed: int) -> dict[Side, torch.Tensor]:
         """Writes KV into a page; returns it."""
-        for number, (side, layers) in enumerate(self.buffers.items()):
+        for number, layers in enumerate(self.buffers.values()):
             values = kv_like(self.spec, 1, self.spec.layers, seed + number)[0]
             for layer, buffer in enumerate(layers):
                 for token, slot in enumerate(self._slots[index].tolist()):

@@ -11,6 +11,7 @@ from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.testing.local_peer import LocalPeer
 
+
 @pytest.fixture
 def closing():
     """Closes what is entered when the test ends, last first."""
