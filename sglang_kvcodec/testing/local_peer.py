@@ -24,16 +24,16 @@ class LocalPeer:
         """
         self.address = listen
         """Where it listens."""
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(engine, listen), name="local-peer", daemon=True)
         self._thread.start()
         self._ready.wait()
-        if self._failure is not None:
+        if self._failures:
             self._thread.join()
-            raise self._failure
+            raise self._failures[0]
 
     @property
     def remote(self) -> str:
@@ -61,7 +61,7 @@ class LocalPeer:
         try:
             await server.start()
         except BaseException as error:
-            self._failure = error
+            self._failures.append(error)
             self._ready.set()
             return
         self.address = server.address
