@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 
 from sglang_kvcodec.rpc.server import PeerServer
@@ -22,18 +23,13 @@ class LocalPeer:
         Raises:
             ConfigurationError: it can't listen there.
         """
-        self.address = listen
-        """Where it listens."""
-        self._failure: BaseException | None = None
-        self._ready = threading.Event()
+        self._started: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(engine, listen), name="local-peer", daemon=True)
         self._thread.start()
-        self._ready.wait()
-        if self._failure is not None:
-            self._thread.join()
-            raise self._failure
+        self.address = self._started.result()
+        """Where it listens."""
 
     @property
     def remote(self) -> str:
@@ -61,10 +57,8 @@ class LocalPeer:
         try:
             await server.start()
         except BaseException as error:
-            self._failure = error
-            self._ready.set()
+            self._started.set_exception(error)
             return
-        self.address = server.address
-        self._ready.set()
+        self._started.set_result(server.address)
         await self._stopping.wait()
         await server.stop(0)
