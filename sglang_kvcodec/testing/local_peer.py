@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import threading
 
 from sglang_kvcodec.rpc.server import PeerServer
@@ -23,13 +22,18 @@ class LocalPeer:
         Raises:
             ConfigurationError: it can't listen there.
         """
-        self._started: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self.address = listen
+        """Where it listens."""
+        self._failures: list[BaseException] = []
+        self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(engine, listen), name="local-peer", daemon=True)
         self._thread.start()
-        self.address = self._started.result()
-        """Where it listens."""
+        self._ready.wait()
+        if self._failures:
+            self._thread.join()
+            raise self._failures[0]
 
     @property
     def remote(self) -> str:
@@ -57,8 +61,10 @@ class LocalPeer:
         try:
             await server.start()
         except BaseException as error:
-            self._started.set_exception(error)
+            self._failures.append(error)
+            self._ready.set()
             return
-        self._started.set_result(server.address)
+        self.address = server.address
+        self._ready.set()
         await self._stopping.wait()
         await server.stop(0)
