@@ -211,10 +211,11 @@ class SGLangProcess(ManagedProcess):
         page_tokens: int = 64,
         extra_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
     ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         command = [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", model),
+            *(*launcher, "--model-path", model),
             *("--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], "--page-size", str(page_tokens)),
             *("--enable-metrics", "--skip-server-warmup"),
             *(CPU_ARGS if on_cpu else ()),

@@ -43,15 +43,14 @@ class Cluster:
 
     # ---- processes ----
 
-    def start_server(self, name: str, kvcodec: bool = True, extra_args=(), profile="exact", env=None) -> SGLangProcess:
-        """Starts an SGLang server; does not wait for it."""
+    def start_server(self, name: str, kvcodec: bool = True, profile="exact", **options) -> SGLangProcess:
+        """Starts an SGLang server; does not wait for it. ``options`` are those of ``SGLangProcess``."""
         server = SGLangProcess(
             name,
             MODEL,
             self.work_dir / f"{name}.log",
             KVCodecArgs(self.remote, profile) if kvcodec else None,
-            extra_args=extra_args,
-            env=env,
+            **options,
         )
         # SGLang takes long to end when asked to.
         self._stack.callback(server.kill)

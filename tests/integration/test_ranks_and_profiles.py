@@ -1,5 +1,8 @@
 """Tensor parallelism, the lossy profile and retraction, each with a server of its own."""
 
+import pathlib
+import sys
+
 import pytest
 from integration.cluster import ask, forget, metric, wait_up
 
@@ -35,7 +38,11 @@ def test_two_ranks_agree(fresh):
 def test_the_lossy_profile_and_retraction(fresh, stored):
     text, answer = stored
     server = fresh.start_server(
-        "high", profile="high", extra_args=["--chunked-prefill-size", "256"], env={"SGLANG_TEST_RETRACT": "true"}
+        "high",
+        profile="high",
+        extra_args=["--chunked-prefill-size", "256"],
+        env={"SGLANG_TEST_RETRACT": "true"},
+        launcher=[str(pathlib.Path(sys.executable).with_name("sglang")), "serve"],
     )
     try:
         server.wait_ready()
