@@ -1,1 +1,6 @@
-"""Triton kernels, each beside its torch reference."""
+"""Triton kernels, each beside its torch reference. Triton is imported when the first one is asked for."""
+
+from sglang_kvcodec.kernels.base import KernelRestore
+from sglang_kvcodec.kernels.registry import open_restore
+
+__all__ = ["KernelRestore", "open_restore"]
