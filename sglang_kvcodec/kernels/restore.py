@@ -33,8 +33,8 @@ _MOST_BLOCK_CHANNELS = 256
 
 @triton.jit
 def _block(
-    slots: Any, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
-) -> Any:
+    slots: tl.tensor, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+) -> tl.tuple:
     """This program's page, its first channel, its tokens, channels and slots as far as they exist."""
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     token_blocks: tl.constexpr = (TOKENS + BLOCK_TOKENS - 1) // BLOCK_TOKENS
@@ -49,17 +49,17 @@ def _block(
 
 @triton.jit
 def _load_canvas(
-    canvases: Any,
-    page: Any,
-    first_row: Any,
-    first_channel: Any,
-    token: Any,
-    channel: Any,
-    exists: Any,
+    canvases: tl.tensor,
+    page: tl.tensor,
+    first_row: tl.tensor,
+    first_channel: tl.tensor,
+    token: tl.tensor,
+    channel: tl.tensor,
+    exists: tl.tensor,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     CANVAS_BYTES: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The block's bytes of the layer that begins at canvas row ``first_row``, as int32."""
     fold = first_channel // WIDTH
     row = first_row + fold * TOKENS + token
@@ -69,14 +69,14 @@ def _load_canvas(
 
 @triton.jit(do_not_specialize=["first_row", "layer", "layers"])
 def _restore_high_layer(
-    canvases: Any,
-    steps: Any,
-    slots: Any,
-    pool: Any,
-    slot_stride: Any,
-    first_row: Any,
-    layer: Any,
-    layers: Any,
+    canvases: tl.tensor,
+    steps: tl.tensor,
+    slots: tl.tensor,
+    pool: tl.tensor,
+    slot_stride: tl.tensor,
+    first_row: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -100,15 +100,15 @@ def _restore_high_layer(
 
 @triton.jit(do_not_specialize=["first_row", "layer", "layers"])
 def _restore_exact_layer(
-    canvases: Any,
-    stored: Any,
-    slots: Any,
-    pool: Any,
-    slot_stride: Any,
-    stored_bytes: Any,
-    first_row: Any,
-    layer: Any,
-    layers: Any,
+    canvases: tl.tensor,
+    stored: tl.tensor,
+    slots: tl.tensor,
+    pool: tl.tensor,
+    slot_stride: tl.tensor,
+    stored_bytes: tl.tensor,
+    first_row: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
