@@ -1,10 +1,14 @@
 """Throughput of peer and client over loopback, against a plain TCP socket copy of the same bytes in the same run.
 
+A bare gRPC stream of bytes, with the same options and no work of ours, shows how much of the distance is gRPC's.
+
 Peer, TCP sender and client are processes of their own. The store is in memory, so that no disk is measured.
 ``python -m benchmarks.bench_rpc [--megabytes 256] [--rounds 5]``
 """
 
 import argparse
+import asyncio
+import contextlib
 import os
 import pathlib
 import socket
@@ -14,6 +18,8 @@ import sys
 import threading
 import time
 
+import grpc
+
 from benchmarks.record import record
 from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.format.exchange import PutOutcome
@@ -21,6 +27,7 @@ from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import SideData, build_page_object
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, layer_groups
 from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES, channel_options, server_options
 from sglang_kvcodec.testing.peer import PeerProcess
 
 SPEC = KVSpec(layers=32, kv_heads=8, head_dim=128, page_tokens=64, dtype=KVDtype.BFLOAT16)
@@ -58,6 +65,29 @@ def tcp_sender(total_bytes):
                 left = total_bytes
                 while left:
                     left -= connection.send(piece[:left] if left < MIB else piece)
+
+
+def grpc_sender(total_bytes):
+    """Serves the same as a gRPC stream of bytes without any work of ours: what Python's gRPC allows at best."""
+    piece = os.urandom(DEFAULT_MESSAGE_BYTES)
+
+    async def send(_request, context):
+        for _ in range(total_bytes // len(piece)):
+            await context.write(piece)
+
+    async def serve():
+        server = grpc.aio.server(options=server_options())
+        methods = {"Send": grpc.unary_stream_rpc_method_handler(send)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", methods),))
+        print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+def grpc_copy(channel):
+    return sum(map(len, channel.unary_stream("/Bare/Send")(b"")))
 
 
 def tcp_copy(port):
@@ -118,29 +148,36 @@ def put_rate(peer, pid, namespace, pages):
     return rate(put, pid)
 
 
+@contextlib.contextmanager
+def sender(kind, total_bytes):
+    command = [sys.executable, "-m", "benchmarks.bench_rpc", f"--{kind}-sender", str(total_bytes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.pid, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
 def measure(kind, total_bytes, rounds):
     namespace, pages = make_pages(BITS_PER_VALUE[kind], total_bytes)
     hashes = [page_hash for page_hash, _ in pages]
     total_bytes = sum(len(data) for _, data in pages)
     # A machine with other work favours the socket: gRPC has several threads to run on either side.
     load = os.getloadavg()[0]
-    sender = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.bench_rpc", "--tcp-sender", str(total_bytes)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    rates = {"tcp": [], "put": [], "fetch_1": [], "fetch_4": []}
-    with PeerProcess(capacity=str(2 * total_bytes), arguments=["--log-level", "warning"]) as process:
-        peer = GrpcPeer(process.remote, TIMEOUTS)
-        port = int(sender.stdout.readline())
+    rates = {"tcp": [], "bare_grpc": [], "put": [], "fetch_1": [], "fetch_4": []}
+    with (
+        sender("tcp", total_bytes) as (tcp_pid, tcp_port),
+        sender("grpc", total_bytes) as (grpc_pid, grpc_port),
+        grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options=channel_options(TIMEOUTS)) as channel,
+        PeerProcess(capacity=str(2 * total_bytes), arguments=["--log-level", "warning"]) as process,
+        contextlib.closing(GrpcPeer(process.remote, TIMEOUTS)) as peer,
+    ):
         for _ in range(rounds):
             rates["put"].append(put_rate(peer, process.pid, namespace, pages))
-            rates["tcp"].append(rate(lambda: tcp_copy(port), sender.pid))
+            rates["tcp"].append(rate(lambda: tcp_copy(tcp_port), tcp_pid))
+            rates["bare_grpc"].append(rate(lambda: grpc_copy(channel), grpc_pid))
             for streams in (1, 4):
                 rates[f"fetch_{streams}"].append(fetch_rate(peer, process.pid, namespace, hashes, streams))
-        peer.close()
-    sender.kill()
-    sender.wait()
     for name, rows in rates.items():
         values, peer_cpu, client_cpu = zip(*rows, strict=True)
         ratios = [value / tcp for value, (tcp, _, _) in zip(values, rates["tcp"], strict=True)]
@@ -164,13 +201,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dry", action="store_true", help="print, but keep no result")
     parser.add_argument("--tcp-sender", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--grpc-sender", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.tcp_sender:
         tcp_sender(arguments.tcp_sender)
+    if arguments.grpc_sender:
+        grpc_sender(arguments.grpc_sender)
     rows = [row for kind in BITS_PER_VALUE for row in measure(kind, arguments.megabytes * MIB, arguments.rounds)]
     for row in rows:
         print(
-            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s  {row['ratio_to_tcp_median']:.2f} of TCP  "
+            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s {row['ratio_to_tcp_median']:.2f} of TCP "
             f"CPU s/GB: peer {row['peer_cpu_s_per_gb']:.2f}, client {row['client_cpu_s_per_gb']:.2f}"
         )
     if not arguments.dry:

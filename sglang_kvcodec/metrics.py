@@ -1,13 +1,12 @@
-"""Every metric this package exports, in one place.
+"""Every metric that an SGLang server with kvcodec exports; those of a storage peer are in ``peer_metrics``.
 
-The objects are Prometheus metrics in the registry of the process: a peer serves them itself, an SGLang server with
-``--enable-metrics`` shows them on its ``/metrics`` page.
+The objects are Prometheus metrics in the registry of the process; ``--enable-metrics`` shows them on SGLang's own
+``/metrics`` page.
 """
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.metrics import MetricWrapperBase
 
 # ---- an SGLang server's read side ----
 LOOKUP_PAGES = Counter("kvcodec_lookup_pages", "Pages asked for at the peer", ["outcome"])
@@ -32,21 +31,3 @@ PUBLISH_QUEUE_BYTES = Gauge(
     "kvcodec_publish_queue_bytes", "Uncoded KV waiting to be encoded", multiprocess_mode="livesum"
 )
 ENCODE_SECONDS = Histogram("kvcodec_encode_seconds", "Time to encode one page")
-
-# ---- a storage peer ----
-PEER_RPCS = Counter("kvcodec_peer_rpcs", "RPCs served, by method and gRPC status", ["method", "status"])
-PEER_RPC_SECONDS = Histogram("kvcodec_peer_rpc_seconds", "Time of an RPC", ["method"])
-PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch")
-PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")
-PEER_PUTS = Counter("kvcodec_peer_puts", "Objects put, by outcome", ["outcome"])
-PEER_STREAMS = Gauge("kvcodec_peer_streams", "Fetch and Put streams open now", ["method"])
-STORE_DAMAGED = Counter("kvcodec_store_damaged", "Stored objects that could not be read and were deleted", ["reason"])
-STORE_OBJECTS = Gauge("kvcodec_store_objects", "Page objects stored")
-STORE_BYTES = Gauge("kvcodec_store_bytes", "Bytes of page objects stored")
-STORE_CAPACITY_BYTES = Gauge("kvcodec_store_capacity_bytes", "Bound of the store")
-STORE_EVICTIONS = Counter("kvcodec_store_evictions", "Page objects evicted to make room")
-
-
-def all_metrics() -> dict[str, MetricWrapperBase]:
-    """Every metric of this module by its Python name."""
-    return {name: value for name, value in globals().items() if isinstance(value, MetricWrapperBase)}

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "sglang_kvcodec"
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
-BASE = {"__init__", "errors", "config", "metrics"}
+BASE = {"__init__", "errors", "config", "metrics", "peer_metrics"}
 PARTS = {"transform", "video", "storage"}
 JOINTS = {"kernels", "rpc"}
 MAY_USE = {
@@ -35,7 +35,7 @@ HOMES = {
     "grpc_reflection": {"rpc"},
     "hypothesis": {"testing"},
     "lmdb": {"storage"},
-    "prometheus_client": {"metrics", "cli", "rpc", "plugin"},
+    "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "plugin"},
     "pytest": {"testing"},
     "rich": {"cli"},
     "sglang": {"plugin"},

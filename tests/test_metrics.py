@@ -1,20 +1,26 @@
-"""docs/metrics.md and metrics.py say the same."""
+"""docs/metrics.md says the same as metrics.py and peer_metrics.py."""
 
 import pathlib
 import re
 
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
-from sglang_kvcodec import metrics
+from sglang_kvcodec import metrics, peer_metrics
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
 KINDS = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
 
+def all_metrics() -> list[MetricWrapperBase]:
+    values = [*vars(metrics).values(), *vars(peer_metrics).values()]
+    return [value for value in values if isinstance(value, MetricWrapperBase)]
+
+
 def exported_rows() -> dict[str, tuple[str, str]]:
     """Exported name -> (kind, labels) of every metric, as a scrape shows them."""
     rows = {}
-    for metric in metrics.all_metrics().values():
+    for metric in all_metrics():
         (family,) = metric.describe()
         suffix = "_total" if isinstance(metric, Counter) else ""
         rows[family.name + suffix] = (KINDS[type(metric)], ", ".join(metric._labelnames))
@@ -43,6 +49,6 @@ def test_names_carry_units_and_the_prefix():
 
 
 def test_every_metric_has_a_help_text():
-    for metric in metrics.all_metrics().values():
+    for metric in all_metrics():
         (family,) = metric.describe()
         assert len(family.documentation) > 10

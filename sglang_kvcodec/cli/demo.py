@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import shutil
@@ -96,8 +97,8 @@ class Demo:
         """The whole demo; no process is left when it returns or raises."""
         with contextlib.ExitStack() as stack:
             servers = self._start(stack)
-            chars_per_token = self._warm_up(servers)
-            return self._chat(servers, chars_per_token)
+            self._warm_up(servers)
+            return self._chat(servers)
 
     def _start(self, stack: contextlib.ExitStack) -> Servers:
         options = self._options
@@ -105,8 +106,8 @@ class Demo:
         with self._progress("Starting a storage peer"):
             store = f"lmdb:{self._work_dir / 'store'}"
             peer = stack.enter_context(PeerProcess(store, "2GB", arguments=("--log-level", "warning")))
-        where = f"{gpus} GPU" if gpus else "CPU: slow, but the same code"
-        with self._progress(f"Starting three SGLang servers with {pathlib.Path(options.model).name} ({where})"):
+        where = f"GPUs: {gpus}" if gpus else "no GPU: slow"
+        with self._progress(f"Starting three SGLang servers ({where})"):
             started = []
             for index, name in enumerate(("A", "B", "plain")):
                 kvcodec = None if name == "plain" else KVCodecArgs(peer.remote, options.profile)
@@ -125,21 +126,26 @@ class Demo:
                 server.wait_ready(timeout_s=1800)
         return Servers(peer, (started[0], started[1]), started[2])
 
-    def _warm_up(self, servers: Servers) -> float:
-        """Takes the one-time costs of computing, publishing and fetching; characters per token of source text."""
+    def _warm_up(self, servers: Servers) -> None:
+        """Takes the one-time costs of computing, publishing and fetching out of the turns."""
         with self._progress("Warming up"):
-            for order in (servers.sharing, servers.sharing[::-1], (servers.plain,)):
-                (text,) = source_slices([WARM_UP_CHARS], "json.decoder" if order == servers.sharing else "json.encoder")
+            one, other = servers.sharing
+            # Each of the two computes a text and fetches one.
+            rounds = (("json.decoder", one, other), ("json.encoder", other, one), ("json.decoder", servers.plain))
+            for module, *order in rounds:
+                (text,) = source_slices([WARM_UP_CHARS], module)
                 for server in order:
-                    reply = server.client.chat([{"role": "user", "content": text}], max_tokens=8)
+                    server.client.chat([{"role": "user", "content": text}], max_tokens=8)
                     server.client.wait_published()
             for server in (*servers.sharing, servers.plain):
                 server.client.flush_cache()
-        return WARM_UP_CHARS / reply.prompt_tokens
 
-    def _chat(self, servers: Servers, chars_per_token: float) -> list[Turn]:
+    def _chat(self, servers: Servers) -> list[Turn]:
         options = self._options
-        sizes = [int(options.prompt_tokens * chars_per_token)] + [FOLLOW_UP_CHARS] * (options.turns - 1)
+        # Characters that make this many tokens of the first text.
+        chars = options.prompt_tokens * 4
+        chars = chars * options.prompt_tokens // servers.plain.client.count_tokens(*source_slices([chars]))
+        sizes = [chars] + [FOLLOW_UP_CHARS] * (options.turns - 1)
         messages: list[dict[str, str]] = []
         turns: list[Turn] = []
         for number, text in enumerate(source_slices(sizes), start=1):
@@ -195,9 +201,13 @@ class Demo:
 
 def turn_table(turns: Sequence[Turn]) -> Table:
     """What a user came to see."""
-    table = Table(title="A chat that changes servers")
-    for column in ("turn", "server", "prompt", "device", "host", "storage", "TTFT", "fetched", "ratio", "TTFT without"):
-        table.add_column(column, justify="left" if column == "server" else "right")
+    table = Table(title="A chat that changes servers", padding=(0, 0), collapse_padding=True)
+    headers = (
+        *("turn", "server", "prompt\ntokens", "cached:\ndevice", "cached:\nhost", "cached:\nstorage"),
+        *("TTFT", "fetched\nMiB", "ratio", "TTFT\nwithout"),
+    )
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
     for turn in turns:
         ratio = turn.compression_ratio
         table.add_row(
@@ -206,13 +216,13 @@ def turn_table(turns: Sequence[Turn]) -> Table:
             str(turn.prompt_tokens),
             *(str(tokens) for tokens in dataclasses.astuple(turn.cached)),
             f"{turn.ttft_s:.2f} s",
-            f"{turn.fetched_bytes / MIB:.2f} MiB",
+            f"{turn.fetched_bytes / MIB:.2f}",
             f"{ratio:.2f}x" if ratio else "-",
             f"{turn.plain_ttft_s:.2f} s",
         )
     table.caption = (
-        "device, host, storage: prompt tokens that were not computed, by where they came from. ratio: KV bytes of the "
-        "fetched tokens over bytes fetched. TTFT without: the same turn at a server without kvcodec, whose cache is "
+        "cached: prompt tokens that were not computed, by where they came from. ratio: KV bytes of the fetched tokens "
+        "over bytes fetched. TTFT without: the same turn at a server without kvcodec, whose cache is "
         "flushed before each turn, since it stands for a server that has not seen the conversation."
     )
     return table
@@ -256,11 +266,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(turn_table(turns))
         if options.json:
             write_json(options.json, options, turns)
-        failed = not report_words(turns, console.print)
+        failed = not report_words(turns, functools.partial(console.print, markup=False))
     except (OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)
     except KeyboardInterrupt:
         console.print("interrupted")
+        failed = False
         return 130
     finally:
         if failed:

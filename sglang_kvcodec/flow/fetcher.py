@@ -14,7 +14,7 @@ from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError
 from sglang_kvcodec.flow.assembly import PageAssembly
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.planner import WHOLE_PREFIX, plan_fetch
+from sglang_kvcodec.flow.planner import CUT_TO_HOST_MEMORY, plan_fetch
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import FetchedHeader, FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
@@ -36,6 +36,8 @@ class FetchTicket:
         self.page_hashes = tuple(page_hashes)
         self.pages: list[PageObject] = []
         """The pages that arrived: an unbroken prefix of ``page_hashes``. Held as long as the ticket is."""
+        self.stored_pages = len(self.page_hashes)
+        """How long a prefix the peer has; that it has all is the guess until it was asked."""
         self.cancelled = threading.Event()
         self._done = threading.Event()
 
@@ -114,8 +116,9 @@ class Fetcher:
 
     def _run(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float) -> None:
         outcome = "error"
+        damaged: list[bytes] = []
         try:
-            outcome = self._fetch(ticket, namespace_digest, start_s)
+            outcome = self._fetch(ticket, namespace_digest, start_s, damaged)
         except PeerError as error:
             self._monitor.failed("fetch", error)
             outcome = error.reason
@@ -128,21 +131,31 @@ class Fetcher:
             if ticket.pages:
                 metrics.FETCH_SECONDS.observe(time.monotonic() - start_s)
             self._end(ticket, outcome)
+        # Last: the request does not wait for it.
+        if damaged:
+            self._drop_damaged(namespace_digest, damaged)
 
     def _end(self, ticket: FetchTicket, outcome: str) -> None:
         metrics.FETCHES.labels(outcome=outcome).inc()
-        missed = len(ticket.page_hashes) - len(ticket.pages)
-        if missed:
-            # Of a prefix that was fetched whole, what is missing was not stored.
-            metrics.MISSES.labels(reason="not_stored" if outcome == WHOLE_PREFIX else outcome).inc(missed)
+        unused = ticket.stored_pages - len(ticket.pages)
+        if unused:
+            metrics.MISSES.labels(reason=outcome).inc(unused)
+        not_stored = len(ticket.page_hashes) - ticket.stored_pages
+        if not_stored:
+            metrics.MISSES.labels(reason="not_stored").inc(not_stored)
         ticket.finish()
         self._on_done()
 
-    def _fetch(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float) -> str:
+    def _fetch(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float, damaged: list[bytes]) -> str:
+        """Fetches what is worth it into the ticket; why it ended. Appends the pages that can't be used."""
+        deadline_s = start_s + self._config.timeouts.fetch_s
         if ticket.cancelled.is_set():
             return "cancelled"
+        if time.monotonic() > deadline_s:
+            return "too_slow"
         lookup = self._peer.lookup(namespace_digest, ticket.page_hashes)
         self._stored.update(namespace_digest, ticket.page_hashes, lookup.present)
+        ticket.stored_pages = lookup.covered_pages
         metrics.LOOKUP_PAGES.labels(outcome="stored").inc(lookup.covered_pages)
         metrics.LOOKUP_PAGES.labels(outcome="missing").inc(len(ticket.page_hashes) - lookup.covered_pages)
         plan = plan_fetch(
@@ -156,8 +169,7 @@ class Fetcher:
         if plan.pages == 0:
             return plan.reason
         wanted = ticket.page_hashes[: plan.pages]
-        receiver = _Receiver(namespace_digest, wanted, self._spec, self._config.profile)
-        deadline_s = start_s + self._config.timeouts.fetch_s
+        receiver = _Receiver(namespace_digest, wanted, self._spec, self._config.profile, self._config.host_cache_bytes)
         outcome = plan.reason
         try:
             for event in self._peer.fetch(namespace_digest, wanted, ticket.cancelled):
@@ -172,29 +184,36 @@ class Fetcher:
             self._monitor.failed("fetch", error)
             outcome = error.reason
         ticket.pages = receiver.whole_prefix()
-        for page_hash, page in zip(wanted, ticket.pages, strict=False):
+        for page_hash, page in reversed(list(zip(wanted, ticket.pages, strict=False))):
             self._cache.put(page_hash, page)
-        if receiver.damaged:
-            self._drop_damaged(namespace_digest, receiver.damaged)
+        self._stored.update(namespace_digest, receiver.gone, [False] * len(receiver.gone))
+        damaged += receiver.damaged
         return receiver.failure or ("cancelled" if ticket.cancelled.is_set() else outcome)
 
     def _drop_damaged(self, namespace_digest: bytes, page_hashes: list[bytes]) -> None:
         """A page that can't be read stands in the way of a good copy of it: the peer keeps what it has."""
         self._stored.update(namespace_digest, page_hashes, [False] * len(page_hashes))
-        self._peer.delete(namespace_digest, page_hashes)
+        try:
+            self._peer.delete(namespace_digest, page_hashes)
+        except PeerError as error:
+            self._monitor.failed("delete", error)
 
 
 class _Receiver:
     """Turns the events of one fetch into pages; a bad page ends the prefix there."""
 
-    def __init__(self, namespace_digest: bytes, wanted: Sequence[bytes], spec: KVSpec, profile_name: str) -> None:
+    def __init__(
+        self, namespace_digest: bytes, wanted: Sequence[bytes], spec: KVSpec, profile_name: str, max_bytes: int
+    ) -> None:
         self._keys = [PageKey(namespace_digest, page_hash) for page_hash in wanted]
         self._spec = spec
         self._profile_name = profile_name
         self._assemblies: dict[int, PageAssembly] = {}
         self._pages: dict[int, PageObject] = {}
         self._usable = len(wanted)
+        self._free_bytes = max_bytes
         self.damaged: list[bytes] = []
+        self.gone: list[bytes] = []
         self.failure = ""
 
     @property
@@ -206,11 +225,16 @@ class _Receiver:
         if index >= self._usable or index in self._pages:
             return
         if isinstance(event, FetchedMissing):
+            self.gone.append(self._keys[index].page_hash)
             self._cut(index, "gone")
             return
         try:
             if isinstance(event, FetchedHeader):
                 metrics.FETCHED_BYTES.inc(len(event.header))
+                if event.object_bytes > self._free_bytes:
+                    self._cut(index, CUT_TO_HOST_MEMORY)
+                    return
+                self._free_bytes -= event.object_bytes
                 self._assemblies[index] = PageAssembly(self._keys[index], self._spec, self._profile_name, event)
                 page = self._assemblies[index].finish()
             else:

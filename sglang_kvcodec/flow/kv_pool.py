@@ -50,24 +50,32 @@ class PagedKVPool:
         stream = self._local.stream
         for event in after:
             stream.wait_event(event)
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            # After an error too: its caller believes that the slots are left alone from now on.
+            stream.synchronize()
 
-    def gather(self, slots: torch.Tensor, after: Sequence[Any] = ()) -> dict[Side, torch.Tensor]:
+    def gather(
+        self, slots: torch.Tensor, after: Sequence[Any] = (), only: Sequence[int] | None = None
+    ) -> dict[Side, torch.Tensor]:
         """Copies pages to host memory.
 
         Args:
             slots: int64 ``(pages * page_tokens,)``, on the pool's device.
-            after: device events the copy has to wait for.
+            after: device events the copy has to wait for; the slots are not read before either.
+            only: indices of the pages of ``slots`` to copy, all by default.
 
         Returns:
             Per side ``(pages, layers, page_tokens, kv_heads, head_dim)`` in the pool's dtype, on the CPU.
         """
         spec = self.spec
-        pages = slots.numel() // spec.page_tokens
+        pages = slots.numel() // spec.page_tokens if only is None else len(only)
         result: dict[Side, torch.Tensor] = {}
         with self._side_stream(after):
+            if only is not None:
+                slots = slots.view(-1, spec.page_tokens)[torch.tensor(only, dtype=torch.int64)].reshape(-1)
             for side, layers in self._buffers().items():
                 host = torch.empty(
                     (pages, spec.layers, spec.page_tokens, spec.kv_heads, spec.head_dim), dtype=self._rows

@@ -29,10 +29,9 @@ class PeerMonitor:
         """
         self._peer = peer
         self._retry_s = retry_s
-        self._up = threading.Event()
-        self._down = threading.Event()
-        self._down.set()
-        self._closed = threading.Event()
+        self._changed = threading.Condition()
+        self._is_up = False
+        self._is_closed = False
         self._last_complaint = ""
         metrics.PEER_UP.set(0)
         self._thread = threading.Thread(target=self._run, name="kvcodec-peer-monitor", daemon=True)
@@ -41,49 +40,52 @@ class PeerMonitor:
     @property
     def is_up(self) -> bool:
         """Whether the last thing heard of the peer was good."""
-        return self._up.is_set()
+        return self._is_up
 
     def wait_until_up(self, timeout_s: float) -> bool:
         """Waits for the peer; False if it didn't come, or the monitor was closed."""
-        return self._up.wait(timeout_s) and not self._closed.is_set()
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_up or self._is_closed, timeout_s)
+            return self._is_up
 
     def failed(self, rpc: str, error: PeerError) -> None:
-        """Tells of a failed call. A refused request says nothing against the peer's health."""
-        metrics.PEER_ERRORS.labels(rpc=rpc, reason=error.reason).inc()
+        """Tells of a failed call, which the transport has counted. A refused request says nothing against the peer."""
         if isinstance(error, PeerRejectedError):
             logger.warning("kvcodec: the peer refused a %s: %s", rpc, error)
             return
-        if self._up.is_set():
-            logger.warning("kvcodec: the peer is gone (%s: %s); prefixes are computed until it is back", rpc, error)
-        self._up.clear()
-        metrics.PEER_UP.set(0)
-        self._down.set()
+        with self._changed:
+            if self._is_up:
+                logger.warning("kvcodec: the peer is gone (%s: %s); prefixes are computed until it is back", rpc, error)
+            self._set_up(False)
 
     def close(self) -> None:
-        """Stops probing."""
-        self._closed.set()
-        self._down.set()
+        """Stops probing; the peer counts as down from now on, and nobody waits for it any longer."""
+        with self._changed:
+            self._is_closed = True
+            self._set_up(False)
         self._thread.join(timeout=5)
 
+    def _set_up(self, is_up: bool) -> None:
+        self._is_up = is_up
+        metrics.PEER_UP.set(is_up)
+        self._changed.notify_all()
+
     def _run(self) -> None:
-        while not self._closed.is_set():
-            if self._probe():
-                self._down.clear()
-                if not self._up.is_set():
-                    logger.info("kvcodec: the peer is up")
-                    self._up.set()
-                    metrics.PEER_UP.set(1)
-                self._down.wait(self._retry_s)
-            self._closed.wait(self._retry_s if self._down.is_set() else 0)
+        while True:
+            answers = self._probe()
+            with self._changed:
+                if self._is_closed:
+                    return
+                if answers != self._is_up:
+                    self._set_up(answers)
+                # A peer that fails a call is probed again after a full pause, not at once.
+                self._changed.wait_for(lambda: self._is_closed, self._retry_s)
 
     def _probe(self) -> bool:
         try:
             stat = self._peer.stat()
         except PeerError as error:
-            if self._up.is_set():
-                self.failed("stat", error)
-            else:
-                self._complain(f"kvcodec: no peer yet ({error}); prefixes are computed until it is there")
+            self._complain(f"kvcodec: no peer ({error}); prefixes are computed until it is there")
             return False
         if stat.format_version != FORMAT_VERSION:
             self._complain(
@@ -91,6 +93,14 @@ class PeerMonitor:
                 "prefixes are computed"
             )
             return False
+        if not self._is_up:
+            logger.info(
+                "kvcodec: peer is up: %s, %d pages, %d of %d bytes",
+                stat.engine,
+                stat.objects,
+                stat.stored_bytes,
+                stat.capacity_bytes,
+            )
         self._last_complaint = ""
         return True
 

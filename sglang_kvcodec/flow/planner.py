@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 WHOLE_PREFIX = "whole_prefix"
+CUT_TO_HOST_MEMORY = "cut_to_host_memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ def plan_fetch(covered_pages: int, covered_bytes: int, page_tokens: int, min_tok
     if covered_pages * page_tokens < min_tokens:
         return FetchPlan(0, "too_short")
     if covered_bytes > max_bytes:
-        pages = int(covered_pages * max_bytes / covered_bytes)
-        return FetchPlan(pages, "cut_to_host_memory")
+        # Pages differ in size: an estimate, which whoever receives them holds to the bytes.
+        pages = covered_pages * max_bytes // covered_bytes
+        if pages * page_tokens < min_tokens:
+            return FetchPlan(0, "too_short")
+        return FetchPlan(pages, CUT_TO_HOST_MEMORY)
     return FetchPlan(covered_pages, WHOLE_PREFIX)

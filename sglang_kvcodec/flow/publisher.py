@@ -6,7 +6,6 @@ are free again, then the encoders code them and the sender stores them. What fin
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import os
@@ -20,7 +19,7 @@ import torch
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
-from sglang_kvcodec.errors import KVCodecError, PeerError
+from sglang_kvcodec.errors import KVCodecError, PeerError, PeerRejectedError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
@@ -63,9 +62,9 @@ class Offload:
         self.succeeded = succeeded
         self._settled.set()
 
-    def wait(self) -> None:
-        """Waits until the slots are free again."""
-        self._settled.wait()
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until the slots are free again; False if they are not after ``timeout_s``."""
+        return self._settled.wait(timeout_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Publisher:
         self._pool = pool
         self._new_encoder = new_encoder
         self._config = config
-        self._lock = threading.Lock()
+        self._queue_changed = threading.Condition()
         self._queued_bytes = 0
         self._closed = threading.Event()
         self._to_copy: queue.SimpleQueue[Offload | None] = queue.SimpleQueue()
@@ -141,6 +140,9 @@ class Publisher:
         offload = Offload(namespace_digest, page_hashes, slots, after, kv_bytes)
         if self._config.read_only or not self._stored.missing(namespace_digest, page_hashes):
             offload.settle(True)
+        elif self._closed.is_set():
+            self._drop(len(page_hashes), "closed")
+            offload.settle(False)
         elif not self._monitor.is_up:
             self._drop(len(page_hashes), "peer_down")
             offload.settle(False)
@@ -152,19 +154,31 @@ class Publisher:
         return offload
 
     def close(self) -> None:
-        """Drops what waits and ends; the peer is to be closed first, which ends calls under way."""
+        """Drops what waits and ends; the monitor and the peer are to be closed first, which ends waits and calls.
+
+        Every offload is settled afterwards.
+        """
         self._closed.set()
+        copier, *encoders, sender = self._threads
+        # In the order in which pages pass through, so that each thread finds all that it has to drop.
         self._to_copy.put(None)
-        for _ in range(self._config.encode_threads):
+        copier.join(timeout=10)
+        for _ in encoders:
             self._to_encode.put(None)
-        self._to_send.put(None)
-        for thread in self._threads:
+        for thread in encoders:
             thread.join(timeout=10)
+        self._to_send.put(None)
+        sender.join(timeout=10)
+
+    def wait_until_empty(self, timeout_s: float) -> bool:
+        """Waits until nothing is queued or under way; for tests."""
+        with self._queue_changed:
+            return self._queue_changed.wait_for(lambda: not self._queued_bytes, timeout_s)
 
     # ---- accounting ----
 
     def _reserve(self, kv_bytes: int) -> bool:
-        with self._lock:
+        with self._queue_changed:
             # One offload larger than the bound is taken when nothing else waits: else it never could be.
             if self._queued_bytes and self._queued_bytes + kv_bytes > self._config.publish_queue_bytes:
                 return False
@@ -173,9 +187,10 @@ class Publisher:
             return True
 
     def _release(self, kv_bytes: int) -> None:
-        with self._lock:
+        with self._queue_changed:
             self._queued_bytes -= kv_bytes
             metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
+            self._queue_changed.notify_all()
 
     def _drop(self, pages: int, reason: str) -> None:
         metrics.PUBLISH_DROPS.labels(reason=reason).inc(pages)
@@ -184,24 +199,28 @@ class Publisher:
 
     def _copy_loop(self) -> None:
         while (offload := self._to_copy.get()) is not None:
+            pages = len(offload.page_hashes)
+            missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
             try:
-                self._copy(offload)
+                is_wanted = bool(missing) and not self._closed.is_set()
+                values = self._pool.gather(offload.slots, offload.after, missing) if is_wanted else {}
             except Exception:
                 # A thread's top: the pages' slots stay locked until this is answered.
                 logger.exception("kvcodec: pages could not be copied out of the pool")
-                self._drop(len(offload.page_hashes), "copy_failed")
+                self._drop(pages, "copy_failed")
                 self._release(offload.kv_bytes)
                 offload.settle(False)
+                continue
+            if self._closed.is_set():
+                self._drop(pages, "closed")
+                self._release(offload.kv_bytes)
+                offload.settle(False)
+                continue
+            offload.settle(True)
+            self._queue_missing(offload, missing, values)
 
-    def _copy(self, offload: Offload) -> None:
-        spec = self._pool.spec
-        page_bytes = spec.page_bytes
-        missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
-        values: dict[Side, torch.Tensor] = {}
-        if missing:
-            slots = offload.slots.view(len(offload.page_hashes), spec.page_tokens)
-            values = self._pool.gather(slots[missing].reshape(-1), offload.after)
-        offload.settle(True)
+    def _queue_missing(self, offload: Offload, missing: Sequence[int], values: dict[Side, torch.Tensor]) -> None:
+        page_bytes = self._pool.spec.page_bytes
         hashes = [offload.page_hashes[i] for i in missing]
         present = self._present(offload.namespace_digest, hashes)
         self._release((len(offload.page_hashes) - len(missing) + sum(present)) * page_bytes)
@@ -214,8 +233,9 @@ class Publisher:
 
     def _present(self, namespace_digest: bytes, hashes: list[bytes]) -> Sequence[bool]:
         """Which of the pages the peer has: one RPC, so that no page is coded in vain."""
-        if not hashes:
-            return []
+        if not hashes or not self._monitor.is_up:
+            # Without a peer nothing is known, and the next offload must not wait for a time-out.
+            return [False] * len(hashes)
         try:
             lookup = self._peer.lookup(namespace_digest, hashes)
         except PeerError as error:
@@ -228,10 +248,8 @@ class Publisher:
         _be_nice()
         encoders: dict[bytes, PageEncoder] = {}
         while (page := self._to_encode.get()) is not None:
-            if self._closed.is_set():
-                return
-            if not self._monitor.is_up and not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
-                self._drop(1, "peer_down")
+            if self._closed.is_set() or not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
+                self._drop(1, "closed" if self._closed.is_set() else "peer_down")
                 self._release(page.kv_bytes)
                 continue
             try:
@@ -253,45 +271,50 @@ class Publisher:
                 self._to_send.put((dataclasses.replace(page, values={}), coded))
 
     def _send_loop(self) -> None:
-        waiting: collections.deque[tuple[_Page, bytes]] = collections.deque()
-        while True:
-            item = self._to_send.get()
-            if item is None:
-                return
-            waiting.append(item)
-            while len(waiting) < PUT_BATCH_PAGES:
-                try:
-                    item = self._to_send.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    return
-                waiting.append(item)
+        is_last = False
+        while not is_last:
+            batch, is_last = self._next_batch()
             try:
-                self._send(list(waiting))
+                self._send(batch)
             except Exception:
                 # A thread's top: publishing goes on with the next pages.
                 logger.exception("kvcodec: pages could not be stored")
-                self._drop(len(waiting), "send_failed")
+                self._drop(len(batch), "send_failed")
             finally:
-                self._release(sum(page.kv_bytes for page, _ in waiting))
-                waiting.clear()
+                self._release(sum(page.kv_bytes for page, _ in batch))
+
+    def _next_batch(self) -> tuple[list[tuple[_Page, bytes]], bool]:
+        """Waits for a page and takes what else is there; and whether nothing comes after it."""
+        batch: list[tuple[_Page, bytes]] = []
+        item = self._to_send.get()
+        while item is not None:
+            batch.append(item)
+            if len(batch) == PUT_BATCH_PAGES or self._to_send.empty():
+                return batch, False
+            item = self._to_send.get()
+        return batch, True
 
     def _send(self, batch: list[tuple[_Page, bytes]]) -> None:
         by_namespace: dict[bytes, list[tuple[_Page, bytes]]] = {}
         for page, coded in batch:
             by_namespace.setdefault(page.namespace_digest, []).append((page, coded))
         for namespace_digest, pages in by_namespace.items():
+            reason = "peer_down"
             for _ in range(PUT_ATTEMPTS):
                 if self._closed.is_set():
-                    return
+                    reason = "closed"
+                    break
                 try:
                     results = self._peer.put(namespace_digest, [(page.page_hash, coded) for page, coded in pages])
                 except PeerError as error:
                     # Storing a page twice does no harm: the peer keeps the first.
                     self._monitor.failed("put", error)
+                    reason = error.reason
+                    if isinstance(error, PeerRejectedError):
+                        break
                     self._monitor.wait_until_up(self._config.timeouts.retry_s * 2)
                     continue
+                reason = ""
                 kept = (PutOutcome.STORED, PutOutcome.ALREADY_STORED)
                 self._stored.update(
                     namespace_digest, [page.page_hash for page, _ in pages], [r.outcome in kept for r in results]
@@ -305,8 +328,8 @@ class Publisher:
                         self._drop(1, result.outcome.value)
                         logger.warning("kvcodec: the peer did not store a page: %s", result.detail)
                 break
-            else:
-                self._drop(len(pages), "peer_down")
+            if reason:
+                self._drop(len(pages), reason)
 
 
 def _be_nice() -> None:

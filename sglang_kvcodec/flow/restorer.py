@@ -17,7 +17,7 @@ from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder
 from sglang_kvcodec.format.page_object import PageObject
-from sglang_kvcodec.format.spec import LayerGroup, Side, layer_groups
+from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,17 @@ class Restore:
     def __init__(
         self,
         jobs: Sequence[RestoreJob],
-        groups: Sequence[LayerGroup],
+        spec: KVSpec,
         parts: int,
         on_layers: Callable[[LayerGroup], None],
         on_failure: Callable[[KVCodecError], None],
     ) -> None:
-        """A restore of ``len(groups)`` groups, each in ``parts`` parts."""
+        """A restore of all layer groups of ``spec``, each in ``parts`` parts."""
+        groups = layer_groups(spec)
         self.jobs = jobs
         self.bad_pages: list[PageObject] = []
         self._groups = groups
+        self._page_bytes = spec.page_bytes
         self._open_parts = [parts] * len(groups)
         self._announced = 0
         self._open = parts * len(groups)
@@ -73,20 +75,24 @@ class Restore:
             self._open_parts[group_index] -= 1
             if error is not None and self._error is None:
                 self._error = error
+            has_ended = self._open == 0
+            if has_ended and self._error is None:
+                metrics.RESTORED_TOKENS.inc(sum(job.slots.numel() for job in self.jobs))
+                metrics.RESTORED_BYTES.inc(sum(len(job.pages) for job in self.jobs) * self._page_bytes)
             while (
                 self._error is None and self._announced < len(self._groups) and self._open_parts[self._announced] == 0
             ):
                 self._on_layers(self._groups[self._announced])
                 self._announced += 1
-            failure = self._error if self._open == 0 else None
-        if failure is not None:
+        failure = self._error
+        if has_ended and failure is not None:
             metrics.RESTORE_FAILURES.labels(reason=failure.reason).inc()
             self._on_failure(failure)
 
     def found_bad(self, pages: Sequence[PageObject]) -> None:
         """Remembers pages that could not be decoded."""
         with self._lock:
-            self.bad_pages.extend(pages)
+            self.bad_pages.extend(page for page in pages if page not in self.bad_pages)
 
 
 class Restorer:
@@ -115,7 +121,7 @@ class Restorer:
         """Begins to restore; returns at once.
 
         Args:
-            jobs: what goes where; no slot twice.
+            jobs: what goes where, one page at least; no slot twice.
             on_layers: called for each layer group in order, when all its layers are in the pool.
             on_failure: called once instead of what is left, when no slot is written any more.
             after: device events to wait for before a slot is written.
@@ -126,14 +132,11 @@ class Restorer:
             for job in jobs
             for i in range(0, len(job.pages), SEGMENT_PAGES)
         ]
-        groups = layer_groups(spec)
-        restore = Restore(jobs, groups, len(segments) * len(spec.sides), on_layers, on_failure)
-        for group in groups:
+        restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure)
+        for group in layer_groups(spec):
             for pages, slots in segments:
                 for side in spec.sides:
                     self._executor.submit(self._restore_part, restore, group, side, pages, slots, after)
-        metrics.RESTORED_TOKENS.inc(sum(job.slots.numel() for job in jobs))
-        metrics.RESTORED_BYTES.inc(sum(len(job.pages) for job in jobs) * spec.page_bytes)
         return restore
 
     def close(self) -> None:
@@ -153,14 +156,12 @@ class Restorer:
         try:
             if not restore.has_failed:
                 start_s = time.monotonic()
-                if not hasattr(self._local, "decoder"):
-                    self._local.decoder = self._new_decoder()
-                values = self._local.decoder.decode(pages, group.index, side)
+                values = self._decoder().decode(pages, group.index, side)
                 metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
                 self._pool.scatter(side, group.first_layer, values, slots, after)
         except KVCodecError as caught:
             logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
-            restore.found_bad(pages)
+            restore.found_bad(self._unreadable(pages, group, side))
             error = caught
         except Exception as caught:
             # A thread's top: the forward pass waits for this part and must not wait for ever.
@@ -168,3 +169,20 @@ class Restorer:
             restore.found_bad(pages)
             error = KVCodecError(str(caught))
         restore.part_done(group.index, error)
+
+    def _decoder(self) -> GroupDecoder:
+        """This thread's."""
+        if not hasattr(self._local, "decoder"):
+            self._local.decoder = self._new_decoder()
+        decoder: GroupDecoder = self._local.decoder
+        return decoder
+
+    def _unreadable(self, pages: Sequence[PageObject], group: LayerGroup, side: Side) -> Sequence[PageObject]:
+        """Those of a segment's pages that do not decode alone; all of them if each does: one has to be to blame."""
+        bad = []
+        for page in pages:
+            try:
+                self._decoder().decode([page], group.index, side)
+            except KVCodecError:
+                bad.append(page)
+        return bad or pages

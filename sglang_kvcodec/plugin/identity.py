@@ -40,6 +40,9 @@ def weights_digest(model: torch.nn.Module) -> str:
 def _tensor_sums(tensor: torch.Tensor) -> tuple[int, int]:
     """Two position-dependent 64-bit sums over the tensor's bytes."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 4:
+        # A view into the middle of another tensor.
+        data = data.clone()
     padding = -data.numel() % 4
     if padding:
         data = torch.nn.functional.pad(data, (0, padding))

@@ -71,19 +71,21 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length in pages: those whose page objects are in host memory."""
-        self._matched.pop(rid, None)
+        before = {page.header.key.page_hash: page for page in self._matched.pop(rid, ())}
         held = self._pages_of(rid)
         if held is None or self._namespace_digest() is None:
             return []
         pages: list[PageObject] = []
         for key in self._keys(transfers):
-            page = None if key in self._bad_pages else held.get(key) or self._cache.get(key)
+            page = None if key in self._bad_pages else held.get(key) or before.get(key) or self._cache.get(key)
             if page is None:
                 break
             pages.append(page)
         if pages:
-            # The restore takes these very objects, whatever the cache evicts until then.
+            # The restore takes these very objects, whatever the cache evicts until then. The next look-up does so too:
+            # what is fetched for a request starts after what was found for it here.
             self._matched[rid] = pages
+            self._cache.mark_used([page.header.key.page_hash for page in pages])
         return list(range(1, len(pages) + 1))
 
     def forget(self, rid: str) -> None:

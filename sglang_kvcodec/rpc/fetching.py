@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
-from sglang_kvcodec import metrics
+from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ForeignPageError, FormatError, TruncatedError
 from sglang_kvcodec.format.digest import Buffer
 from sglang_kvcodec.format.namespace import PageKey
@@ -75,7 +75,7 @@ def read_page(engine: StorageEngine, key: bytes, object_bytes: int) -> tuple[byt
         if header.object_bytes != object_bytes:
             raise TruncatedError(f"{object_bytes} of {header.object_bytes} bytes are stored")
     except FormatError as error:
-        metrics.STORE_DAMAGED.labels(error.reason).inc()
+        peer_metrics.STORE_DAMAGED.labels(error.reason).inc()
         logger.warning("deleting stored page %s, which can't be read: %s", PageKey.from_bytes(key), error)
         engine.delete(key)
         return None

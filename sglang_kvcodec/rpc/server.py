@@ -10,7 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sglang_kvcodec import metrics
+from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ConfigurationError, StorageError
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import server_options
@@ -94,10 +94,10 @@ class PeerServer:
             except StorageError as error:
                 logger.warning("the store gives no account of itself: %s", error)
             else:
-                metrics.STORE_OBJECTS.set(stat.objects)
-                metrics.STORE_BYTES.set(stat.stored_bytes)
-                metrics.STORE_CAPACITY_BYTES.set(stat.capacity_bytes)
+                peer_metrics.STORE_OBJECTS.set(stat.objects)
+                peer_metrics.STORE_BYTES.set(stat.stored_bytes)
+                peer_metrics.STORE_CAPACITY_BYTES.set(stat.capacity_bytes)
                 if evicted_before is not None:
-                    metrics.STORE_EVICTIONS.inc(max(0, stat.evicted_objects - evicted_before))
+                    peer_metrics.STORE_EVICTIONS.inc(max(0, stat.evicted_objects - evicted_before))
                 evicted_before = stat.evicted_objects
             await asyncio.sleep(_METRICS_PERIOD_S)

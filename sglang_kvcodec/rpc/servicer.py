@@ -20,7 +20,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
-from sglang_kvcodec import __version__, metrics
+from sglang_kvcodec import __version__, peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES, MIB
 from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError
 from sglang_kvcodec.format.exchange import PutResult
@@ -206,7 +206,7 @@ class PeerServicer:
         if self._bandwidth is not None:
             await self._bandwidth.take(object_bytes)
         await context.write(encoded)
-        metrics.PEER_SENT_BYTES.inc(object_bytes)
+        peer_metrics.PEER_SENT_BYTES.inc(object_bytes)
 
     async def _receive(self, context: grpc.aio.ServicerContext) -> IncomingObject | None:
         """The next object up to its commit, its bytes taken from the budget; None at the end of the stream."""
@@ -228,7 +228,7 @@ class PeerServicer:
         while (step := await self._next_step(context)) is not None:
             if isinstance(step, memoryview):
                 incoming.add(step)
-                metrics.PEER_RECEIVED_BYTES.inc(len(step))
+                peer_metrics.PEER_RECEIVED_BYTES.inc(len(step))
             elif step.WhichOneof("step") == "commit" and step.commit:
                 return
             else:
@@ -240,7 +240,7 @@ class PeerServicer:
             result = await self._write(store_object, self._engine, incoming)
         finally:
             self._budget.release(incoming.object_bytes)
-        metrics.PEER_PUTS.labels(result.outcome.value).inc()
+        peer_metrics.PEER_PUTS.labels(result.outcome.value).inc()
         return result
 
     async def _next_step(self, context: grpc.aio.ServicerContext) -> pb.PutRequest | memoryview | None:
@@ -265,12 +265,12 @@ class PeerServicer:
         if self._streams >= self._limits.max_streams:
             raise CapacityError(f"this peer serves {self._streams} streams already")
         self._streams += 1
-        metrics.PEER_STREAMS.labels(method).inc()
+        peer_metrics.PEER_STREAMS.labels(method).inc()
         try:
             yield
         finally:
             self._streams -= 1
-            metrics.PEER_STREAMS.labels(method).dec()
+            peer_metrics.PEER_STREAMS.labels(method).dec()
 
     @contextlib.asynccontextmanager
     async def _serving(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -293,8 +293,8 @@ class PeerServicer:
                 logger.exception("%s failed", method)
             await context.abort(status, sentence)
         finally:
-            metrics.PEER_RPCS.labels(method, status.name).inc()
-            metrics.PEER_RPC_SECONDS.labels(method).observe(time.perf_counter() - started_s)
+            peer_metrics.PEER_RPCS.labels(method, status.name).inc()
+            peer_metrics.PEER_RPC_SECONDS.labels(method).observe(time.perf_counter() - started_s)
 
 
 def _read_pages(engine: StorageEngine, pages: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, PageLayout] | None]:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 from collections.abc import Sequence
 
-_MODULES = (
-    "argparse",
-    "inspect",
-    "tarfile",
-    "zipfile",
-    "typing",
-    "decimal",
-    "_pydecimal",
-    "turtle",
-    "doctest",
-    "pydoc",
-)
+_MODULES = ("unittest.mock", "typing", "pydoc", "inspect", "argparse", "tarfile", "zipfile", "_pydecimal", "doctest")
 
 
 def source_slices(sizes_chars: Sequence[int], *modules: str) -> list[str]:
     """Consecutive slices of the source of ``modules``, of some large ones by default.
 
+    Each module begins at its first definition: after a licence text a small model writes licence texts.
+
     Raises:
         ValueError: the modules are shorter than the slices together.
     """
-    text = "\n".join(_source(name) for name in modules or _MODULES)
+    text = "\n".join(_definitions(name) for name in modules or _MODULES)
     if sum(sizes_chars) > len(text):
         raise ValueError(f"there are {len(text)} characters of text, not {sum(sizes_chars)}")
     slices, start = [], 0
@@ -36,11 +28,13 @@ def source_slices(sizes_chars: Sequence[int], *modules: str) -> list[str]:
     return slices
 
 
-def _source(module: str) -> str:
+def _definitions(module: str) -> str:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ValueError(f"module {module} has no source")
-    return pathlib.Path(spec.origin).read_text(encoding="utf-8")
+    text = pathlib.Path(spec.origin).read_text(encoding="utf-8")
+    first = re.search(r"^(?:class|def) ", text, re.MULTILINE)
+    return text[first.start() :] if first else text
 
 
 def first_difference(left: str, right: str) -> str:

@@ -61,6 +61,11 @@ class PeerProcess:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
     def kill(self) -> None:
         """SIGKILL: what a crash or the end of the machine looks like."""
         self._process.kill()

@@ -107,6 +107,13 @@ class SGLangClient:
             finish_reason=finish_reason,
         )
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens the model's tokenizer makes of ``text``."""
+        body = json.dumps({"prompt": text}).encode()
+        request = urllib.request.Request(f"{self.base_url}/tokenize", body, {"Content-Type": "application/json"})
+        with self._opener.open(request, timeout=self._timeout_s) as response:
+            return int(json.load(response)["count"])
+
     def flush_cache(self, timeout_s: float = 30.0) -> None:
         """Makes the server forget all KV that it holds itself, as soon as it is idle.
 

@@ -11,7 +11,8 @@ from sglang_kvcodec.format.exchange import PeerStat
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.storage import open_engine
 from sglang_kvcodec.testing.conversation import source_slices
-from sglang_kvcodec.testing.processes import KVCodecArgs, PeerProcess, SGLangProcess, free_port
+from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, free_port
 from sglang_kvcodec.testing.sglang_client import ChatReply
 
 MODEL = str(pathlib.Path(__file__).parents[1] / "models" / "tiny-code-lm")
@@ -27,8 +28,8 @@ class Cluster:
     def __init__(self, work_dir: pathlib.Path) -> None:
         self.work_dir = work_dir
         self.store_dir = work_dir / "store"
-        self.listen = f"127.0.0.1:{free_port()}"
-        self.remote = f"grpc://{self.listen}"
+        self.peer_port = free_port()
+        self.remote = f"grpc://127.0.0.1:{self.peer_port}"
         self.peer: PeerProcess | None = None
         self._stack = contextlib.ExitStack()
         self._text = iter(_texts())
@@ -52,28 +53,27 @@ class Cluster:
             extra_args=extra_args,
             env=env,
         )
-        return self._stack.enter_context(server)
+        # SGLang takes long to end when asked to.
+        self._stack.callback(server.kill)
+        return server
 
-    def start_peer(self, *extra_args: str, capacity: str = CAPACITY) -> PeerProcess:
+    def start_peer(self, bandwidth_limit: str | None = None, capacity: str = CAPACITY) -> None:
         """Starts the peer at its address."""
-        self.peer = PeerProcess(
-            self.work_dir / "peer.log", f"lmdb:{self.store_dir}", capacity, self.listen, extra_args=extra_args
-        )
-        self.peer.wait_ready()
-        return self.peer
+        self.peer = PeerProcess(f"lmdb:{self.store_dir}", capacity, self.peer_port, bandwidth_limit)
 
     def stop_peer(self) -> None:
         """SIGTERM, if it runs."""
         if self.peer is not None:
-            self.peer.close()
+            if self.peer.alive:
+                self.peer.terminate()
             self.peer = None
 
-    def restart_peer(self, *extra_args: str, capacity: str = CAPACITY) -> None:
+    def restart_peer(self, bandwidth_limit: str | None = None, capacity: str = CAPACITY) -> None:
         """Stops it and starts it with other arguments; the servers have noticed both."""
         self.stop_peer()
         for server in (self.a, self.b):
             wait_for(lambda s=server: metric(s, "kvcodec_peer_up") == 0, f"sign of the loss at {server.name}")
-        self.start_peer(*extra_args, capacity=capacity)
+        self.start_peer(bandwidth_limit, capacity)
         for server in (self.a, self.b):
             wait_up(server)
 

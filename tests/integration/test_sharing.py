@@ -22,7 +22,6 @@ def test_starts_and_answers_without_a_peer(cluster):
     with_kvcodec, plain = cluster.no_peer_replies
     assert with_kvcodec.text == plain.text
     assert with_kvcodec.cached.storage == 0
-    wait_up(cluster.a)
 
 
 def test_a_chat_changes_servers_between_turns(fresh):
@@ -38,7 +37,10 @@ def test_a_chat_changes_servers_between_turns(fresh):
             assert reply.cached.device > 0
             assert reply.cached.storage > 0
         assert server.client.wait_published()
-        messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": f"def step{turn}(x):"}]
+        messages += [
+            {"role": "assistant", "content": reply.text},
+            {"role": "user", "content": fresh.fresh_text()[:600]},
+        ]
 
 
 def test_what_was_fetched_once_stays_in_host_memory(fresh, stored):
@@ -102,7 +104,7 @@ def test_a_held_request_holds_up_nobody(fresh, stored):
     text, answer = stored
     other = fresh.fresh_text()[:300]
     # About half a megabyte for the held request: two seconds or more.
-    fresh.restart_peer("--bandwidth-limit", "2Mbps")
+    fresh.restart_peer("2Mbps")
     wait_up(fresh.b)
     replies = {}
     held = threading.Thread(target=lambda: replies.__setitem__("held", ask(fresh.b, text)))
@@ -119,15 +121,12 @@ def test_a_held_request_holds_up_nobody(fresh, stored):
 
 def test_an_aborted_held_request_leaves_nothing_behind(fresh, stored):
     text, answer = stored
-    fresh.restart_peer("--bandwidth-limit", "1Mbps")
+    fresh.restart_peer("1Mbps")
     wait_up(fresh.b)
     fetched = metric(fresh.b, "kvcodec_fetched_bytes_total")
 
-    def ask_and_leave():
-        with pytest.raises(OSError, match="bort"):
-            fresh.b.client.chat([{"role": "user", "content": text}], 24, {"rid": "leaving"})
-
-    leaver = threading.Thread(target=ask_and_leave)
+    replies = []
+    leaver = threading.Thread(target=lambda: replies.append(ask(fresh.b, text)))
     leaver.start()
     wait_for(lambda: metric(fresh.b, "kvcodec_fetched_bytes_total") > fetched, "fetched bytes")
     abort = urllib.request.Request(
@@ -135,7 +134,7 @@ def test_an_aborted_held_request_leaves_nothing_behind(fresh, stored):
     )
     urllib.request.urlopen(abort, timeout=30).close()
     leaver.join(timeout=60)
-    assert not leaver.is_alive()
+    assert replies[0].finish_reason == "abort"
     fresh.restart_peer()
     wait_up(fresh.b)
     # Flushing needs an idle server: no slot may have leaked.

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sglang_kvcodec import metrics
+from sglang_kvcodec import metrics, peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES, Timeouts
 from sglang_kvcodec.errors import (
     CapacityError,
@@ -206,7 +206,7 @@ def test_a_stored_object_that_is_damaged_is_missing_counted_and_deleted(peer, en
     (hash_a, data_a), (hash_b, data_b) = page("a"), page("b")
     engine.put(namespace + hash_a, flip(data_a, 50))
     engine.put(namespace + hash_b, data_b)
-    counter = metrics.STORE_DAMAGED.labels("checksum")._value
+    counter = peer_metrics.STORE_DAMAGED.labels("checksum")._value
     before = counter.get()
     events = list(peer.fetch(namespace, [hash_a, hash_b]))
     assert events[0].page_index == 1
@@ -261,7 +261,7 @@ def test_a_fetch_cancelled_in_the_middle(running, connect, engine, namespace, pa
     received = sum(len(event.data) for event in events)
     assert received < 3_000_000
     # The peer notices: no stream stays open.
-    ended = metrics.PEER_RPCS.labels("Fetch", "CANCELLED")._value
+    ended = peer_metrics.PEER_RPCS.labels("Fetch", "CANCELLED")._value
     client.stat()
     wait_until(lambda: ended.get() >= 1 and running.server._servicer._streams == 0)
 

@@ -7,7 +7,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from sglang_kvcodec import __version__, metrics
+from sglang_kvcodec import __version__, peer_metrics
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing, LookupResult, PutOutcome
 from sglang_kvcodec.format.page_object import read_header
 from sglang_kvcodec.rpc import peer_pb2 as pb
@@ -166,12 +166,17 @@ def test_calls_are_counted(peer, namespace, page):
     def value(metric):
         return metric._value.get()
 
-    stored = metrics.PEER_PUTS.labels("stored")
-    counters = [stored, metrics.PEER_SENT_BYTES, metrics.PEER_RECEIVED_BYTES, metrics.PEER_RPCS.labels("Fetch", "OK")]
+    stored = peer_metrics.PEER_PUTS.labels("stored")
+    counters = [
+        stored,
+        peer_metrics.PEER_SENT_BYTES,
+        peer_metrics.PEER_RECEIVED_BYTES,
+        peer_metrics.PEER_RPCS.labels("Fetch", "OK"),
+    ]
     before = [value(counter) for counter in counters]
     pages = put_pages(peer, namespace, page, ["odd"])
     list(peer.fetch(namespace, [pages[0][0]]))
     peer.stat()
     grown = [value(counter) - start for counter, start in zip(counters, before, strict=True)]
     assert grown == [1, len(pages[0][1]), len(pages[0][1]), 1]
-    assert value(metrics.PEER_STREAMS.labels("Fetch")) == 0
+    assert value(peer_metrics.PEER_STREAMS.labels("Fetch")) == 0

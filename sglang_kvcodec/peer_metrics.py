@@ -1,0 +1,20 @@
+"""Every metric that a storage peer exports with ``--metrics-port``.
+
+Apart from ``metrics``: a metric is exported by whoever imports it, and an SGLang server has nothing to say here.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+PEER_RPCS = Counter("kvcodec_peer_rpcs", "RPCs served, by method and gRPC status", ["method", "status"])
+PEER_RPC_SECONDS = Histogram("kvcodec_peer_rpc_seconds", "Time of an RPC", ["method"])
+PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch")
+PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")
+PEER_PUTS = Counter("kvcodec_peer_puts", "Objects put, by outcome", ["outcome"])
+PEER_STREAMS = Gauge("kvcodec_peer_streams", "Fetch and Put streams open now", ["method"])
+STORE_DAMAGED = Counter("kvcodec_store_damaged", "Stored objects that could not be read and were deleted", ["reason"])
+STORE_OBJECTS = Gauge("kvcodec_store_objects", "Page objects stored")
+STORE_BYTES = Gauge("kvcodec_store_bytes", "Bytes of page objects stored")
+STORE_CAPACITY_BYTES = Gauge("kvcodec_store_capacity_bytes", "Bound of the store")
+STORE_EVICTIONS = Counter("kvcodec_store_evictions", "Page objects evicted to make room")

@@ -1,0 +1,252 @@
+import threading
+
+import pytest
+import torch
+from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
+
+from sglang_kvcodec.errors import ChecksumError, CodecError, KVCodecError
+from sglang_kvcodec.flow import restorer as restorer_module
+from sglang_kvcodec.flow.restorer import RestoreJob, Restorer
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object
+from sglang_kvcodec.format.spec import Side, layer_groups
+from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
+from sglang_kvcodec.testing.pages import Pages, hash_of, new_decoder
+
+GROUPS = layer_groups(GROUPED)
+
+
+class Outcome:
+    """What a restore calls back."""
+
+    def __init__(self):
+        self.calls = []
+        self._ended = threading.Event()
+
+    def on_layers(self, group):
+        self.calls.append(group.index)
+        if group == GROUPS[-1] or group.layers == SMALL.layers:
+            self._ended.set()
+
+    def on_failure(self, error):
+        self.calls.append(error)
+        self._ended.set()
+
+    def wait(self):
+        assert self._ended.wait(LIMIT_S)
+        return self.calls
+
+
+class ScriptedDecoder:
+    """A decoder that calls ``before(pages, group_index, side)`` first."""
+
+    def __init__(self, inner, before):
+        self._inner, self._before = inner, before
+
+    def decode(self, pages, group_index, side):
+        self._before(pages, group_index, side)
+        return self._inner.decode(pages, group_index, side)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return Pages(GROUPED, "exact", NAMESPACE)
+
+
+@pytest.fixture(scope="module")
+def exact_pages(exact):
+    """Coded once: an HEVC encoder is slow."""
+    return [exact.page(name) for name in range(3)]
+
+
+@pytest.fixture
+def start(closing):
+    """Starts a restore of ``jobs`` = [(page objects, page numbers in the pool)]."""
+
+    def run(pool, profile, jobs, threads=2, before=lambda *args: None):
+        def open_decoder():
+            return ScriptedDecoder(new_decoder(pool.spec, profile), before)
+
+        restorer = Restorer(pool.wrapped, open_decoder, threads)
+        closing.callback(restorer.close)
+        outcome = Outcome()
+        outcome.close = restorer.close
+        restore = restorer.start(
+            [RestoreJob(objects, pool.slots(numbers)) for objects, numbers in jobs],
+            outcome.on_layers,
+            outcome.on_failure,
+        )
+        return restore, outcome
+
+    return run
+
+
+def test_bit_exact_at_scattered_slots_through_pictures(start, exact, exact_pages, delta):
+    pool = KnownPool(GROUPED, 4)
+    before = pool.bits()
+    _, outcome = start(pool, "exact", [(exact_pages, [2, 0, 3])])
+    assert outcome.wait() == [0, 1, 2]
+    for name, number in enumerate([2, 0, 3]):
+        assert same_bits(pool.page(number), exact.values(name))
+    assert pool.others_are(before, [2, 0, 3])
+    assert delta("kvcodec_restored_tokens_total") == 3 * GROUPED.page_tokens
+    assert delta("kvcodec_restored_bytes_total") == 3 * GROUPED.page_bytes
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_jobs_of_more_pages_than_a_segment(start, delta, threads, monkeypatch):
+    monkeypatch.setattr(restorer_module, "SEGMENT_PAGES", 2)
+    pages = Pages(SMALL, "raw", NAMESPACE)
+    pool = KnownPool(SMALL, 10)
+    before = pool.bits()
+    objects = [pages.page(name) for name in range(8)]
+    decoded = []
+    _, outcome = start(
+        pool,
+        "raw",
+        [(objects[:5], [9, 1, 4, 0, 7]), (objects[5:6], [3]), (objects[6:], [8, 2])],
+        threads,
+        lambda segment, group, side: decoded.append((len(segment), side)),
+    )
+    assert outcome.wait() == [0]
+    for name, number in enumerate([9, 1, 4, 0, 7, 3, 8, 2]):
+        assert same_bits(pool.page(number), pages.values(name))
+    assert pool.others_are(before, [9, 1, 4, 0, 7, 3, 8, 2])
+    assert sorted(size for size, _ in decoded) == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert delta("kvcodec_restored_tokens_total") == 8 * SMALL.page_tokens
+
+
+def test_layers_are_told_in_order_and_only_when_both_sides_are_written(start, gate):
+    pages = Pages(GROUPED, "raw", NAMESPACE)
+    pool = KnownPool(GROUPED, 1)
+    told = []
+    later_are_done = threading.Barrier(2)
+
+    def before(segment, group_index, side):
+        if (group_index, side) == (0, Side.VALUE):
+            # The other thread writes all of the groups behind while this side of the first one is late.
+            later_are_done.wait(LIMIT_S)
+            told.extend(outcome.calls)
+        if (group_index, side) == (2, Side.VALUE):
+            later_are_done.wait(LIMIT_S)
+
+    expected = pages.values("page")
+    written = []
+    outcome = Outcome()
+
+    def on_layers(group):
+        now = pool.page(0)
+        layers = slice(group.first_layer, group.first_layer + group.layers)
+        written.append(all(torch.equal(now[side][layers], expected[side][layers]) for side in GROUPED.sides))
+        Outcome.on_layers(outcome, group)
+
+    restorer = Restorer(pool.wrapped, lambda: ScriptedDecoder(new_decoder(GROUPED, "raw"), before), 2)
+    restorer.start([RestoreJob([pages.page("page")], pool.slots([0]))], on_layers, outcome.on_failure)
+    assert outcome.wait() == [0, 1, 2]
+    restorer.close()
+    assert told == []
+    assert written == [True, True, True]
+
+
+def spoiled(exact, name, group_index, side, spoil):
+    """A page object with good CRCs whose picture in one place is not what was encoded."""
+    good = exact.page(name)
+    groups = [{each: good.side_data(group.index, each) for each in GROUPED.sides} for group in GROUPS]
+    data = groups[group_index][side]
+    groups[group_index][side] = SideData(spoil(data.picture), data.stored)
+    key = PageKey(NAMESPACE, hash_of(name))
+    return PageObject(build_page_object(key, GROUPED, "exact", groups, good.parameter_sets))
+
+
+def wrong_digest(picture):
+    return PicturePart(picture.data, picture.plane_digest ^ 1)
+
+
+def junk(picture):
+    return PicturePart(b"\x00\x00\x01\x28" + bytes(range(1, 200)), picture.plane_digest)
+
+
+@pytest.mark.parametrize("spoil", [wrong_digest, junk])
+def test_a_corrupt_picture_fails_once_after_the_last_write_and_names_its_page(start, exact, exact_pages, delta, spoil):
+    bad = spoiled(exact, 1, 1, Side.VALUE, spoil)
+    pool = KnownPool(GROUPED, 4)
+    before = pool.bits()
+    restore, outcome = start(pool, "exact", [([exact_pages[0], bad, exact_pages[2]], [3, 0, 1])])
+    calls = outcome.wait()
+    at_failure = pool.bits()
+    assert isinstance(calls[-1], ChecksumError | CodecError)
+    assert calls[:-1] in ([], [0])
+    assert restore.bad_pages == [bad]
+    assert restore.has_failed
+    assert pool.others_are(before, [3, 0, 1])
+    assert delta("kvcodec_restore_failures_total", reason=calls[-1].reason) == 1
+    assert delta("kvcodec_restored_tokens_total") == 0
+    # Nothing is written or told any more, whatever the threads still do.
+    outcome.close()
+    assert pool.others_are(at_failure, [])
+    assert len(outcome.calls) == len(calls)
+
+
+def test_the_failure_waits_for_a_write_under_way(start):
+    pages = Pages(GROUPED, "raw", NAMESPACE)
+    pool = KnownPool(GROUPED, 1)
+    failed, order = threading.Event(), []
+
+    def before(segment, group_index, side):
+        if (group_index, side) == (0, Side.VALUE):
+            failed.set()
+            raise CodecError("no")
+        if (group_index, side) == (0, Side.KEY):
+            assert failed.wait(LIMIT_S)
+            order.append("still decoding")
+
+    _, outcome = start(pool, "raw", [([pages.page("page")], [0])], 2, before)
+    calls = outcome.wait()
+    assert order == ["still decoding"]
+    assert same_bits({Side.KEY: pool.page(0)[Side.KEY][:3]}, {Side.KEY: pages.values("page")[Side.KEY][:3]})
+    assert [type(call) for call in calls] == [CodecError]
+
+
+def test_a_failure_that_no_single_page_causes_is_blamed_on_all(start):
+    pages = Pages(SMALL, "raw", NAMESPACE)
+    pool = KnownPool(SMALL, 3)
+
+    def before(segment, group_index, side):
+        if len(segment) > 1:
+            raise CodecError("too many")
+
+    objects = [pages.page(name) for name in range(3)]
+    restore, outcome = start(pool, "raw", [(objects, [0, 1, 2])], 1, before)
+    outcome.wait()
+    assert restore.bad_pages == objects
+
+
+def test_an_error_nobody_thought_of_is_a_failure_too(start, delta):
+    pages = Pages(SMALL, "raw", NAMESPACE)
+    restore, outcome = start(
+        KnownPool(SMALL, 1), "raw", [([pages.page(0)], [0])], 2, lambda segment, group, side: 1 / 0
+    )
+    (error,) = outcome.wait()
+    assert type(error) is KVCodecError
+    assert len(restore.bad_pages) == 1
+    assert delta("kvcodec_restore_failures_total", reason=error.reason) == 1
+
+
+def test_the_next_restore_is_none_the_worse(closing):
+    pages = Pages(SMALL, "raw", NAMESPACE)
+    pool = KnownPool(SMALL, 2)
+    fail = [True]
+
+    def before(segment, group, side):
+        if fail[0]:
+            raise CodecError("no")
+
+    restorer = Restorer(pool.wrapped, lambda: ScriptedDecoder(new_decoder(SMALL, "raw"), before), 2)
+    closing.callback(restorer.close)
+    first, second = Outcome(), Outcome()
+    restorer.start([RestoreJob([pages.page(0)], pool.slots([0]))], first.on_layers, first.on_failure)
+    first.wait()
+    fail[0] = False
+    restorer.start([RestoreJob([pages.page(1)], pool.slots([1]))], second.on_layers, second.on_failure)
+    assert second.wait() == [0]
+    assert same_bits(pool.page(1), pages.values(1))

@@ -1,0 +1,299 @@
+import threading
+import types
+
+import pytest
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+from sglang_kvcodec.config import ServerConfig, Timeouts
+from sglang_kvcodec.errors import CodecError
+from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
+from sglang_kvcodec.flow.peer_monitor import PeerMonitor
+from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.restorer import Restorer
+from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.format.spec import KVDtype, KVSpec
+from sglang_kvcodec.plugin.linker import KVCodecLinker
+from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.storage.memory import MemoryEngine
+from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
+from sglang_kvcodec.testing.local_peer import LocalPeer
+from sglang_kvcodec.testing.pages import Pages, hash_of, new_decoder, new_encoder
+
+NAMESPACE = bytes(range(32))
+SPEC = KVSpec(layers=7, kv_heads=3, head_dim=128, page_tokens=43, dtype=KVDtype.BFLOAT16)
+"""Three layer groups."""
+LIMIT_S = 30
+TIMEOUTS = Timeouts(connect_s=20, lookup_s=20, progress_s=20, fetch_s=60, put_s=60, retry_s=0.05)
+
+
+class Setup:
+    """A linker with all it links; what other parts of the server would answer is set on it."""
+
+    def __init__(self, closing):
+        self.engine = MemoryEngine(1 << 30)
+        server = LocalPeer(self.engine)
+        closing.callback(server.stop)
+        peer = GrpcPeer(server.remote, TIMEOUTS)
+        monitor = PeerMonitor(peer, TIMEOUTS.retry_s)
+        assert monitor.wait_until_up(LIMIT_S)
+        config = ServerConfig(remote=server.remote, profile="raw", timeouts=TIMEOUTS)
+        self.pages = Pages(SPEC, "raw", NAMESPACE)
+        self.pool = KnownPool(SPEC, 4)
+        self.cache = BitstreamCache(1 << 30)
+        self.digest = NAMESPACE
+        self.held = {}
+        self.before_decode = lambda pages, group, side: None
+        self.before_encode = lambda: None
+        self.restorer = Restorer(self.pool.wrapped, self._new_decoder, 2)
+        self.publisher = Publisher(peer, monitor, StoredPages(), self.pool.wrapped, self._new_encoder, config)
+        for part in (self.publisher, peer, monitor, self.restorer):
+            closing.callback(part.close)
+        self.linker = KVCodecLinker(
+            None,
+            SPEC.layers,
+            self.cache,
+            self.restorer,
+            self.publisher,
+            lambda: self.digest,
+            lambda rid: self.held.get(rid, {}),
+            None,
+        )
+
+    def _new_decoder(self):
+        inner = new_decoder(SPEC, "raw")
+
+        def decode(pages, group, side):
+            self.before_decode(pages, group, side)
+            return inner.decode(pages, group, side)
+
+        return types.SimpleNamespace(decode=decode)
+
+    def _new_encoder(self, namespace_digest):
+        inner = new_encoder(namespace_digest, SPEC, "raw")
+
+        def encode(page_hash, values):
+            self.before_encode()
+            return inner.encode(page_hash, values)
+
+        return types.SimpleNamespace(encode=encode)
+
+    def cache_pages(self, *names):
+        for name in names:
+            self.cache.put(hash_of(name), self.pages.page(name))
+
+    def lookup(self, rid, names):
+        return self.linker.lookup(rid, [transfer(names)])
+
+    def load(self, rid, names, numbers):
+        return self.linker.load(rid, [transfer(names, self.pool.slots(numbers))])
+
+    def offload(self, names, numbers):
+        return self.linker.offload([transfer(names, self.pool.slots(numbers))])
+
+
+def transfer(names, slots=None):
+    return PoolTransfer(name=PoolName.KV, keys=[hash_of(name).hex() for name in names], device_indices=slots)
+
+
+@pytest.fixture
+def closing():
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def setup(closing):
+    return Setup(closing)
+
+
+def test_lookup_stops_at_the_first_missing_page(setup):
+    setup.cache_pages(0, 1, 3)
+    assert setup.lookup("r", [0, 1, 2, 3]) == [1, 2]
+    assert setup.lookup("r", [2, 0]) == []
+    assert setup.lookup("r", [3]) == [1]
+
+
+def test_held_and_cached_pages_make_one_prefix(setup):
+    setup.cache_pages(0)
+    setup.held["r"] = {hash_of(1): setup.pages.page(1)}
+    assert setup.lookup("r", [0, 1, 2]) == [1, 2]
+    assert setup.lookup("other", [0, 1, 2]) == [1]
+
+
+def test_nothing_is_found_for_a_request_that_must_be_computed_or_without_a_namespace(setup):
+    setup.cache_pages(0)
+    setup.held["r"] = None
+    assert setup.lookup("r", [0]) == []
+    setup.digest = None
+    assert setup.lookup("other", [0]) == []
+
+
+def test_pages_found_are_restored_layer_by_layer_though_evicted_meanwhile(setup):
+    setup.cache_pages(0, 1)
+    before = setup.pool.bits()
+    assert setup.lookup("r", [0, 1]) == [1, 2]
+    setup.cache.clear()
+    assert setup.load("r", [0, 1], [3, 0])
+    assert setup.linker.is_loading("r")
+    index = setup.linker.start_layer_wise_loading()
+    counter = setup.linker.layer_done_counter
+    counter.set_consumer(index)
+    for layer in range(SPEC.layers):
+        counter.wait_until(layer)
+        for name, number in [(0, 3), (1, 0)]:
+            expected, now = setup.pages.values(name), setup.pool.page(number)
+            assert all(same_bits({side: now[side][layer]}, {side: expected[side][layer]}) for side in SPEC.sides)
+    assert setup.linker.finish_layer_wise_loading(index)
+    assert setup.pool.others_are(before, [3, 0])
+    setup.linker.loaded("r")
+    assert not setup.linker.is_loading("r")
+    assert not setup.linker.has_pending
+
+
+def test_pages_found_are_found_again_though_evicted_meanwhile(setup):
+    setup.cache_pages(0)
+    assert setup.lookup("r", [0, 1]) == [1]
+    setup.cache.clear()
+    setup.held["r"] = {hash_of(1): setup.pages.page(1)}
+    assert setup.lookup("r", [0, 1]) == [1, 2]
+    setup.linker.forget("r")
+    assert setup.lookup("r", [0, 1]) == []
+
+
+def test_pages_of_old_weights_are_not_found_again(setup):
+    setup.cache_pages(0)
+    assert setup.lookup("r", [0]) == [1]
+    setup.cache.clear()
+    setup.digest = None
+    assert setup.lookup("r", [0]) == []
+    setup.digest = NAMESPACE
+    assert setup.lookup("r", [0]) == []
+
+
+def test_fewer_pages_may_be_loaded_than_were_found(setup):
+    setup.cache_pages(0, 1)
+    setup.lookup("r", [0, 1])
+    before = setup.pool.bits()
+    setup.load("r", [0], [2])
+    assert setup.linker.finish_layer_wise_loading(setup.linker.start_layer_wise_loading())
+    assert same_bits(setup.pool.page(2), setup.pages.values(0))
+    assert setup.pool.others_are(before, [2])
+
+
+def test_more_pages_than_were_found_are_never_loaded(setup):
+    setup.cache_pages(0)
+    setup.lookup("r", [0, 1])
+    with pytest.raises(RuntimeError, match="2 pages of which 1"):
+        setup.load("r", [0, 1], [0, 1])
+
+
+def test_several_requests_are_restored_as_one_batch(setup):
+    setup.cache_pages(0, 1)
+    for rid, name in [("a", 0), ("b", 1)]:
+        setup.lookup(rid, [name])
+        setup.load(rid, [name], [name])
+    assert setup.linker.finish_layer_wise_loading(setup.linker.start_layer_wise_loading())
+    assert same_bits(setup.pool.page(0), setup.pages.values(0))
+    assert same_bits(setup.pool.page(1), setup.pages.values(1))
+    assert setup.linker.start_layer_wise_loading() == -1
+
+
+def test_a_cancelled_load_writes_nothing(setup):
+    setup.cache_pages(0)
+    setup.lookup("r", [0])
+    setup.load("r", [0], [0])
+    before = setup.pool.bits()
+    assert setup.linker.cancel_queued_load("r")
+    assert not setup.linker.cancel_queued_load("r")
+    assert setup.linker.start_layer_wise_loading() == -1
+    assert setup.pool.others_are(before, [])
+
+
+def test_a_page_that_can_not_be_restored_is_not_offered_again_and_the_others_are(setup):
+    setup.cache_pages(0, 1, 2)
+
+    def fail(pages, group, side):
+        if group == 1 and any(page.header.key.page_hash == hash_of(1) for page in pages):
+            raise CodecError("no")
+
+    setup.before_decode = fail
+    setup.lookup("r", [0, 1, 2])
+    setup.load("r", [0, 1, 2], [0, 1, 2])
+    assert not setup.linker.finish_layer_wise_loading(setup.linker.start_layer_wise_loading())
+    assert setup.lookup("r", [0, 1, 2]) == [1]
+    assert setup.lookup("r", [2]) == [1]
+    assert setup.linker.without_bad((hash_of(0), hash_of(1), hash_of(2))) == (hash_of(0),)
+    assert hash_of(1) not in setup.cache
+    assert hash_of(0) in setup.cache
+
+
+def test_offloads_are_completed_in_order(setup):
+    setup.pool.fill(0, 1)
+    first_may_go = threading.Event()
+    gather = setup.pool.wrapped.gather
+
+    def slow_first(slots, after, only):
+        assert first_may_go.wait(LIMIT_S)
+        return gather(slots, after, only)
+
+    setup.pool.wrapped.gather = slow_first
+    assert setup.offload([0], [0])
+    setup.digest = None
+    assert setup.offload([1], [1])
+    setup.digest = NAMESPACE
+    assert setup.linker.num_completed_offloads() == 0
+    assert setup.linker.has_pending
+    first_may_go.set()
+    assert setup.linker._offloads[0].wait(LIMIT_S)
+    assert setup.linker.num_completed_offloads() == 2
+    assert [setup.linker.pop_completed_offload() for _ in range(2)] == [True, False]
+    assert not setup.linker.has_pending
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    stored = setup.engine.get(setup.pages.key(0))
+    assert same_bits(setup.pages.decode(PageObject(stored)), setup.pool.page(0))
+    assert setup.engine.stat().objects == 1
+
+
+def test_reset_waits_until_no_slot_is_read_or_written(setup):
+    setup.cache_pages(0, 1)
+    release, reading, writing = threading.Event(), threading.Event(), threading.Event()
+    gather = setup.pool.wrapped.gather
+
+    def slow_gather(slots, after, only):
+        reading.set()
+        assert release.wait(LIMIT_S)
+        return gather(slots, after, only)
+
+    def slow_decode(pages, group, side):
+        writing.set()
+        assert release.wait(LIMIT_S)
+
+    setup.pool.wrapped.gather = slow_gather
+    setup.before_decode = slow_decode
+    setup.lookup("r", [0])
+    setup.load("r", [0], [0])
+    setup.linker.start_layer_wise_loading()
+    setup.offload([3], [3])
+    setup.lookup("waits", [1])
+    assert reading.wait(LIMIT_S)
+    assert writing.wait(LIMIT_S)
+    events = []
+
+    def reset():
+        setup.linker.reset()
+        events.append(same_bits(setup.pool.page(0), setup.pages.values(0)))
+
+    thread = threading.Thread(target=reset)
+    thread.start()
+    assert setup.linker.has_pending
+    assert events == []
+    release.set()
+    thread.join(LIMIT_S)
+    assert events == [True]
+    assert not setup.linker.has_pending
+    assert not setup.linker.is_loading("r")
+    setup.cache.clear()
+    assert setup.lookup("waits", [1]) == []

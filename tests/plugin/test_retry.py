@@ -1,0 +1,62 @@
+import types
+
+from sglang_kvcodec.plugin import retry
+from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
+
+
+def tokenized(rid="r", **changes):
+    return types.SimpleNamespace(**{"rid": rid, "mm_inputs": None, "session_params": None, **changes})
+
+
+def request(rid="r"):
+    return types.SimpleNamespace(rid=rid, discard_output_reason=None)
+
+
+class Scheduler:
+    def __init__(self):
+        self.started = []
+
+    def handle_generate_request(self, given):
+        self.started.append(given)
+
+
+def test_a_request_is_started_once_more_with_its_own_input():
+    book, scheduler, given, req = RetryBook(), Scheduler(), tokenized(), request()
+    book.note(given)
+    assert "r" in book
+    book.mark_failed([req])
+    assert isinstance(req.discard_output_reason, RestoreFailed)
+    book.restart(req, scheduler)
+    book.restart(req, scheduler)
+    assert scheduler.started == [given]
+
+
+def test_what_can_not_be_started_twice_is_not_remembered():
+    book = RetryBook()
+    book.note(tokenized("image", mm_inputs=object()))
+    book.note(tokenized("session", session_params=object()))
+    book.note(tokenized(["a", "batch"]))
+    assert "image" not in book
+    assert "session" not in book
+    failed = request("image")
+    book.mark_failed([failed])
+    assert failed.discard_output_reason is None
+
+
+def test_a_forgotten_request_is_answered_as_sglang_would():
+    book, scheduler, req = RetryBook(), Scheduler(), request()
+    book.note(tokenized())
+    book.forget("r")
+    book.forget("r")
+    book.mark_failed([req])
+    book.restart(req, scheduler)
+    assert req.discard_output_reason is None
+    assert scheduler.started == []
+
+
+def test_only_so_many_are_remembered(monkeypatch):
+    monkeypatch.setattr(retry, "MAX_INPUTS", 2)
+    book = RetryBook()
+    for rid in "abc":
+        book.note(tokenized(rid))
+    assert [rid in book for rid in "abc"] == [False, True, True]
