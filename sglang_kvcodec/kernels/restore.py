@@ -33,7 +33,11 @@ _MOST_BLOCK_CHANNELS = 256
 
 @triton.jit
 def _block(
-    slots: tl.tensor, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+    slots: tl.tensor,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ) -> tl.tuple:
     """This program's page, its first channel, its tokens, channels and slots as far as they exist."""
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS

@@ -11,9 +11,10 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 IN_CHILD = os.environ.get("TRITON_INTERPRET") == "1"
+MODULES = ["test_restore", "test_restore_properties", "test_check", "test_page_to_pool"]
 
 
-@pytest.mark.parametrize("module", [] if IN_CHILD else ["test_restore", "test_restore_properties", "test_page_to_pool"])
+@pytest.mark.parametrize("module", [] if IN_CHILD else MODULES)
 def test_in_the_interpreter(module):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", str(HERE / f"{module}.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "KVCODEC_REQUIRE_GPU": "0"}
