@@ -70,7 +70,7 @@ def test_goes_down_at_a_failed_call_and_comes_back(watch):
     assert monitor.wait_until_up(LIMIT_S)
     monitor.failed("lookup", PeerTimeoutError("slow"))
     assert monitor.wait_until_up(LIMIT_S)
-    assert peer.probes == 4
+    assert peer.probes >= 4
 
 
 def test_is_down_until_a_probe_has_succeeded(watch):
@@ -98,7 +98,7 @@ def test_is_down_until_a_probe_has_succeeded(watch):
 
 def test_a_refused_request_says_nothing_against_the_peer(watch):
     peer = Answers(stat_of())
-    monitor = watch(peer)
+    monitor = watch(peer, retry_s=1000)
     assert monitor.wait_until_up(LIMIT_S)
     monitor.failed("fetch", PeerRejectedError("no such thing"))
     assert monitor.is_up

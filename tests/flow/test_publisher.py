@@ -340,7 +340,7 @@ def test_close_does_not_wait_for_a_peer_that_is_away(local_peer, set_up, monkeyp
             waiting.set()
         return wait(timeout_s)
 
-    local_peer.stop()
+    setup.peer.before = lambda call: call == "lookup" and local_peer.stop()
     setup.monitor.wait_until_up = told
     offload = setup.offload()
     assert offload.wait(LIMIT_S)

@@ -34,7 +34,9 @@ def test_two_ranks_agree(fresh):
 
 def test_the_lossy_profile_and_retraction(fresh, stored):
     text, answer = stored
-    server = fresh.start_server("high", profile="high", env={"SGLANG_TEST_RETRACT": "true"})
+    server = fresh.start_server(
+        "high", profile="high", extra_args=["--chunked-prefill-size", "256"], env={"SGLANG_TEST_RETRACT": "true"}
+    )
     try:
         server.wait_ready()
         # Pages of another profile are another namespace.

@@ -78,7 +78,7 @@ def test_two_servers_compute_and_put_the_same_pages_at_once(fresh):
         thread.start()
     for thread in threads:
         thread.join()
-    assert {reply.text for reply in replies.values()} == {answer}
+    assert {name: reply.text for name, reply in replies.items()} == {"a": answer, "b": answer}
     for server in (fresh.a, fresh.b):
         assert server.client.wait_published()
     pages = (replies["a"].prompt_tokens + replies["a"].completion_tokens) // PAGE_TOKENS

@@ -119,7 +119,7 @@ def test_buffers_count():
 
 def test_only_the_values_count_not_where_they_lie():
     whole = tensor_of(torch.int8, 41)
-    assert digest_of(w=whole[3:40]) == digest_of(w=whole[3:40].clone())
+    assert digest_of(w=whole[3:39]) == digest_of(w=whole[3:39].clone())
     matrix = tensor_of(torch.bfloat16, 5, 7)
     assert digest_of(w=matrix.t()) == digest_of(w=matrix.t().contiguous())
     assert digest_of(w=matrix[1:, 1:]) == digest_of(w=matrix[1:, 1:].clone())
