@@ -74,7 +74,10 @@ def test_every_bit_pattern_survives(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [KVDtype.BFLOAT16, KVDtype.FLOAT16])
-@pytest.mark.parametrize("steps", [(0.0, 1.0), (1e-40, 3e-8), (1.7e-7, 0.0123), (500.1, 3.3e38), (2.0**-133, 1.0 / 3)])
+@pytest.mark.parametrize(
+    "steps",
+    [(0.0, 1 / 3), (1e-40, 3e-8), (1.7e-7, 0.0123), (500.1, 3.3e38), (2.0**-134, 2.0**-25), (1 + 2**-8, 1 + 2**-11)],
+)
 def test_every_code_is_rounded_as_the_reference_rounds(dtype, steps, device):
     """Steps that make subnormals, ties, and infinities of the pool's type; the code 0, which no encoder makes, too."""
     spec = KVSpec(2, 1, 64, 16, dtype)
