@@ -86,6 +86,25 @@ class PagedKVPool:
                 result[side] = host.view(self._dtype)
         return result
 
+    @contextlib.contextmanager
+    def writing(
+        self, side: Side, first_layer: int, layers: int, after: Sequence[Any] = ()
+    ) -> Iterator[Sequence[torch.Tensor]]:
+        """Lets the body write to layers of the pool, on a stream of this thread; it has been written at the end.
+
+        Args:
+            side: which tensor of the layers.
+            first_layer: the first of them.
+            layers: how many.
+            after: device events the body's work on the device waits for.
+
+        Yields:
+            The layers' tensors ``(slots, kv_heads, head_dim)``.
+        """
+        buffers = self._buffers()[side][first_layer : first_layer + layers]
+        with self._side_stream(after):
+            yield buffers
+
     def scatter(
         self, side: Side, first_layer: int, values: torch.Tensor, slots: torch.Tensor, after: Sequence[Any] = ()
     ) -> None:
@@ -98,9 +117,8 @@ class PagedKVPool:
             slots: int64 ``(pages * page_tokens,)``, on the pool's device.
             after: device events the write has to wait for.
         """
-        buffers = self._buffers()[side]
-        with self._side_stream(after):
+        with self.writing(side, first_layer, values.shape[1], after) as layers:
             rows = values.view(self._rows).to(self.device)
-            for index in range(values.shape[1]):
-                buffer = buffers[first_layer + index].view(self._rows)
+            for index, layer in enumerate(layers):
+                buffer = layer.view(self._rows)
                 buffer.index_copy_(0, slots, rows[:, index].reshape(-1, *buffer.shape[1:]))

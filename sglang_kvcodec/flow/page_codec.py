@@ -112,15 +112,25 @@ class GroupDecoder:
             FormatError: a page whose parts do not fit its profile.
             CodecError: the decoder failed.
         """
+        return self._transform.restore(self._groups[group_index].layers, self.unpack(pages, group_index, side))
+
+    def unpack(self, pages: Sequence[PageObject], group_index: int, side: Side) -> list[PackedSide]:
+        """As :meth:`decode`, up to where the transform begins: checked canvases in host memory, side bytes unchecked.
+
+        Raises:
+            ForeignPageError: a page of another spec or profile.
+            ChecksumError: a picture did not decode to what was encoded.
+            FormatError: a page without a picture that its profile has.
+            CodecError: the decoder failed.
+        """
         for page in pages:
             self._refuse_foreign(page)
         data = [page.side_data(group_index, side) for page in pages]
         canvases = self._decode_pictures(pages, data)
-        packed = [
+        return [
             PackedSide(canvas, item.stored, item.escapes, item.picture.steps if item.picture else ())
             for canvas, item in zip(canvases, data, strict=True)
         ]
-        return self._transform.restore(self._groups[group_index].layers, packed)
 
     def _refuse_foreign(self, page: PageObject) -> None:
         header = page.header

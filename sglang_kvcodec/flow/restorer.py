@@ -18,6 +18,7 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
+from sglang_kvcodec.kernels import KernelRestore
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +99,23 @@ class Restore:
 class Restorer:
     """Owns the decoding threads, each with a decoder of its own."""
 
-    def __init__(self, pool: PagedKVPool, new_decoder: Callable[[], GroupDecoder], threads: int) -> None:
+    def __init__(
+        self,
+        pool: PagedKVPool,
+        new_decoder: Callable[[], GroupDecoder],
+        threads: int,
+        kernel: KernelRestore | None = None,
+    ) -> None:
         """Opens nothing yet: a thread opens its decoder when it first needs it.
 
         Args:
             pool: where pages go.
             new_decoder: opens a decoder for one thread.
             threads: how many.
+            kernel: restores on the pool's device; None to restore on the host and copy.
         """
         self._pool = pool
+        self._kernel = kernel
         self._new_decoder = new_decoder
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
@@ -155,10 +164,7 @@ class Restorer:
         error: KVCodecError | None = None
         try:
             if not restore.has_failed:
-                start_s = time.monotonic()
-                values = self._decoder().decode(pages, group.index, side)
-                metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
-                self._pool.scatter(side, group.first_layer, values, slots, after)
+                self._decode_and_write(group, side, pages, slots, after)
         except KVCodecError as caught:
             logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
             restore.found_bad(self._unreadable(pages, group, side))
@@ -169,6 +175,20 @@ class Restorer:
             restore.found_bad(pages)
             error = KVCodecError(str(caught))
         restore.part_done(group.index, error)
+
+    def _decode_and_write(
+        self, group: LayerGroup, side: Side, pages: Sequence[PageObject], slots: torch.Tensor, after: Sequence[Any]
+    ) -> None:
+        start_s = time.monotonic()
+        if self._kernel is None:
+            values = self._decoder().decode(pages, group.index, side)
+            metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+            self._pool.scatter(side, group.first_layer, values, slots, after)
+        else:
+            packed = self._decoder().unpack(pages, group.index, side)
+            metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+            with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
+                self._kernel.restore(packed, slots, layers)
 
     def _decoder(self) -> GroupDecoder:
         """This thread's."""

@@ -13,6 +13,7 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.restore_kernel import restore_kernel
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.namespace import Namespace
@@ -35,7 +36,7 @@ class Runtime:
             new_namespace: computes the namespace from the weights that are loaded now.
 
         Raises:
-            ConfigurationError: the profile can't code the pool, or a codec is missing.
+            ConfigurationError: the profile can't code the pool, or a codec or its device's kernel is missing.
         """
         profile = get_profile(config.profile)
         check_supported(profile, pool.spec.dtype)
@@ -44,6 +45,7 @@ class Runtime:
         self._new_namespace = new_namespace
         self._namespace: Namespace | None = new_namespace()
         self._weights_changed = False
+        kernel = restore_kernel(pool, profile.name)
         if profile.has_pictures:
             # Refuses here, at start, rather than on a thread later.
             open_decoder().close()
@@ -64,7 +66,7 @@ class Runtime:
             encoder = open_encoder() if profile.has_pictures else None
             return PageEncoder(namespace_digest, pool.spec, profile.name, encoder)
 
-        self.restorer = Restorer(pool, new_decoder, config.decode_threads)
+        self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel)
         self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config)
         logger.info(
             "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",

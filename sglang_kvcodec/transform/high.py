@@ -61,10 +61,7 @@ class HighTransform:
     def restore(self, layers: int, packed: Sequence[PackedSide]) -> torch.Tensor:
         """See ``Transform.restore``."""
         spec = self._spec
-        for side in packed:
-            check_fields(side, canvas=True, escapes=True, steps=layers)
-            if not all(math.isfinite(step) and step >= 0 for step in side.steps):
-                raise FormatError("a quantiser step that is none")
+        check_high_sides(packed, layers)
         codes = from_canvas(stack_canvases(packed), self._geometry, layers)
         steps = torch.tensor([side.steps for side in packed], dtype=torch.float32, device=codes.device)
         values = self._dequantise(codes.to(torch.float32) - CANVAS_FILL, steps)
@@ -127,6 +124,18 @@ class HighTransform:
         escaped = ~finite | ~inside | ~torch.isfinite(restored)
         error = torch.where(escaped, 0.0, restored - wide)
         return quantised, escaped, ordered_sum((error**2).flatten(2))
+
+
+def check_high_sides(packed: Sequence[PackedSide], layers: int) -> None:
+    """Refuses sides without a canvas and a finite step for each layer, or with what the profile does not have.
+
+    Raises:
+        FormatError: such a side. Its escapes are not looked into.
+    """
+    for side in packed:
+        check_fields(side, canvas=True, escapes=True, steps=layers)
+        if not all(math.isfinite(step) and step >= 0 for step in side.steps):
+            raise FormatError("a quantiser step that is none")
 
 
 def ordered_sum(terms: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,16 @@ def to_canvas(planes: torch.Tensor, geometry: PictureGeometry) -> torch.Tensor:
     return canvases
 
 
+def check_canvases(canvases: torch.Tensor, geometry: PictureGeometry) -> None:
+    """Refuses what is not uint8 ``(pages, height * 3 // 2, width)``.
+
+    Raises:
+        FormatError: canvases of another shape or type.
+    """
+    if canvases.dtype != torch.uint8 or tuple(canvases.shape[1:]) != geometry.canvas_shape:
+        raise FormatError(f"expected uint8 canvases of {geometry.canvas_shape}, got {canvases.dtype} {canvases.shape}")
+
+
 def from_canvas(canvases: torch.Tensor, geometry: PictureGeometry, layers: int) -> torch.Tensor:
     """The inverse of :func:`to_canvas`.
 
@@ -46,8 +56,7 @@ def from_canvas(canvases: torch.Tensor, geometry: PictureGeometry, layers: int) 
     Raises:
         FormatError: canvases of another shape or type.
     """
-    if canvases.dtype != torch.uint8 or tuple(canvases.shape[1:]) != geometry.canvas_shape:
-        raise FormatError(f"expected uint8 canvases of {geometry.canvas_shape}, got {canvases.dtype} {canvases.shape}")
+    check_canvases(canvases, geometry)
     starts = [geometry.layer_row_start(layer) for layer in range(layers)]
     rows = torch.stack([canvases[:, start : start + geometry.layer_rows] for start in starts], dim=1)
     folded = rows.reshape(-1, layers, geometry.folds, geometry.page_tokens, geometry.width).transpose(2, 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
 
-from sglang_kvcodec.errors import ChecksumError, CodecError, KVCodecError
+from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError, KVCodecError
 from sglang_kvcodec.flow import restorer as restorer_module
 from sglang_kvcodec.flow.restorer import RestoreJob, Restorer
 from sglang_kvcodec.format.namespace import PageKey
@@ -12,6 +12,7 @@ from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData,
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
 from sglang_kvcodec.testing.pages import Pages, hash_of, new_decoder
+from sglang_kvcodec.transform import get_transform
 
 GROUPS = layer_groups(GROUPED)
 
@@ -250,3 +251,48 @@ def test_the_next_restore_is_none_the_worse(closing):
     restorer.start([RestoreJob([pages.page(1)], pool.slots([1]))], second.on_layers, second.on_failure)
     assert second.wait() == [0]
     assert same_bits(pool.page(1), pages.values(1))
+
+
+class KernelInName:
+    """Restores as the reference does, into the layers it is given."""
+
+    def __init__(self, profile, spec):
+        self._transform = get_transform(profile, spec)
+        self.layers = []
+
+    def restore(self, packed, slots, buffers):
+        self.layers.append(len(buffers))
+        values = self._transform.restore(len(buffers), packed)
+        for index, buffer in enumerate(buffers):
+            buffer[slots] = values[:, index].flatten(0, 1)
+
+
+def test_with_a_kernel_the_same_pages_come_into_the_same_layers(exact, exact_pages, closing):
+    pool, kernel = KnownPool(GROUPED, 4), KernelInName("exact", GROUPED)
+    before = pool.bits()
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernel)
+    closing.callback(restorer.close)
+    outcome = Outcome()
+    restorer.start([RestoreJob(exact_pages, pool.slots([2, 0, 3]))], outcome.on_layers, outcome.on_failure)
+    assert outcome.wait() == [0, 1, 2]
+    for name, number in enumerate([2, 0, 3]):
+        assert same_bits(pool.page(number), exact.values(name))
+    assert pool.others_are(before, [2, 0, 3])
+    assert sorted(kernel.layers) == [1, 1, 3, 3, 3, 3]
+
+
+def test_a_page_that_the_kernel_refuses_is_found(exact_pages, closing):
+    header = exact_pages[1].header
+    groups = [{side: exact_pages[1].side_data(group.index, side) for side in GROUPED.sides} for group in GROUPS]
+    short = groups[1][Side.VALUE]
+    groups[1][Side.VALUE] = SideData(short.picture, short.stored[:-1], short.escapes)
+    sets = exact_pages[1].parameter_sets
+    bad = PageObject(build_page_object(header.key, GROUPED, "exact", groups, sets))
+    pool = KnownPool(GROUPED, 4)
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, KernelInName("exact", GROUPED))
+    closing.callback(restorer.close)
+    outcome = Outcome()
+    job = RestoreJob([exact_pages[0], bad, exact_pages[2]], pool.slots([2, 0, 3]))
+    restore = restorer.start([job], outcome.on_layers, outcome.on_failure)
+    assert isinstance(outcome.wait()[-1], FormatError)
+    assert restore.bad_pages == [bad]

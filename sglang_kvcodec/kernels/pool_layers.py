@@ -1,0 +1,48 @@
+"""The layers of a pool that a kernel writes to, checked: a kernel writes where it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglang_kvcodec.format.spec import KVSpec, picture_geometry
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16}
+"""Kernels write bits, so that a pool of 8-bit floats may be one of bytes."""
+
+
+def writable_layers(spec: KVSpec, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The buffers as integers ``(slots, channels)``, the same memory.
+
+    Raises:
+        ValueError: none or too many of them, or any of another shape, element size, device or layout.
+    """
+    if not 1 <= len(buffers) <= picture_geometry(spec).layers_per_picture:
+        raise ValueError(f"{len(buffers)} layers are no layer group")
+    first = buffers[0]
+    for buffer in buffers:
+        if buffer.dim() != 3 or tuple(buffer.shape[1:]) != (spec.kv_heads, spec.head_dim):
+            raise ValueError(f"expected a layer (slots, {spec.kv_heads}, {spec.head_dim}), got {tuple(buffer.shape)}")
+        if buffer.element_size() != spec.dtype.item_bytes:
+            raise ValueError(f"expected {spec.dtype.torch_name} layers, got {buffer.dtype}")
+        if (buffer.device, len(buffer)) != (first.device, len(first)):
+            raise ValueError("layers of one group on two devices, or with different numbers of slots")
+        is_packed = buffer.stride(2) == 1 and buffer.stride(1) == spec.head_dim
+        if not is_packed or buffer.stride(0) < spec.channels:
+            raise ValueError(f"expected a slot's values side by side, got strides {buffer.stride()}")
+    return [buffer.view(_INTEGERS[spec.dtype.item_bytes]).view(len(buffer), spec.channels) for buffer in buffers]
+
+
+def check_slots(slots: torch.Tensor, pages: int, spec: KVSpec, layer: torch.Tensor) -> None:
+    """Refuses slots that are not those of ``pages`` pages within ``layer``; waits for the device.
+
+    Raises:
+        ValueError: another shape, type or device, not contiguous, or a slot outside the pool.
+    """
+    if slots.dtype != torch.int64 or tuple(slots.shape) != (pages * spec.page_tokens,) or not slots.is_contiguous():
+        raise ValueError(f"expected int64 slots of {pages} pages, got {slots.dtype} {tuple(slots.shape)}")
+    if slots.device != layer.device:
+        raise ValueError(f"slots on {slots.device}, the pool on {layer.device}")
+    if not pages or bool(((slots < 0) | (slots >= len(layer))).any()):
+        raise ValueError("no pages, or a slot outside the pool")

@@ -1,0 +1,30 @@
+"""Restore kernels by the name of their profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.format.profile import EXACT, HIGH, check_supported, get_profile
+from sglang_kvcodec.format.spec import KVSpec
+from sglang_kvcodec.kernels.base import KernelRestore
+
+
+def open_restore(profile_name: str, spec: KVSpec) -> KernelRestore | None:
+    """The restore kernel of a profile for pages of ``spec``; None for a profile that is a plain copy.
+
+    Raises:
+        UnknownFormatError: there is no such profile.
+        UnsupportedError: it can't code this pool.
+        ConfigurationError: there is no Triton to compile the kernel with.
+    """
+    profile = get_profile(profile_name)
+    check_supported(profile, spec.dtype)
+    if not profile.has_pictures:
+        return None
+    try:
+        from sglang_kvcodec.kernels.restore import ExactRestore, HighRestore
+    except ImportError as error:
+        raise ConfigurationError(f"profile {profile.name!r} needs Triton to restore on a GPU: {error}") from error
+    restores: dict[str, Callable[[KVSpec], KernelRestore]] = {EXACT.name: ExactRestore, HIGH.name: HighRestore}
+    return restores[profile.name](spec)

@@ -1,0 +1,277 @@
+"""Canvas bytes to the pool's slots: the inverse of ``transform/high.py`` and ``transform/exact.py``, bit for bit.
+
+One launch restores one layer of any number of pages. A program takes a block of a page's tokens and channels; channels
+are neighbours on the canvas and in a slot, so both sides are read and written in rows. A block never crosses a fold,
+because its width divides the canvas's. What depends on the spec alone is a compile-time constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, picture_geometry
+from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
+from sglang_kvcodec.transform import PackedSide
+from sglang_kvcodec.transform.checks import check_fields, stack_canvases
+from sglang_kvcodec.transform.escapes import unpack_escapes
+from sglang_kvcodec.transform.exact import ResidualLayout
+from sglang_kvcodec.transform.floats import stack_bytes
+from sglang_kvcodec.transform.high import check_high_sides
+from sglang_kvcodec.transform.layout import CANVAS_FILL, check_canvases
+
+_BLOCK_TOKENS = 16
+_MOST_BLOCK_CHANNELS = 256
+
+
+@triton.jit
+def _block(
+    slots: tl.tensor,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+) -> tl.tuple:
+    """This program's page, its first channel, its tokens, channels and slots as far as they exist."""
+    channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    token_blocks: tl.constexpr = (TOKENS + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    block = tl.program_id(0)
+    page = (block // (token_blocks * channel_blocks)).to(tl.int64)
+    first_channel = block % channel_blocks * BLOCK_CHANNELS
+    token = block // channel_blocks % token_blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    slot = tl.load(slots + page * TOKENS + token, mask=token < TOKENS, other=0)
+    return page, first_channel, token, channel, slot, (token < TOKENS) & (channel < CHANNELS)
+
+
+@triton.jit
+def _load_canvas(
+    canvases: tl.tensor,
+    page: tl.tensor,
+    first_row: tl.tensor,
+    first_channel: tl.tensor,
+    token: tl.tensor,
+    channel: tl.tensor,
+    exists: tl.tensor,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CANVAS_BYTES: tl.constexpr,
+) -> tl.tensor:
+    """The block's bytes of the layer that begins at canvas row ``first_row``, as int32."""
+    fold = first_channel // WIDTH
+    row = first_row + fold * TOKENS + token
+    at = page * CANVAS_BYTES + row.to(tl.int64) * WIDTH + (channel - fold * WIDTH)
+    return tl.load(canvases + at, mask=exists, other=0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["first_row", "layer", "layers"])
+def _restore_high_layer(
+    canvases: tl.tensor,
+    steps: tl.tensor,
+    slots: tl.tensor,
+    pool: tl.tensor,
+    slot_stride: tl.tensor,
+    first_row: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CANVAS_BYTES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    ZERO_CODE: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+) -> None:
+    page, first_channel, token, channel, slot, exists = _block(slots, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    code = _load_canvas(canvases, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, CANVAS_BYTES)
+    value = (code - ZERO_CODE).to(tl.float32) * tl.load(steps + page * layers + layer)
+    if IS_BFLOAT16:
+        # Rounded to nearest even by hand, since Triton's interpreter cuts off; a finite step makes no NaN.
+        wide = value.to(tl.uint32, bitcast=True)
+        bits = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
+    tl.store(pool + slot * slot_stride + channel, bits, mask=exists)
+
+
+@triton.jit(do_not_specialize=["first_row", "layer", "layers"])
+def _restore_exact_layer(
+    canvases: tl.tensor,
+    stored: tl.tensor,
+    slots: tl.tensor,
+    pool: tl.tensor,
+    slot_stride: tl.tensor,
+    stored_bytes: tl.tensor,
+    first_row: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CANVAS_BYTES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    HAS_LOW_BYTE: tl.constexpr,
+    FIRST_PLANE: tl.constexpr,
+    END_PLANE: tl.constexpr,
+) -> None:
+    page, first_channel, token, channel, slot, exists = _block(slots, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    exponent = _load_canvas(
+        canvases, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, CANVAS_BYTES
+    )
+    index = layer * (TOKENS * CHANNELS) + token * CHANNELS + channel
+    page_stored = stored + page * stored_bytes
+    residual = tl.zeros_like(exponent)
+    if HAS_LOW_BYTE:
+        residual = tl.load(page_stored + index, mask=exists, other=0).to(tl.int32)
+        page_stored += layers * (TOKENS * CHANNELS)
+    plane_bytes = (layers * (TOKENS * CHANNELS) + 7) // 8
+    for bit in tl.static_range(FIRST_PLANE, END_PLANE):
+        plane = tl.load(page_stored + (bit - FIRST_PLANE) * plane_bytes + index // 8, mask=exists, other=0)
+        residual |= (plane.to(tl.int32) >> (index % 8) & 1) << bit
+    bits = (residual >> MANTISSA_BITS) << (EXPONENT_BITS + MANTISSA_BITS)
+    bits |= (exponent & ((1 << EXPONENT_BITS) - 1)) << MANTISSA_BITS
+    bits |= residual & ((1 << MANTISSA_BITS) - 1)
+    tl.store(pool + slot * slot_stride + channel, bits.to(pool.dtype.element_ty), mask=exists)
+
+
+class _LayerLauncher:
+    """Starts a kernel once for each layer of a group, one program for each block of each page."""
+
+    def __init__(self, spec: KVSpec) -> None:
+        self._geometry = picture_geometry(spec)
+        block_channels = math.gcd(self._geometry.width, _MOST_BLOCK_CHANNELS)
+        self._blocks_per_page = triton.cdiv(spec.page_tokens, _BLOCK_TOKENS) * triton.cdiv(
+            spec.channels, block_channels
+        )
+        self._constants = {
+            "TOKENS": spec.page_tokens,
+            "CHANNELS": spec.channels,
+            "WIDTH": self._geometry.width,
+            "CANVAS_BYTES": self._geometry.picture_bytes,
+            "BLOCK_TOKENS": _BLOCK_TOKENS,
+            "BLOCK_CHANNELS": block_channels,
+        }
+
+    def launch(
+        self,
+        kernel: Any,
+        canvases: torch.Tensor,
+        slots: torch.Tensor,
+        layers: Sequence[torch.Tensor],
+        **arguments: torch.Tensor | int,
+    ) -> None:
+        """Starts ``kernel`` on the current stream of the layers' device; all tensors are checked and lie there."""
+        grid = (len(canvases) * self._blocks_per_page,)
+        with torch.cuda.device_of(layers[0]):  # type: ignore[no-untyped-call]
+            for index, layer in enumerate(layers):
+                kernel[grid](
+                    canvases=canvases,
+                    slots=slots,
+                    pool=layer,
+                    slot_stride=layer.stride(0),
+                    first_row=self._geometry.layer_row_start(index),
+                    layer=index,
+                    layers=len(layers),
+                    **self._constants,
+                    **arguments,
+                )
+
+
+class HighRestore:
+    """Profile ``high``: codes times their layer's step, then the escapes over them. See ``KernelRestore``."""
+
+    def __init__(self, spec: KVSpec) -> None:
+        self._spec = spec
+        self._geometry = picture_geometry(spec)
+        self._launcher = _LayerLauncher(spec)
+
+    def restore(self, packed: Sequence[PackedSide], slots: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+        """See ``KernelRestore.restore``."""
+        layers = writable_layers(self._spec, buffers)
+        check_slots(slots, len(packed), self._spec, layers[0])
+        check_high_sides(packed, len(layers))
+        canvases = stack_canvases(packed)
+        check_canvases(canvases, self._geometry)
+        where, bits = self._read_escapes(packed, len(layers))
+        device = slots.device
+        self._launcher.launch(
+            _restore_high_layer,
+            canvases.to(device),
+            slots,
+            layers,
+            steps=torch.tensor([side.steps for side in packed], dtype=torch.float32).to(device),
+            ZERO_CODE=CANVAS_FILL,
+            IS_BFLOAT16=self._spec.dtype is KVDtype.BFLOAT16,
+        )
+        self._write_escapes(where, bits, slots, layers)
+
+    def _read_escapes(
+        self, packed: Sequence[PackedSide], layers: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Positions ``(escapes, 3)``: layer, token over all pages, channel; and the bits for each."""
+        spec = self._spec
+        where: list[npt.NDArray[np.int64]] = [np.empty((0, 3), np.int64)]
+        bits: list[npt.NDArray[Any]] = [np.empty(0, np.int16)]
+        for page, side in enumerate(packed):
+            if side.escapes:
+                inside, values = unpack_escapes(side.escapes, layers, spec.layer_values, spec.dtype)
+                layer, inside = np.divmod(inside, spec.layer_values)
+                token, channel = np.divmod(inside, spec.channels)
+                where.append(np.stack([layer, page * spec.page_tokens + token, channel], axis=1))
+                bits.append(values)
+        return np.concatenate(where), np.concatenate(bits)
+
+    def _write_escapes(
+        self, where: npt.NDArray[np.int64], bits: npt.NDArray[Any], slots: torch.Tensor, layers: Sequence[torch.Tensor]
+    ) -> None:
+        for index, layer in enumerate(layers):
+            here = where[:, 0] == index
+            if here.any():
+                token, channel = torch.from_numpy(where[here, 1:]).to(slots.device).unbind(1)
+                layer[slots[token], channel] = torch.from_numpy(bits[here]).to(slots.device)
+
+
+class ExactRestore:
+    """Profile ``exact``: the float's fields put together again. See ``KernelRestore``."""
+
+    def __init__(self, spec: KVSpec) -> None:
+        self._spec = spec
+        self._geometry = picture_geometry(spec)
+        self._layout = ResidualLayout(spec.dtype)
+        self._launcher = _LayerLauncher(spec)
+
+    def restore(self, packed: Sequence[PackedSide], slots: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+        """See ``KernelRestore.restore``."""
+        spec = self._spec
+        layers = writable_layers(spec, buffers)
+        check_slots(slots, len(packed), spec, layers[0])
+        for side in packed:
+            check_fields(side, canvas=True, stored=True)
+        canvases = stack_canvases(packed)
+        check_canvases(canvases, self._geometry)
+        stored_bytes = self._layout.stored_bytes(len(layers) * spec.layer_values)
+        stored = stack_bytes([side.stored for side in packed], stored_bytes)
+        self._launcher.launch(
+            _restore_exact_layer,
+            canvases.to(slots.device),
+            slots,
+            layers,
+            stored=stored.to(slots.device),
+            stored_bytes=stored_bytes,
+            EXPONENT_BITS=spec.dtype.exponent_bits,
+            MANTISSA_BITS=spec.dtype.mantissa_bits,
+            HAS_LOW_BYTE=self._layout.has_low_byte,
+            FIRST_PLANE=self._layout.bit_planes.start,
+            END_PLANE=self._layout.bit_planes.stop,
+        )

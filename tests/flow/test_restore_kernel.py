@@ -1,0 +1,53 @@
+import logging
+import sys
+
+import pytest
+import torch
+
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.flow import restore_kernel as restore_kernel_module
+from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.restore_kernel import restore_kernel
+from sglang_kvcodec.format.spec import KVDtype, KVSpec
+
+SPEC = KVSpec(layers=4, kv_heads=1, head_dim=64, page_tokens=16, dtype=KVDtype.BFLOAT16)
+
+
+def pool_on(device):
+    """Of a pool that is never written to, only the device counts."""
+    return PagedKVPool(SPEC, dict, torch.device(device))
+
+
+@pytest.mark.parametrize("profile", ["raw", "exact", "high"])
+def test_a_pool_in_host_memory_needs_no_kernel_and_no_triton(profile, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "sglang_kvcodec.kernels.restore", raising=False)
+    with caplog.at_level(logging.INFO):
+        assert restore_kernel(pool_on("cpu"), profile) is None
+    assert [record.message for record in caplog.records] == [
+        "kvcodec: pages are restored on the host, the pool is on cpu"
+    ]
+
+
+@pytest.mark.parametrize("profile", ["exact", "high"])
+def test_a_pool_on_a_gpu_without_triton_is_refused(profile, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "sglang_kvcodec.kernels.restore", raising=False)
+    with pytest.raises(ConfigurationError, match="needs Triton"):
+        restore_kernel(pool_on("cuda:0"), profile)
+
+
+def test_raw_pages_are_copied_to_a_gpu(caplog):
+    with caplog.at_level(logging.INFO):
+        assert restore_kernel(pool_on("cuda:0"), "raw") is None
+    assert "is copied to cuda:0 as it is" in caplog.text
+
+
+@pytest.mark.parametrize("profile", ["exact", "high"])
+def test_a_kernel_is_checked_on_its_device_before_it_is_used(profile, caplog, monkeypatch):
+    checked = []
+    monkeypatch.setattr(restore_kernel_module, "check_restore", lambda *args: checked.append(args))
+    with caplog.at_level(logging.INFO):
+        kernel = restore_kernel(pool_on("cuda:0"), profile)
+    assert checked == [(kernel, profile, SPEC, torch.device("cuda:0"))]
+    assert "by a Triton kernel on cuda:0" in caplog.text

@@ -1,0 +1,59 @@
+"""Pools with a canary in every slot, and what a restore has to make of them."""
+
+import torch
+
+from sglang_kvcodec.kernels import open_restore
+from sglang_kvcodec.testing.synthetic import kv_like, random_bits
+from sglang_kvcodec.transform import get_transform
+from sglang_kvcodec.transform.floats import to_bits
+
+SPARE_SLOTS = 21
+
+
+class ScatteredPool:
+    """One side of a layer group's pool, full of random bits, and slots of some pages at shuffled places in it."""
+
+    def __init__(self, spec, pages, layers, device, seed=0):
+        slots = pages * spec.page_tokens + SPARE_SLOTS
+        shape = (slots, spec.kv_heads, spec.head_dim)
+        self.before = [random_bits(spec.dtype, shape, 100 + seed + layer) for layer in range(layers)]
+        self.buffers = [buffer.to(device, copy=True) for buffer in self.before]
+        order = torch.randperm(slots, generator=torch.Generator().manual_seed(seed))
+        self.slots = order[: pages * spec.page_tokens].to(device)
+
+    def bits(self):
+        return torch.stack([to_bits(buffer.cpu()) for buffer in self.buffers])
+
+    def bits_before(self):
+        return torch.stack([to_bits(buffer) for buffer in self.before])
+
+    def bits_with(self, values):
+        """What the pool must hold once pages ``(pages, layers, page_tokens, kv_heads, head_dim)`` are in it."""
+        expected = self.bits_before()
+        rows = to_bits(values).transpose(0, 1).flatten(1, 2)
+        expected[:, self.slots.cpu()] = rows
+        return expected
+
+
+def hard_values(profile, spec, pages, layers, seed=0):
+    """For ``exact`` any bit pattern; for ``high`` KV with escapes: NaN, infinities, -0, and a layer full of them."""
+    shape = (pages, layers, spec.page_tokens, spec.kv_heads, spec.head_dim)
+    if profile == "exact":
+        return random_bits(spec.dtype, shape, seed)
+    values = kv_like(spec, pages, layers, seed)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 3e4], dtype=values.dtype)
+    flat = values.view(pages, -1)
+    places = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed))[: len(special)]
+    flat[0, places] = special[: len(places)]
+    if pages > 1:
+        values[-1, -1] = random_bits(spec.dtype, shape[2:], seed + 1)
+    return values
+
+
+def assert_restores(profile, spec, pages, layers, device, seed=0):
+    """The kernel writes what the reference gives, bit for bit, and touches nothing else."""
+    packed = get_transform(profile, spec).pack(hard_values(profile, spec, pages, layers, seed))
+    pool = ScatteredPool(spec, pages, layers, device, seed)
+    open_restore(profile, spec).restore(packed, pool.slots, pool.buffers)
+    assert torch.equal(pool.bits(), pool.bits_with(get_transform(profile, spec).restore(layers, packed)))
+    return packed
