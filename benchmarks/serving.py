@@ -132,9 +132,7 @@ def forget(server: SGLangProcess) -> None:
 
 def wait_peer(server: SGLangProcess, up: bool) -> None:
     """Waits until the server has noticed that its peer is there, or gone."""
-    wait_for(
-        lambda: server.client.metrics().get("kvcodec_peer_up") == float(up), f"peer_up == {up:d} at {server.name}"
-    )
+    wait_for(lambda: server.client.metrics().get("kvcodec_peer_up") == float(up), f"peer_up == {up:d} at {server.name}")
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
