@@ -20,7 +20,6 @@ from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, process
 
 ANSWER_TOKENS = 8
 SCHEDULER = "sglang::scheduler"
-MB = 1e6
 
 
 def memory_bytes(pid: int) -> dict[str, int]:
@@ -102,11 +101,17 @@ def main() -> None:
             "load_average_before": load_before,
             "load_average_after": load_average(),
         }
+        scheduler, tree, over_scheduler, over_tree, host, peer = (
+            (row.get(name) or 0) / 1e6
+            for name in (
+                *("scheduler_peak_bytes", "tree_peak_bytes", "scheduler_peak_bytes_over_plain"),
+                *("tree_peak_bytes_over_plain", "host_cache_bytes", "peer_peak_bytes"),
+            )
+        )
         print(
-            f"{row['what']:6} scheduler peak {row['scheduler_peak_bytes'] / MB:.0f} MB "
-            f"({row['scheduler_peak_bytes_over_plain'] / MB:+.0f}), tree {row['tree_peak_bytes'] / MB:.0f} MB "
-            f"({row['tree_peak_bytes_over_plain'] / MB:+.0f}); "
-            f"host cache {(row['host_cache_bytes'] or 0) / MB:.0f} MB; peer {row.get('peer_peak_bytes', 0) / MB:.0f} MB; {row['cached_storage_tokens']} tokens from storage"
+            f"{row['what']:6} scheduler peak {scheduler:.0f} MB ({over_scheduler:+.0f}), tree {tree:.0f} MB "
+            f"({over_tree:+.0f}); host cache {host:.0f} MB; peer {peer:.0f} MB; "
+            f"{row['cached_storage_tokens']} tokens from storage"
         )
     if not options.dry:
         print(record("memory", rows))

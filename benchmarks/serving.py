@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sglang_kvcodec.testing.conversation import source_slices
 from sglang_kvcodec.testing.machine import gpu_names
-from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
+from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, process_tree
 from sglang_kvcodec.testing.sglang_client import ChatReply
 
 TINY_MODEL = str(pathlib.Path(__file__).parents[1] / "tests/models/tiny-code-lm")
@@ -157,6 +157,15 @@ def spread(name: str, values: Sequence[float], digits: int = 4) -> dict[str, flo
         f"{name}_p10": round(ranked[0], digits),
         f"{name}_p90": round(ranked[-1], digits),
     }
+
+
+def cpu_s(server: SGLangProcess) -> float:
+    """CPU time that all processes of a server have taken: what other work on the machine hardly changes."""
+    total = 0.0
+    for pid in process_tree(server.pid):
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def load_average() -> float:
