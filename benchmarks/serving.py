@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import signal
 import statistics
 import tempfile
 import time
@@ -39,6 +40,8 @@ def parser_of(doc: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; from here on SIGTERM ends the benchmark and what it started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.dry = min(2, options.rounds), True
