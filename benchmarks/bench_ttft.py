@@ -4,6 +4,7 @@ Each round has a text of its own. Every kvcodec server computes and publishes it
 peer is started anew on the same store with ``--bandwidth-limit`` (a token bucket in the peer: no latency is added and
 only what Fetch sends is shaped), every kvcodec server forgets what it holds (device tree and host cache) and is asked
 again, and the server without kvcodec computes it with its cache flushed. Order changes from round to round.
+``device`` is that server asked once more, with everything in its own KV pool: no fetch can be faster than that.
 
 python -m benchmarks.bench_ttft [--rounds 7] [--prompt-tokens 2000]
 """
@@ -20,6 +21,7 @@ from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, free_port
 
 BANDWIDTHS = ("unlimited", "1Gbps", "100Mbps")
+BASELINES = ("prefill", "device")
 ANSWER_TOKENS = 8
 _COUNTERS = ("fetched_bytes", "restored_bytes", "fetch_seconds_sum", "decode_seconds_sum")
 
@@ -63,7 +65,7 @@ def hit(server: SGLangProcess, text: str) -> dict:
 
 
 def measure_round(number: int, text: str, plain: SGLangProcess, servers: dict, peer: Peer, bandwidths) -> dict:
-    """``(what, bandwidth) -> list of samples``; also what computing and publishing cost the kvcodec servers."""
+    """``(what, bandwidth) -> list of samples``."""
     samples = defaultdict(list)
     for profile, server in rotated(list(servers.items()), number):
         forget(server)
@@ -75,10 +77,11 @@ def measure_round(number: int, text: str, plain: SGLangProcess, servers: dict, p
         for what in rotated(["prefill", *servers], number):
             if what == "prefill":
                 plain.client.flush_cache()
-                samples[what, bandwidth].append({"reply": ask(plain, text, ANSWER_TOKENS)})
+                for baseline in BASELINES:
+                    samples[baseline, bandwidth].append({"reply": ask(plain, text, ANSWER_TOKENS)})
             else:
                 samples[what, bandwidth].append(hit(servers[what], text))
-        ttfts = {what: round(samples[what, bandwidth][-1]["reply"].ttft_s, 3) for what in ("prefill", *servers)}
+        ttfts = {what: round(samples[what, bandwidth][-1]["reply"].ttft_s, 3) for what in BASELINES + tuple(servers)}
         print(f"round {number} {bandwidth:9} {ttfts}", flush=True)
     return samples
 
@@ -87,7 +90,8 @@ def rows_of(samples: dict, bandwidths, profiles, common: dict) -> list[dict]:
     rows = []
     for bandwidth in bandwidths:
         prefill = [sample["reply"] for sample in samples["prefill", bandwidth]]
-        for what in ("prefill", *profiles):
+        device = [sample["reply"] for sample in samples["device", bandwidth]]
+        for what in (*BASELINES, *profiles):
             runs = samples[what, bandwidth]
             replies = [run["reply"] for run in runs]
             row = {
@@ -95,11 +99,13 @@ def rows_of(samples: dict, bandwidths, profiles, common: dict) -> list[dict]:
                 "bandwidth": bandwidth,
                 "rounds": len(runs),
                 "prompt_tokens_median": statistics.median(reply.prompt_tokens for reply in replies),
+                "cached_device_tokens_median": statistics.median(reply.cached.device for reply in replies),
                 "cached_storage_tokens_median": statistics.median(reply.cached.storage for reply in replies),
                 **spread("ttft_s", [reply.ttft_s for reply in replies]),
                 "ratio_to_prefill_median": ratio(replies, prefill),
+                "ratio_to_device_median": ratio(replies, device),
             }
-            if what != "prefill":
+            if what not in BASELINES:
                 raw = [sample["reply"] for sample in samples.get(("raw", bandwidth), [])]
                 row |= {
                     "ratio_to_raw_median": ratio(replies, raw) if raw else None,
@@ -158,11 +164,13 @@ def main() -> None:
     }
     rows = rows_of(samples, options.bandwidths, options.profiles, common)
     for row in rows:
+        megabytes = row.get("fetched_bytes_median", 0) / 1e6
         print(
             f"{row['bandwidth']:9} {row['what']:8} TTFT {row['ttft_s_median']:.3f} s "
-            f"({row['ttft_s_p10']:.3f} to {row['ttft_s_p90']:.3f}), {row['ratio_to_prefill_median']:.2f} of prefill, "
-            f"{row.get('ratio_to_raw_median') or 0:.2f} of raw, {row['cached_storage_tokens_median']:.0f} of "
-            f"{row['prompt_tokens_median']:.0f} tokens stored, {row.get('fetched_bytes_median', 0) / 1e6:.2f} MB"
+            f"({row['ttft_s_p10']:.3f} to {row['ttft_s_p90']:.3f}); {row['ratio_to_prefill_median']:.2f} of prefill, "
+            f"{row['ratio_to_device_median']:.2f} of device, {row.get('ratio_to_raw_median') or 0:.2f} of raw; "
+            f"{row['cached_storage_tokens_median']:.0f} of {row['prompt_tokens_median']:.0f} tokens fetched, "
+            f"{megabytes:.2f} MB"
         )
     if not options.dry:
         print(record("ttft", rows))
