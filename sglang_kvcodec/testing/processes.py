@@ -151,6 +151,11 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def process_tree(pid: int) -> list[int]:
+    """Ids of a process and of all below it that run."""
+    return [each for each in (pid, *_descendants(pid)) if _runs(each)]
+
+
 def _descendants(pid: int) -> list[int]:
     """Ids of all processes below ``pid``, those in other sessions included."""
     children: dict[int, list[int]] = {}
