@@ -33,7 +33,7 @@ PUT_BATCH_PAGES = 16
 """Pages per Put."""
 PUT_ATTEMPTS = 3
 NICENESS = 10
-"""Encoding yields the CPU to the server's own threads."""
+"""Publishing yields the CPU to the server's own threads."""
 
 
 class Offload:
@@ -198,6 +198,7 @@ class Publisher:
     # ---- threads ----
 
     def _copy_loop(self) -> None:
+        _be_nice()
         while (offload := self._to_copy.get()) is not None:
             pages = len(offload.page_hashes)
             missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
@@ -271,6 +272,7 @@ class Publisher:
                 self._to_send.put((dataclasses.replace(page, values={}), coded))
 
     def _send_loop(self) -> None:
+        _be_nice()
         is_last = False
         while not is_last:
             batch, is_last = self._next_batch()
@@ -338,4 +340,4 @@ def _be_nice() -> None:
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         except OSError as error:
-            logger.debug("kvcodec: encoding keeps its priority: %s", error)
+            logger.debug("kvcodec: publishing keeps its priority: %s", error)
