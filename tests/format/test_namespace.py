@@ -16,6 +16,7 @@ BASE = Namespace(
     pp_rank=0,
     pp_size=1,
     page_hash_scheme="sglang-sha256-chain",
+    adapters_digest="",
     profile="exact",
     stages=("exponent-split/1", "nv12-canvas/1", "hevc-lossless/1"),
 )
@@ -31,6 +32,7 @@ CHANGES = {
     "pp_rank": 1,
     "pp_size": 2,
     "page_hash_scheme": "other",
+    "adapters_digest": "dd",
     "profile": "high",
     "stages": ("exponent-split/2", "nv12-canvas/1", "hevc-lossless/1"),
     "calibration_digest": "cc",
