@@ -90,10 +90,9 @@ def test_a_process_that_ended_shows_its_log(tmp_path):
             process.check_alive()
 
 
-def test_a_server_that_never_answers_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+def test_a_server_that_never_answers_is_an_error(tmp_path):
     with (
-        SGLangProcess("server", "no-model", tmp_path / "server.log") as server,
+        SGLangProcess("server", "no-model", tmp_path / "server.log", launcher=["/bin/false"]) as server,
         pytest.raises(ProcessError, match="server ended with 1"),
     ):
         server.wait_ready(30)
