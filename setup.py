@@ -32,7 +32,14 @@ setup(
     package_data={"sglang_kvcodec": ["py.typed", "*/*.pyi"]},
     python_requires=">=3.11",
     # grpcio and protobuf must accept what SGLang's own smg-grpc-servicer resolves to, so they have no upper bound.
-    install_requires=["av>=14", "grpcio>=1.80", "numpy>=1.26", "prometheus-client>=0.20", "protobuf>=7.35.1"],
+    install_requires=[
+        "av>=14",
+        "grpcio>=1.80",
+        "numpy>=1.26",
+        "prometheus-client>=0.20",
+        "protobuf>=7.35.1",
+        "safetensors>=0.4",
+    ],
     extras_require={
         "server": SERVER,
         "sglang": ["sglang==0.5.23"],

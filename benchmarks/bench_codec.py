@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder, open_encoder
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -60,8 +61,8 @@ def measure(profile: str, pages: list[Page], side: Side) -> dict[str, object]:
     layers, tokens, heads, dim = pages[0][side].shape
     spec = KVSpec(layers, heads, dim, tokens, KVDtype.BFLOAT16, (side,))
     coded = profile != "raw"
-    encoder = PageEncoder(bytes(32), spec, profile, open_encoder("software") if coded else None)
-    decoder = GroupDecoder(spec, profile, open_decoder("software") if coded else None)
+    encoder = PageEncoder(bytes(32), PageTransforms(spec, profile), open_encoder("software") if coded else None)
+    decoder = GroupDecoder(PageTransforms(spec, profile), open_decoder("software") if coded else None)
     encoder.encode(bytes(32), pages[0])
 
     start = time.process_time()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from sglang_kvcodec.errors import ConfigurationError
 
-PROFILES = ("raw", "exact", "high")
+PROFILES = ("raw", "exact", "high", "balanced", "compact")
 MIB = 1 << 20
 MAX_OBJECT_BYTES = 256 * MIB
 """No page object is larger; a peer and a server refuse what claims to be."""

@@ -3,6 +3,7 @@
 KVCodecError
 ├── ConfigurationError            (ValueError)      what the operator asked for can't be had: refuse to start
 │   └── UnsupportedError                            a model, pool or SGLang version that is not supported
+├── CalibrationError              (RuntimeError)    a calibration can't be made of what was gathered
 ├── FormatError                   (ValueError)      bytes that are not what they should be: a counted miss
 │   ├── TruncatedError                              shorter or longer than they say
 │   ├── ChecksumError                               damaged
@@ -37,6 +38,10 @@ class ConfigurationError(KVCodecError, ValueError):
 
 class UnsupportedError(ConfigurationError):
     """A model, pool or SGLang version that is not supported."""
+
+
+class CalibrationError(KVCodecError, RuntimeError):
+    """A calibration can't be made of what was gathered."""
 
 
 class FormatError(KVCodecError, ValueError):

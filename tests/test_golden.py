@@ -11,6 +11,7 @@ from sglang_kvcodec.flow.page_codec import GroupDecoder
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.profile import get_profile
 from sglang_kvcodec.format.spec import layer_groups
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder
 
 OBJECTS = sorted(pathlib.Path(__file__).parent.glob("golden/*.kvpo"))
@@ -26,7 +27,9 @@ def test_every_profile_and_dtype_is_there():
 def test_a_golden_page_restores_to_the_same_bytes(path):
     page = PageObject(path.read_bytes())
     profile, spec = page.header.profile_name, page.header.spec
-    decoder = GroupDecoder(spec, profile, open_decoder("software") if get_profile(profile).has_pictures else None)
+    decoder = GroupDecoder(
+        PageTransforms(spec, profile), open_decoder("software") if get_profile(profile).has_pictures else None
+    )
     digest = hashlib.sha256()
     for group in layer_groups(spec):
         for side in spec.sides:

@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
 BASE = {"__init__", "errors", "config", "metrics", "peer_metrics"}
 PARTS = {"transform", "video", "storage"}
-JOINTS = {"kernels", "rpc"}
+JOINTS = {"kernels", "rpc", "calibration"}
 MAY_USE = {
     **dict.fromkeys(BASE, BASE),
     "format": BASE,
     **{part: BASE | {"format"} for part in PARTS},
     "kernels": BASE | {"format", "transform"},
+    "calibration": BASE | {"format", "transform"},
     "rpc": BASE | {"format", "storage"},
     "flow": BASE | {"format"} | PARTS | JOINTS,
     "testing": BASE | {"format"} | PARTS | JOINTS | {"flow"},
@@ -38,8 +39,9 @@ HOMES = {
     "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "plugin"},
     "pytest": {"testing"},
     "rich": {"cli"},
+    "safetensors": {"format"},
     "sglang": {"plugin"},
-    "torch": {"transform", "kernels", "flow", "plugin", "testing"},
+    "torch": {"transform", "kernels", "calibration", "flow", "plugin", "testing"},
     "tqdm": {"cli"},
     "triton": {"kernels"},
     "numpy": set(MAY_USE) - BASE,

@@ -6,19 +6,18 @@ from sglang_kvcodec.errors import ForeignPageError, PeerRejectedError, Truncated
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject, read_header
-from sglang_kvcodec.format.spec import KVSpec
+from sglang_kvcodec.transform import PageTransforms
 
 
 class PageAssembly:
     """One page object on its way in."""
 
-    def __init__(self, key: PageKey, spec: KVSpec, profile_name: str, header: FetchedHeader) -> None:
+    def __init__(self, key: PageKey, transforms: PageTransforms, header: FetchedHeader) -> None:
         """Checks the header before any memory is taken for the payload.
 
         Args:
             key: the page that was asked for.
-            spec: the layout the pool has.
-            profile_name: the profile that was asked for.
+            transforms: what can be restored here.
             header: the first event of the page.
 
         Raises:
@@ -27,8 +26,7 @@ class PageAssembly:
         checked = read_header(header.header)
         if checked.key != key:
             raise ForeignPageError(f"asked for page {key}, got {checked.key}")
-        if checked.spec != spec or checked.profile_name != profile_name:
-            raise ForeignPageError(f"page {key} holds another layout or profile than this server's")
+        transforms.check(checked)
         if checked.object_bytes != header.object_bytes or checked.header_bytes != len(header.header):
             raise TruncatedError(
                 f"page {key} is announced with {header.object_bytes} bytes, has {checked.object_bytes}"

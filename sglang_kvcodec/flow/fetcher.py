@@ -19,7 +19,7 @@ from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import FetchedHeader, FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject
-from sglang_kvcodec.format.spec import KVSpec
+from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Fetcher:
         monitor: PeerMonitor,
         cache: BitstreamCache,
         stored: StoredPages,
-        spec: KVSpec,
+        transforms: PageTransforms,
         config: ServerConfig,
         on_done: Callable[[], None] = lambda: None,
     ) -> None:
@@ -75,7 +75,7 @@ class Fetcher:
             monitor: knows whether it is there.
             cache: where fetched pages stay.
             stored: told what the peer has and has not.
-            spec: the layout every page must have.
+            transforms: what can be restored here; says which pages are taken.
             config: bounds and time-outs.
             on_done: called after each ticket is done, on a fetch thread.
         """
@@ -83,7 +83,8 @@ class Fetcher:
         self._monitor = monitor
         self._cache = cache
         self._stored = stored
-        self._spec = spec
+        self._transforms = transforms
+        self._page_tokens = transforms.spec.page_tokens
         self._config = config
         self._on_done = on_done
         self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvcodec-fetch")
@@ -96,7 +97,7 @@ class Fetcher:
         reason = ""
         if not self._monitor.is_up:
             reason = "peer_down"
-        elif len(page_hashes) * self._spec.page_tokens < self._config.min_fetch_tokens:
+        elif len(page_hashes) * self._page_tokens < self._config.min_fetch_tokens:
             reason = "too_short"
         else:
             with self._lock:
@@ -161,7 +162,7 @@ class Fetcher:
         plan = plan_fetch(
             lookup.covered_pages,
             lookup.covered_bytes,
-            self._spec.page_tokens,
+            self._page_tokens,
             self._config.min_fetch_tokens,
             self._config.host_cache_bytes,
         )
@@ -169,7 +170,7 @@ class Fetcher:
         if plan.pages == 0:
             return plan.reason
         wanted = ticket.page_hashes[: plan.pages]
-        receiver = _Receiver(namespace_digest, wanted, self._spec, self._config.profile, self._config.host_cache_bytes)
+        receiver = _Receiver(namespace_digest, wanted, self._transforms, self._config.host_cache_bytes)
         outcome = plan.reason
         try:
             for event in self._peer.fetch(namespace_digest, wanted, ticket.cancelled):
@@ -203,11 +204,10 @@ class _Receiver:
     """Turns the events of one fetch into pages; a bad page ends the prefix there."""
 
     def __init__(
-        self, namespace_digest: bytes, wanted: Sequence[bytes], spec: KVSpec, profile_name: str, max_bytes: int
+        self, namespace_digest: bytes, wanted: Sequence[bytes], transforms: PageTransforms, max_bytes: int
     ) -> None:
         self._keys = [PageKey(namespace_digest, page_hash) for page_hash in wanted]
-        self._spec = spec
-        self._profile_name = profile_name
+        self._transforms = transforms
         self._assemblies: dict[int, PageAssembly] = {}
         self._pages: dict[int, PageObject] = {}
         self._usable = len(wanted)
@@ -235,7 +235,7 @@ class _Receiver:
                     self._cut(index, CUT_TO_HOST_MEMORY)
                     return
                 self._free_bytes -= event.object_bytes
-                self._assemblies[index] = PageAssembly(self._keys[index], self._spec, self._profile_name, event)
+                self._assemblies[index] = PageAssembly(self._keys[index], self._transforms, event)
                 page = self._assemblies[index].finish()
             else:
                 metrics.FETCHED_BYTES.inc(len(event.data))

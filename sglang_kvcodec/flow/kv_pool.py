@@ -1,4 +1,4 @@
-"""A paged KV pool as the flow sees it: gather pages out of it, scatter pages into it."""
+"""A paged KV pool as the flow sees it: gather pages out of it, write pages into it."""
 
 from __future__ import annotations
 
@@ -105,20 +105,15 @@ class PagedKVPool:
         with self._side_stream(after):
             yield buffers
 
-    def scatter(
-        self, side: Side, first_layer: int, values: torch.Tensor, slots: torch.Tensor, after: Sequence[Any] = ()
-    ) -> None:
-        """Writes pages of some layers to their slots, and nowhere else.
+    def write(self, layers: Sequence[torch.Tensor], values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes pages to their slots, and nowhere else; inside :meth:`writing`.
 
         Args:
-            side: which tensor of the layers.
-            first_layer: layer of ``values[:, 0]``.
+            layers: what :meth:`writing` gave.
             values: ``(pages, layers, page_tokens, kv_heads, head_dim)`` in the pool's dtype, on any device.
             slots: int64 ``(pages * page_tokens,)``, on the pool's device.
-            after: device events the write has to wait for.
         """
-        with self.writing(side, first_layer, values.shape[1], after) as layers:
-            rows = values.view(self._rows).to(self.device)
-            for index, layer in enumerate(layers):
-                buffer = layer.view(self._rows)
-                buffer.index_copy_(0, slots, rows[:, index].reshape(-1, *buffer.shape[1:]))
+        rows = values.view(self._rows).to(self.device)
+        for index, layer in enumerate(layers):
+            buffer = layer.view(self._rows)
+            buffer.index_copy_(0, slots, rows[:, index].reshape(-1, *buffer.shape[1:]))

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from sglang_kvcodec.errors import ChecksumError, CodecError, ForeignPageError, FormatError
+from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError
 from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
-from sglang_kvcodec.format.profile import get_profile
-from sglang_kvcodec.format.spec import KVSpec, Side, layer_groups, picture_geometry
-from sglang_kvcodec.transform import PackedSide, get_transform
+from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.spec import Side, layer_groups, picture_geometry
+from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
 from sglang_kvcodec.video import PictureDecoder, PictureEncoder
 
 
@@ -21,49 +21,82 @@ class PageEncoder:
     """Makes page objects of one namespace."""
 
     def __init__(
-        self, namespace_digest: bytes, spec: KVSpec, profile_name: str, encoder: PictureEncoder | None
+        self,
+        namespace_digest: bytes,
+        transforms: PageTransforms,
+        encoder: PictureEncoder | None,
+        calibration_digest: bytes = b"",
     ) -> None:
         """Prepares.
 
         Args:
             namespace_digest: 32 bytes; goes into every object.
-            spec: of the pages.
-            profile_name: how they are coded.
+            transforms: of the pages and of what the operator asked for.
             encoder: stays the caller's; None for a profile without pictures.
+            calibration_digest: of the calibration to code with; empty for none.
 
         Raises:
-            UnsupportedError: the profile can't code such pages.
+            ForeignPageError: ``transforms`` does not know the calibration.
         """
-        if encoder is None and get_profile(profile_name).has_pictures:
-            raise ValueError(f"profile {profile_name!r} needs an encoder")
+        profile = transforms.profile(calibration_digest)
+        if encoder is None and profile.has_pictures:
+            raise ValueError(f"profile {profile.name!r} needs an encoder")
         self._namespace_digest = namespace_digest
-        self._spec = spec
-        self._profile_name = profile_name
+        self._transforms = transforms
+        self._profile = profile
+        self._calibration_digest = calibration_digest
         self._encoder = encoder
-        self._groups = layer_groups(spec)
-        self._transform = get_transform(profile_name, spec)
+        self._groups = layer_groups(transforms.spec)
+        self._transform = transforms.get(profile.name, calibration_digest)
 
-    def encode(self, page_hash: bytes, values: Mapping[Side, torch.Tensor]) -> bytes:
-        """The page object of one page.
+    def encode(self, page_hash: bytes, values: Mapping[Side, torch.Tensor], first_position: int = 0) -> bytes:
+        """The page object of one page. One whose values a calibrated tier can't code becomes an ``exact`` one.
 
         Args:
             page_hash: 32 bytes.
             values: for each of the spec's sides ``(layers, page_tokens, kv_heads, head_dim)`` in the pool's dtype.
+            first_position: of the page's first token; only calibrated tiers need it.
 
         Raises:
             CodecError: the encoder failed.
         """
-        places = [(group, side) for group in self._groups for side in self._spec.sides]
-        packed = [
-            self._transform.pack(values[side][None, group.first_layer : group.first_layer + group.layers])[0]
-            for group, side in places
-        ]
+        packed = self._pack(self._transform, values, first_position)
+        if packed is not None:
+            return self._build(page_hash, packed, self._profile.name, self._calibration_digest, first_position)
+        exact = self._pack(self._transforms.get(EXACT.name), values, 0)
+        assert exact is not None, "exact codes whatever there is"
+        return self._build(page_hash, exact, EXACT.name, b"", 0)
+
+    def _pack(
+        self, transform: PageTransform, values: Mapping[Side, torch.Tensor], first_position: int
+    ) -> list[PackedSide] | None:
+        """Side after side of group after group."""
+        result = []
+        for group in self._groups:
+            layers = slice(group.first_layer, group.first_layer + group.layers)
+            for side in self._transforms.spec.sides:
+                packed = transform.pack(group, side, values[side][None, layers], [first_position])
+                if packed is None:
+                    return None
+                result += packed
+        return result
+
+    def _build(
+        self,
+        page_hash: bytes,
+        packed: Sequence[PackedSide],
+        profile_name: str,
+        calibration_digest: bytes,
+        first_position: int,
+    ) -> bytes:
+        spec = self._transforms.spec
         parameter_sets, pictures = self._encode_pictures(packed)
         groups: list[GroupData] = [{} for _ in self._groups]
+        places = [(group, side) for group in self._groups for side in spec.sides]
         for (group, side), data, picture in zip(places, packed, pictures, strict=True):
             groups[group.index][side] = SideData(picture, data.stored, data.escapes)
         key = PageKey(self._namespace_digest, page_hash)
-        return build_page_object(key, self._spec, self._profile_name, groups, parameter_sets)
+        return build_page_object(key, spec, profile_name, groups, parameter_sets, calibration_digest, first_position)
 
     def _encode_pictures(self, packed: Sequence[PackedSide]) -> tuple[bytes, Sequence[PicturePart | None]]:
         if self._encoder is None:
@@ -80,25 +113,19 @@ class PageEncoder:
 class GroupDecoder:
     """Reads layer groups out of page objects."""
 
-    def __init__(self, spec: KVSpec, profile_name: str, decoder: PictureDecoder | None) -> None:
+    def __init__(self, transforms: PageTransforms, decoder: PictureDecoder | None) -> None:
         """Prepares.
 
         Args:
-            spec: of the pages.
-            profile_name: how they must be coded.
+            transforms: of the pages and of what the operator asked for.
             decoder: stays the caller's; None for a profile without pictures.
-
-        Raises:
-            UnsupportedError: the profile can't code such pages.
         """
-        if decoder is None and get_profile(profile_name).has_pictures:
-            raise ValueError(f"profile {profile_name!r} needs a decoder")
-        self._spec = spec
-        self._profile_name = profile_name
+        if decoder is None and transforms.uncalibrated.has_pictures:
+            raise ValueError(f"profile {transforms.profile_name!r} needs a decoder")
+        self._transforms = transforms
         self._decoder = decoder
-        self._canvas_shape = picture_geometry(spec).canvas_shape
-        self._groups = layer_groups(spec)
-        self._transform = get_transform(profile_name, spec)
+        self._canvas_shape = picture_geometry(transforms.spec).canvas_shape
+        self._groups = layer_groups(transforms.spec)
 
     def decode(self, pages: Sequence[PageObject], group_index: int, side: Side) -> torch.Tensor:
         """One side of one layer group of many pages.
@@ -107,24 +134,24 @@ class GroupDecoder:
             ``(pages, layers of the group, page_tokens, kv_heads, head_dim)`` in the pool's dtype, a tensor of its own.
 
         Raises:
-            ForeignPageError: a page of another spec or profile.
+            ForeignPageError: a page of another spec or profile, or with an unknown calibration.
             ChecksumError: a picture did not decode to what was encoded.
             FormatError: a page whose parts do not fit its profile.
             CodecError: the decoder failed.
         """
-        return self._transform.restore(self._groups[group_index].layers, self.unpack(pages, group_index, side))
+        return self.restore(pages, self.unpack(pages, group_index, side), group_index, side)
 
     def unpack(self, pages: Sequence[PageObject], group_index: int, side: Side) -> list[PackedSide]:
         """As :meth:`decode`, up to where the transform begins: checked canvases in host memory, side bytes unchecked.
 
         Raises:
-            ForeignPageError: a page of another spec or profile.
+            ForeignPageError: a page of another spec or profile, or with an unknown calibration.
             ChecksumError: a picture did not decode to what was encoded.
             FormatError: a page without a picture that its profile has.
             CodecError: the decoder failed.
         """
         for page in pages:
-            self._refuse_foreign(page)
+            self._transforms.check(page.header)
         data = [page.side_data(group_index, side) for page in pages]
         canvases = self._decode_pictures(pages, data)
         return [
@@ -132,12 +159,32 @@ class GroupDecoder:
             for canvas, item in zip(canvases, data, strict=True)
         ]
 
-    def _refuse_foreign(self, page: PageObject) -> None:
-        header = page.header
-        if header.spec != self._spec or header.profile_name != self._profile_name:
-            raise ForeignPageError(f"page {header.key} is {header.profile_name!r} of {header.spec}")
-        if header.manifest.calibration_digest:
-            raise ForeignPageError(f"page {header.key} needs a calibration, which {self._profile_name!r} has none of")
+    def restore(
+        self, pages: Sequence[PageObject], packed: Sequence[PackedSide], group_index: int, side: Side
+    ) -> torch.Tensor:
+        """The rest of :meth:`decode`, from what :meth:`unpack` gave; on a device it runs on the current stream.
+
+        Raises:
+            FormatError: a page whose parts do not fit its profile.
+        """
+        group = self._groups[group_index]
+        alike: dict[tuple[str, bytes], list[int]] = {}
+        for index, page in enumerate(pages):
+            alike.setdefault((page.header.profile_name, page.header.calibration_digest), []).append(index)
+        parts = [
+            self._transforms.get(*coding).restore(
+                group,
+                side,
+                [packed[index] for index in members],
+                [pages[index].header.first_position for index in members],
+            )
+            for coding, members in alike.items()
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        values = torch.cat([part.to(parts[0].device) for part in parts])
+        order = torch.tensor([index for members in alike.values() for index in members], device=values.device)
+        return values[torch.argsort(order)]
 
     def _decode_pictures(self, pages: Sequence[PageObject], data: Sequence[SideData]) -> Sequence[torch.Tensor | None]:
         """A checked canvas for each page; one decode call for all pages with the same parameter sets."""

@@ -180,14 +180,14 @@ class Restorer:
         self, group: LayerGroup, side: Side, pages: Sequence[PageObject], slots: torch.Tensor, after: Sequence[Any]
     ) -> None:
         start_s = time.monotonic()
-        if self._kernel is None:
-            values = self._decoder().decode(pages, group.index, side)
-            metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
-            self._pool.scatter(side, group.first_layer, values, slots, after)
-        else:
-            packed = self._decoder().unpack(pages, group.index, side)
-            metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
-            with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
+        decoder = self._decoder()
+        packed = decoder.unpack(pages, group.index, side)
+        metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+        with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
+            if self._kernel is None or any(page.header.calibration_digest for page in pages):
+                values = decoder.restore(pages, packed, group.index, side)
+                self._pool.write(layers, values, slots)
+            else:
                 self._kernel.restore(packed, slots, layers)
 
     def _decoder(self) -> GroupDecoder:

@@ -32,6 +32,9 @@ from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups, pict
 MAGIC = b"KVPO"
 PREFIX = struct.Struct("<4sHHII")
 MAX_MANIFEST_BYTES = 4 << 20
+CALIBRATION_DIGEST_BYTES = 32
+MAX_POSITION = 1 << 32
+"""Beyond any model's context; the rotation's angles are exact enough up to here."""
 
 _SIDES = {Side.KEY: pb.SIDE_KEY, Side.VALUE: pb.SIDE_VALUE, Side.LATENT: pb.SIDE_LATENT}
 _SIDES_BACK = {number: side for side, number in _SIDES.items()}
@@ -69,6 +72,7 @@ def build_page_object(
     groups: Sequence[GroupData],
     parameter_sets: bytes = b"",
     calibration_digest: bytes = b"",
+    first_position: int = 0,
 ) -> bytes:
     """The bytes of a page object.
 
@@ -78,9 +82,10 @@ def build_page_object(
         profile_name: how it was coded.
         groups: one entry per layer group of ``layer_groups(spec)``, with all of ``spec.sides``.
         parameter_sets: VPS, SPS and PPS that all pictures share; empty without pictures.
-        calibration_digest: empty for an uncalibrated profile.
+        calibration_digest: 32 bytes, empty for an uncalibrated profile.
+        first_position: of the page's first token; 0 for an uncalibrated profile.
     """
-    profile = get_profile(profile_name)
+    profile = get_profile(profile_name, calibrated=bool(calibration_digest))
     manifest = pb.Manifest(
         format_version=FORMAT_VERSION,
         namespace_digest=key.namespace_digest,
@@ -90,6 +95,7 @@ def build_page_object(
         calibration_digest=calibration_digest,
         kv_spec=_spec_to_pb(spec),
         parameter_sets=parameter_sets,
+        first_position=first_position,
     )
     if profile.has_pictures:
         geometry = picture_geometry(spec)
@@ -176,6 +182,8 @@ class PageHeader:
 
     Attributes:
         key: the page it claims to be.
+        calibration_digest: of the calibration that it needs; empty for none.
+        first_position: of the page's first token, where it needs a calibration.
         header_bytes: where the payload starts.
         object_bytes: size of the whole object.
         group_ranges: per layer group, ``(start, stop)`` in bytes from the start of the object.
@@ -183,6 +191,8 @@ class PageHeader:
 
     key: PageKey
     profile_name: str
+    calibration_digest: bytes
+    first_position: int
     spec: KVSpec
     header_bytes: int
     object_bytes: int
@@ -214,7 +224,12 @@ def read_header(data: Buffer) -> PageHeader:
     _refuse_unknown_fields(manifest)
     if manifest.format_version != FORMAT_VERSION:
         raise UnknownFormatError(f"manifest of format version {manifest.format_version}")
-    profile = get_profile(manifest.profile)
+    digest_bytes = len(manifest.calibration_digest)
+    if digest_bytes not in (0, CALIBRATION_DIGEST_BYTES):
+        raise FormatError("a calibration digest of the wrong length")
+    profile = get_profile(manifest.profile, calibrated=bool(digest_bytes))
+    if manifest.first_position > (MAX_POSITION if profile.is_calibrated else 0):
+        raise FormatError(f"a page of profile {profile.name!r} at position {manifest.first_position}")
     if tuple(manifest.stages) != profile.stages:
         raise UnknownFormatError(f"unknown stages {list(manifest.stages)} for profile {profile.name!r}")
     if len(manifest.namespace_digest) != PAGE_HASH_BYTES or len(manifest.page_hash) != PAGE_HASH_BYTES:
@@ -234,7 +249,15 @@ def read_header(data: Buffer) -> PageHeader:
             raise UnknownFormatError("the pictures have a geometry this version does not use")
     ranges, object_bytes = _group_ranges(manifest, spec, size)
     return PageHeader(
-        PageKey(manifest.namespace_digest, manifest.page_hash), profile.name, spec, size, object_bytes, ranges, manifest
+        key=PageKey(manifest.namespace_digest, manifest.page_hash),
+        profile_name=profile.name,
+        calibration_digest=manifest.calibration_digest,
+        first_position=manifest.first_position,
+        spec=spec,
+        header_bytes=size,
+        object_bytes=object_bytes,
+        group_ranges=ranges,
+        manifest=manifest,
     )
 
 

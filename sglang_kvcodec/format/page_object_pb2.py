@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'sglang_kvcodec/format/page_object.proto\x12\x15sglang_kvcodec.format\"\x8c\x01\n\x06KVSpec\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12*\n\x05sides\x18\x06 \x03(\x0e\x32\x1b.sglang_kvcodec.format.Side\"L\n\x0fPictureGeometry\x12\x1a\n\x12layers_per_picture\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\"\xb4\x01\n\x04Part\x12)\n\x04side\x18\x01 \x01(\x0e\x32\x1b.sglang_kvcodec.format.Side\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.sglang_kvcodec.format.PartKind\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\r\n\x05\x63rc32\x18\x05 \x01(\r\x12\x14\n\x0cplane_digest\x18\x06 \x01(\x06\x12\r\n\x05steps\x18\x07 \x03(\x02\"]\n\nLayerGroup\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12*\n\x05parts\x18\x03 \x03(\x0b\x32\x1b.sglang_kvcodec.format.Part\"\xc1\x02\n\x08Manifest\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12\x18\n\x10namespace_digest\x18\x02 \x01(\x0c\x12\x11\n\tpage_hash\x18\x03 \x01(\x0c\x12\x0f\n\x07profile\x18\x04 \x01(\t\x12\x0e\n\x06stages\x18\x05 \x03(\t\x12\x1a\n\x12\x63\x61libration_digest\x18\x06 \x01(\x0c\x12.\n\x07kv_spec\x18\x07 \x01(\x0b\x32\x1d.sglang_kvcodec.format.KVSpec\x12\x38\n\x08geometry\x18\x08 \x01(\x0b\x32&.sglang_kvcodec.format.PictureGeometry\x12\x16\n\x0eparameter_sets\x18\t \x01(\x0c\x12\x31\n\x06groups\x18\n \x03(\x0b\x32!.sglang_kvcodec.format.LayerGroup*K\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0c\n\x08SIDE_KEY\x10\x01\x12\x0e\n\nSIDE_VALUE\x10\x02\x12\x0f\n\x0bSIDE_LATENT\x10\x03*i\n\x08PartKind\x12\x19\n\x15PART_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11PART_KIND_PICTURE\x10\x01\x12\x14\n\x10PART_KIND_STORED\x10\x02\x12\x15\n\x11PART_KIND_ESCAPES\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'sglang_kvcodec/format/page_object.proto\x12\x15sglang_kvcodec.format\"\x8c\x01\n\x06KVSpec\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12*\n\x05sides\x18\x06 \x03(\x0e\x32\x1b.sglang_kvcodec.format.Side\"L\n\x0fPictureGeometry\x12\x1a\n\x12layers_per_picture\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\"\xb4\x01\n\x04Part\x12)\n\x04side\x18\x01 \x01(\x0e\x32\x1b.sglang_kvcodec.format.Side\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.sglang_kvcodec.format.PartKind\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\r\n\x05\x63rc32\x18\x05 \x01(\r\x12\x14\n\x0cplane_digest\x18\x06 \x01(\x06\x12\r\n\x05steps\x18\x07 \x03(\x02\"]\n\nLayerGroup\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12*\n\x05parts\x18\x03 \x03(\x0b\x32\x1b.sglang_kvcodec.format.Part\"\xd9\x02\n\x08Manifest\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12\x18\n\x10namespace_digest\x18\x02 \x01(\x0c\x12\x11\n\tpage_hash\x18\x03 \x01(\x0c\x12\x0f\n\x07profile\x18\x04 \x01(\t\x12\x0e\n\x06stages\x18\x05 \x03(\t\x12\x1a\n\x12\x63\x61libration_digest\x18\x06 \x01(\x0c\x12.\n\x07kv_spec\x18\x07 \x01(\x0b\x32\x1d.sglang_kvcodec.format.KVSpec\x12\x38\n\x08geometry\x18\x08 \x01(\x0b\x32&.sglang_kvcodec.format.PictureGeometry\x12\x16\n\x0eparameter_sets\x18\t \x01(\x0c\x12\x31\n\x06groups\x18\n \x03(\x0b\x32!.sglang_kvcodec.format.LayerGroup\x12\x16\n\x0e\x66irst_position\x18\x0b \x01(\x04*K\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0c\n\x08SIDE_KEY\x10\x01\x12\x0e\n\nSIDE_VALUE\x10\x02\x12\x0f\n\x0bSIDE_LATENT\x10\x03*i\n\x08PartKind\x12\x19\n\x15PART_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11PART_KIND_PICTURE\x10\x01\x12\x14\n\x10PART_KIND_STORED\x10\x02\x12\x15\n\x11PART_KIND_ESCAPES\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sglang_kvcodec.format.page_object_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SIDE']._serialized_start=889
-  _globals['_SIDE']._serialized_end=964
-  _globals['_PARTKIND']._serialized_start=966
-  _globals['_PARTKIND']._serialized_end=1071
+  _globals['_SIDE']._serialized_start=913
+  _globals['_SIDE']._serialized_end=988
+  _globals['_PARTKIND']._serialized_start=990
+  _globals['_PARTKIND']._serialized_end=1095
   _globals['_KVSPEC']._serialized_start=67
   _globals['_KVSPEC']._serialized_end=207
   _globals['_PICTUREGEOMETRY']._serialized_start=209
@@ -44,5 +44,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERGROUP']._serialized_start=470
   _globals['_LAYERGROUP']._serialized_end=563
   _globals['_MANIFEST']._serialized_start=566
-  _globals['_MANIFEST']._serialized_end=887
+  _globals['_MANIFEST']._serialized_end=911
 # @@protoc_insertion_point(module_scope)

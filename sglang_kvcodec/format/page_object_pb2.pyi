@@ -84,7 +84,7 @@ class LayerGroup(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., layers: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("format_version", "namespace_digest", "page_hash", "profile", "stages", "calibration_digest", "kv_spec", "geometry", "parameter_sets", "groups")
+    __slots__ = ("format_version", "namespace_digest", "page_hash", "profile", "stages", "calibration_digest", "kv_spec", "geometry", "parameter_sets", "groups", "first_position")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PAGE_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,7 @@ class Manifest(_message.Message):
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_SETS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
     format_version: int
     namespace_digest: bytes
     page_hash: bytes
@@ -105,4 +106,5 @@ class Manifest(_message.Message):
     geometry: PictureGeometry
     parameter_sets: bytes
     groups: _containers.RepeatedCompositeFieldContainer[LayerGroup]
-    def __init__(self, format_version: _Optional[int] = ..., namespace_digest: _Optional[bytes] = ..., page_hash: _Optional[bytes] = ..., profile: _Optional[str] = ..., stages: _Optional[_Iterable[str]] = ..., calibration_digest: _Optional[bytes] = ..., kv_spec: _Optional[_Union[KVSpec, _Mapping]] = ..., geometry: _Optional[_Union[PictureGeometry, _Mapping]] = ..., parameter_sets: _Optional[bytes] = ..., groups: _Optional[_Iterable[_Union[LayerGroup, _Mapping]]] = ...) -> None: ...
+    first_position: int
+    def __init__(self, format_version: _Optional[int] = ..., namespace_digest: _Optional[bytes] = ..., page_hash: _Optional[bytes] = ..., profile: _Optional[str] = ..., stages: _Optional[_Iterable[str]] = ..., calibration_digest: _Optional[bytes] = ..., kv_spec: _Optional[_Union[KVSpec, _Mapping]] = ..., geometry: _Optional[_Union[PictureGeometry, _Mapping]] = ..., parameter_sets: _Optional[bytes] = ..., groups: _Optional[_Iterable[_Union[LayerGroup, _Mapping]]] = ..., first_position: _Optional[int] = ...) -> None: ...

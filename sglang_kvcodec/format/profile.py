@@ -19,12 +19,14 @@ class Profile:
         stages: in order of encoding, ``name/version``; a reader refuses a chain it does not know.
         promise: what the restored KV is worth, in words.
         dtypes: the pools it can code.
+        is_calibrated: whether it needs a calibration of the model.
     """
 
     name: str
     stages: tuple[str, ...]
     promise: str
     dtypes: frozenset[KVDtype] = frozenset(KVDtype)
+    is_calibrated: bool = False
 
     @property
     def has_pictures(self) -> bool:
@@ -41,19 +43,48 @@ HIGH = Profile(
     frozenset({KVDtype.BFLOAT16, KVDtype.FLOAT16}),
 )
 
-_BY_NAME = {profile.name: profile for profile in (RAW, EXACT, HIGH)}
+_CALIBRATED_STAGES = ("rope/1", "klt/1", "component-canvas/1", HEVC_STAGE)
+
+_UNCALIBRATED = {profile.name: profile for profile in (RAW, EXACT, HIGH)}
+_CALIBRATED = {
+    name: Profile(name, _CALIBRATED_STAGES, promise, is_calibrated=True)
+    for name, promise in {
+        "high": "the model's output is no worse than with an FP8 (e4m3) KV cache",
+        "balanced": "no worse than with a good 4-bit KV cache (KIVI)",
+        "compact": "the smallest that stays usable",
+    }.items()
+}
+CALIBRATED_TIERS = tuple(_CALIBRATED)
+"""The tiers that a calibration can have, from the finest to the coarsest."""
+PROFILE_NAMES = (RAW.name, EXACT.name, *CALIBRATED_TIERS)
+"""What an operator can ask for."""
 
 
-def get_profile(name: str) -> Profile:
-    """The profile called ``name``.
+def get_profile(name: str, calibrated: bool = False) -> Profile:
+    """The profile called ``name``, as it is with or without a calibration.
 
     Raises:
         UnknownFormatError: there is none.
     """
+    profiles = _CALIBRATED if calibrated else _UNCALIBRATED
     try:
-        return _BY_NAME[name]
+        return profiles[name]
     except KeyError:
-        raise UnknownFormatError(f"unknown profile {name!r}; there are {', '.join(_BY_NAME)}") from None
+        kind = "calibrated" if calibrated else "uncalibrated"
+        raise UnknownFormatError(f"unknown {kind} profile {name!r}; there are {', '.join(profiles)}") from None
+
+
+def without_calibration(name: str, dtype: KVDtype) -> Profile:
+    """What a pool is coded with where ``name`` was asked for and there is no calibration: never worse than asked.
+
+    Raises:
+        UnknownFormatError: there is no such profile at all.
+    """
+    if name not in PROFILE_NAMES:
+        raise UnknownFormatError(f"unknown profile {name!r}; there are {', '.join(PROFILE_NAMES)}")
+    if name not in CALIBRATED_TIERS:
+        return get_profile(name)
+    return HIGH if dtype in HIGH.dtypes else EXACT
 
 
 def check_supported(profile: Profile, dtype: KVDtype) -> None:

@@ -17,8 +17,8 @@ from sglang_kvcodec.flow.restore_kernel import restore_kernel
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.namespace import Namespace
-from sglang_kvcodec.format.profile import check_supported, get_profile
 from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder, open_encoder
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class Runtime:
         Raises:
             ConfigurationError: the profile can't code the pool, or a codec or its device's kernel is missing.
         """
-        profile = get_profile(config.profile)
-        check_supported(profile, pool.spec.dtype)
+        transforms = PageTransforms(pool.spec, config.profile, device=pool.device)
+        profile = transforms.uncalibrated
         self.config = config
         self.pool = pool
         self._new_namespace = new_namespace
@@ -56,15 +56,15 @@ class Runtime:
         self._monitor = PeerMonitor(self._peer, config.timeouts.retry_s)
         stored = StoredPages()
         self.fetcher = Fetcher(
-            self._peer, self._monitor, self.cache, stored, pool.spec, config, on_done=self.progress.set
+            self._peer, self._monitor, self.cache, stored, transforms, config, on_done=self.progress.set
         )
 
         def new_decoder() -> GroupDecoder:
-            return GroupDecoder(pool.spec, profile.name, open_decoder() if profile.has_pictures else None)
+            return GroupDecoder(transforms, open_decoder() if profile.has_pictures else None)
 
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
             encoder = open_encoder() if profile.has_pictures else None
-            return PageEncoder(namespace_digest, pool.spec, profile.name, encoder)
+            return PageEncoder(namespace_digest, transforms, encoder)
 
         self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel)
         self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config)

@@ -12,6 +12,7 @@ from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.profile import get_profile
 from sglang_kvcodec.format.spec import KVSpec, Side, layer_groups
 from sglang_kvcodec.testing.synthetic import page_values
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder, open_encoder
 
 
@@ -22,12 +23,14 @@ def hash_of(name: object) -> bytes:
 
 def new_encoder(namespace_digest: bytes, spec: KVSpec, profile: str) -> PageEncoder:
     """An encoder for one thread."""
-    return PageEncoder(namespace_digest, spec, profile, open_encoder() if get_profile(profile).has_pictures else None)
+    return PageEncoder(
+        namespace_digest, PageTransforms(spec, profile), open_encoder() if get_profile(profile).has_pictures else None
+    )
 
 
 def new_decoder(spec: KVSpec, profile: str) -> GroupDecoder:
     """A decoder for one thread."""
-    return GroupDecoder(spec, profile, open_decoder() if get_profile(profile).has_pictures else None)
+    return GroupDecoder(PageTransforms(spec, profile), open_decoder() if get_profile(profile).has_pictures else None)
 
 
 class Pages:

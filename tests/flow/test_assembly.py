@@ -18,11 +18,13 @@ from sglang_kvcodec.format.page_object import read_header
 from sglang_kvcodec.format.spec import KVDtype
 from sglang_kvcodec.testing.kv_pool import same_bits
 from sglang_kvcodec.testing.pages import Pages, hash_of
+from sglang_kvcodec.transform import PageTransforms
 
 PAGES = Pages(GROUPED, "raw", NAMESPACE)
 DATA = PAGES.coded("page")
 HEADER_BYTES = read_header(DATA).header_bytes
 KEY = PageKey(NAMESPACE, hash_of("page"))
+TRANSFORMS = PageTransforms(GROUPED, "raw")
 
 
 def header_of(data, object_bytes=None):
@@ -31,7 +33,7 @@ def header_of(data, object_bytes=None):
 
 
 def begin(data=DATA, key=KEY, spec=GROUPED, profile="raw"):
-    return PageAssembly(key, spec, profile, header_of(data))
+    return PageAssembly(key, PageTransforms(spec, profile), header_of(data))
 
 
 @pytest.mark.parametrize("fragment_bytes", [1009, 70_001, len(DATA)])
@@ -65,18 +67,18 @@ def test_another_page_than_asked_for_is_refused_at_its_header(foreign):
 @pytest.mark.parametrize("lie", [-1, 1, 1 << 20])
 def test_a_size_that_is_not_the_pages_is_refused(lie):
     with pytest.raises(TruncatedError):
-        PageAssembly(KEY, GROUPED, "raw", header_of(DATA, len(DATA) + lie))
+        PageAssembly(KEY, TRANSFORMS, header_of(DATA, len(DATA) + lie))
 
 
 def test_a_header_with_payload_behind_it_is_refused():
     with pytest.raises(TruncatedError):
-        PageAssembly(KEY, GROUPED, "raw", FetchedHeader(0, len(DATA), DATA[: HEADER_BYTES + 1]))
+        PageAssembly(KEY, TRANSFORMS, FetchedHeader(0, len(DATA), DATA[: HEADER_BYTES + 1]))
 
 
 @pytest.mark.parametrize("length", [0, 3, 16, HEADER_BYTES - 1])
 def test_a_cut_header_is_refused(length):
     with pytest.raises(TruncatedError):
-        PageAssembly(KEY, GROUPED, "raw", FetchedHeader(0, len(DATA), DATA[:length]))
+        PageAssembly(KEY, TRANSFORMS, FetchedHeader(0, len(DATA), DATA[:length]))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_a_damaged_header_is_refused(position, error):
     damaged = bytearray(DATA[:HEADER_BYTES])
     damaged[position] ^= 0x40
     with pytest.raises(error):
-        PageAssembly(KEY, GROUPED, "raw", FetchedHeader(0, len(DATA), bytes(damaged)))
+        PageAssembly(KEY, TRANSFORMS, FetchedHeader(0, len(DATA), bytes(damaged)))
 
 
 @pytest.mark.parametrize("position", [HEADER_BYTES, (HEADER_BYTES + len(DATA)) // 2, len(DATA) - 1])

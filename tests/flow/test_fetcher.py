@@ -14,6 +14,7 @@ from sglang_kvcodec.format.page_object import read_header
 from sglang_kvcodec.format.spec import KVDtype
 from sglang_kvcodec.testing.kv_pool import same_bits
 from sglang_kvcodec.testing.pages import Pages, hash_of
+from sglang_kvcodec.transform import PageTransforms
 
 NAMES = tuple(range(6))
 
@@ -31,7 +32,13 @@ class Setup:
         self.cache = BitstreamCache(config.host_cache_bytes)
         self.stored = StoredPages()
         self.fetcher = Fetcher(
-            connection.peer, connection.monitor, self.cache, self.stored, spec, config, on_done=on_done
+            connection.peer,
+            connection.monitor,
+            self.cache,
+            self.stored,
+            PageTransforms(spec, config.profile),
+            config,
+            on_done=on_done,
         )
 
     def start(self, names=NAMES):

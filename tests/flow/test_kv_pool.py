@@ -48,7 +48,8 @@ def test_what_is_scattered_is_gathered_and_nothing_else_is_touched(spec, data):
     slots = pool.slots(pages)
     before, gathered_before = pool.bits(), pool.wrapped.gather(slots)
 
-    pool.wrapped.scatter(side, first, values, slots)
+    with pool.wrapped.writing(side, first, values.shape[1]) as buffers:
+        pool.wrapped.write(buffers, values, slots)
 
     gathered = pool.wrapped.gather(slots)
     expected = {each: tensor.clone() for each, tensor in gathered_before.items()}
@@ -75,7 +76,8 @@ def test_a_pool_that_stores_fp8_as_bytes(dtype):
     gathered = pool.gather(known.slots([1, 0]))
     assert same_bits(page_of(gathered, 0), known.page(1))
     values = gathered[Side.KEY].flip(0)
-    pool.scatter(Side.KEY, 0, values, known.slots([1, 0]))
+    with pool.writing(Side.KEY, 0, values.shape[1]) as buffers:
+        pool.write(buffers, values, known.slots([1, 0]))
     assert same_bits({Side.KEY: pool.gather(known.slots([1, 0]))[Side.KEY]}, {Side.KEY: values})
 
 

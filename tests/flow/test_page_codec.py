@@ -12,7 +12,9 @@ from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
+from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import page_values, random_bits
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.transform.floats import to_bits
 from sglang_kvcodec.video import open_decoder, open_encoder
 
@@ -26,11 +28,11 @@ def page_hash(number):
 
 
 def encoder_for(spec, profile):
-    return PageEncoder(NAMESPACE, spec, profile, None if profile == "raw" else open_encoder("software"))
+    return PageEncoder(NAMESPACE, PageTransforms(spec, profile), None if profile == "raw" else open_encoder("software"))
 
 
 def decoder_for(spec, profile):
-    return GroupDecoder(spec, profile, None if profile == "raw" else open_decoder("software"))
+    return GroupDecoder(PageTransforms(spec, profile), None if profile == "raw" else open_decoder("software"))
 
 
 def encode_pages(spec, profile, pages):
@@ -144,15 +146,15 @@ def rebuilt(page, change_side, parameter_sets=None):
 def test_one_decode_call_for_all_pages_with_the_same_parameter_sets():
     objects = encode_pages(SPEC, "exact", [page_values(SPEC, seed) for seed in range(4)])
     decoder = CountingDecoder()
-    GroupDecoder(SPEC, "exact", decoder).decode(objects, 0, Side.KEY)
+    GroupDecoder(PageTransforms(SPEC, "exact"), decoder).decode(objects, 0, Side.KEY)
     assert decoder.calls == [4]
     # A zero byte before a start code changes nothing but the bytes.
     other = rebuilt(objects[1], lambda side: side, b"\0" + objects[1].parameter_sets)
     decoder.calls.clear()
     mixed = [objects[0], other, objects[2], objects[3]]
     assert torch.equal(
-        GroupDecoder(SPEC, "exact", decoder).decode(mixed, 0, Side.KEY),
-        GroupDecoder(SPEC, "exact", decoder).decode(objects, 0, Side.KEY),
+        GroupDecoder(PageTransforms(SPEC, "exact"), decoder).decode(mixed, 0, Side.KEY),
+        GroupDecoder(PageTransforms(SPEC, "exact"), decoder).decode(objects, 0, Side.KEY),
     )
     assert decoder.calls == [3, 1, 4]
 
@@ -228,11 +230,59 @@ def test_pages_of_another_profile_or_calibration_are_refused():
     values = page_values(SPEC, 0)
     with pytest.raises(ForeignPageError, match="'exact'"):
         decoder_for(SPEC, "high").decode(encode_pages(SPEC, "exact", [values]), 0, Side.KEY)
-    page = encode_pages(SPEC, "raw", [values])[0]
+    coded = CalibratedPages(random_calibration(SPEC))
+    other = PageTransforms(SPEC, "high", [random_calibration(SPEC, seed=1)])
+    for transforms in (PageTransforms(SPEC, "high"), other):
+        with pytest.raises(ForeignPageError, match="calibration"):
+            GroupDecoder(transforms, open_decoder("software")).decode([coded.page(values, 0)], 0, Side.KEY)
+
+
+class CalibratedPages:
+    """Pages of one calibration, coded and read back."""
+
+    def __init__(self, calibration, spec=SPEC):
+        self.transforms = PageTransforms(spec, "high", [calibration])
+        self.encoder = PageEncoder(NAMESPACE, self.transforms, open_encoder("software"), calibration.digest)
+        self.decoder = GroupDecoder(self.transforms, open_decoder("software"))
+
+    def page(self, values, first_position):
+        return PageObject(self.encoder.encode(page_hash(first_position), values, first_position))
+
+
+def test_calibrated_pages_come_back_within_their_steps_and_say_what_they_need():
+    calibration = random_calibration(SPEC, step=0.01, rope=neox_rope(SPEC.head_dim))
+    coded = CalibratedPages(calibration)
+    values = [page_values(SPEC, seed) for seed in range(3)]
+    pages = [coded.page(page, 1000 * index) for index, page in enumerate(values)]
+    assert {page.header.calibration_digest for page in pages} == {calibration.digest}
+    assert [page.header.first_position for page in pages] == [0, 1000, 2000]
+    for group in layer_groups(SPEC):
+        for side in SPEC.sides:
+            restored = coded.decoder.decode(pages, group.index, side).float()
+            layers = slice(group.first_layer, group.first_layer + group.layers)
+            expected = torch.stack([page[side][layers] for page in values]).float()
+            assert float((restored - expected).abs().max()) < 0.02 + 2**-7 * float(expected.abs().max())
+
+
+def test_a_page_that_the_tier_can_not_code_is_coded_exact_among_the_others():
+    coded = CalibratedPages(random_calibration(SPEC, step=0.01))
+    values = [page_values(SPEC, seed) for seed in range(3)]
+    values[1][Side.VALUE][0, 3, 0, 2] = float("nan")
+    pages = [coded.page(page, 64 * index) for index, page in enumerate(values)]
+    assert [page.header.profile_name for page in pages] == ["high", "exact", "high"]
+    restored = coded.decoder.decode(pages, 0, Side.VALUE)
+    group = layer_groups(SPEC)[0]
+    assert torch.equal(to_bits(restored[1]), to_bits(values[1][Side.VALUE][: group.layers]))
+    assert float((restored[2].float() - values[2][Side.VALUE][: group.layers].float()).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("position", [1, (1 << 32) + 1])
+def test_positions_that_are_none_are_refused(position):
+    """A page of a profile that has no position, and one beyond any context."""
+    page = encode_pages(SPEC, "raw", [page_values(SPEC, 0)])[0]
     groups = [{side: page.side_data(group.index, side) for side in SPEC.sides} for group in layer_groups(SPEC)]
-    calibrated = build_page_object(page.header.key, SPEC, "raw", groups, calibration_digest=bytes(32))
-    with pytest.raises(ForeignPageError, match="calibration"):
-        decoder_for(SPEC, "raw").decode([PageObject(calibrated)], 0, Side.KEY)
+    with pytest.raises(FormatError):
+        PageObject(build_page_object(page.header.key, SPEC, "raw", groups, first_position=position))
 
 
 @pytest.mark.parametrize("profile", ["raw", "exact", "high"])
@@ -254,6 +304,6 @@ def test_parts_that_do_not_fit_the_profile_are_refused(profile):
 
 def test_a_coded_profile_without_codec_is_the_callers_mistake():
     with pytest.raises(ValueError, match="needs an encoder"):
-        PageEncoder(NAMESPACE, SPEC, "exact", None)
+        PageEncoder(NAMESPACE, PageTransforms(SPEC, "exact"), None)
     with pytest.raises(ValueError, match="needs a decoder"):
-        GroupDecoder(SPEC, "high", None)
+        GroupDecoder(PageTransforms(SPEC, "high"), None)

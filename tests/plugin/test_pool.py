@@ -32,7 +32,8 @@ def test_wraps_sglangs_own_pool(dtype):
     slots = torch.tensor([40, *range(16, 31)])
     keys, values = (random_bits(dtype, (16, 3, 20), seed) for seed in (1, 2))
     kv_cache.k_buffer[1][slots] = keys.view(kv_cache.k_buffer[1].dtype)
-    pool.scatter(Side.VALUE, 1, values[None, None], slots)
+    with pool.writing(Side.VALUE, 1, 1) as layers:
+        pool.write(layers, values[None, None], slots)
     assert torch.equal(pool.gather(slots)[Side.KEY][0, 1].view(torch.uint8), keys.view(torch.uint8))
     stored = kv_cache.v_buffer[1][slots].contiguous()
     assert torch.equal(stored.view(torch.uint8), values.view(torch.uint8))

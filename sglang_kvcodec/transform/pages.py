@@ -1,0 +1,129 @@
+"""One interface over all profiles, calibrated or not: sides of layer groups of pages, packed and restored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from sglang_kvcodec.errors import ForeignPageError
+from sglang_kvcodec.format.calibration import Calibration
+from sglang_kvcodec.format.page_object import PageHeader
+from sglang_kvcodec.format.profile import EXACT, Profile, get_profile, without_calibration
+from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side
+from sglang_kvcodec.transform.base import PackedSide
+from sglang_kvcodec.transform.klt import KltTransform
+from sglang_kvcodec.transform.registry import get_transform
+
+
+class PageTransform(Protocol):
+    """Packs and restores pages of one spec under one profile and, maybe, calibration. Thread-safe."""
+
+    def pack(
+        self, group: LayerGroup, side: Side, values: torch.Tensor, first_positions: Sequence[int]
+    ) -> list[PackedSide] | None:
+        """See ``KltTransform.pack``."""
+        ...
+
+    def restore(
+        self, group: LayerGroup, side: Side, packed: Sequence[PackedSide], first_positions: Sequence[int]
+    ) -> torch.Tensor:
+        """See ``KltTransform.restore``."""
+        ...
+
+
+class _Uncalibrated:
+    """A transform for which every layer, side and position is the same."""
+
+    def __init__(self, profile: Profile, spec: KVSpec) -> None:
+        self._transform = get_transform(profile.name, spec)
+
+    def pack(
+        self, group: LayerGroup, side: Side, values: torch.Tensor, first_positions: Sequence[int]
+    ) -> list[PackedSide] | None:
+        return self._transform.pack(values)
+
+    def restore(
+        self, group: LayerGroup, side: Side, packed: Sequence[PackedSide], first_positions: Sequence[int]
+    ) -> torch.Tensor:
+        return self._transform.restore(group.layers, packed)
+
+
+class PageTransforms:
+    """The transforms that a server which was asked for one profile can need. Thread-safe; calibrations may come late.
+
+    Pages of a tier may be coded with one of the calibrations that are known, without any, or, where a calibrated tier
+    can't code their values, as ``exact``.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        profile_name: str,
+        calibrations: Sequence[Calibration] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Makes the transforms that need no calibration, and those of the calibrations.
+
+        Args:
+            spec: of the pages.
+            profile_name: what the operator asked for.
+            calibrations: of the model.
+            device: where calibrated pages are packed and restored.
+
+        Raises:
+            UnknownFormatError: there is no such profile.
+            UnsupportedError: it can't code such a pool.
+            ForeignPageError: a calibration of another shape.
+        """
+        self.spec = spec
+        self.profile_name = profile_name
+        self._device = torch.device(device)
+        self._lock = threading.Lock()
+        self.uncalibrated = without_calibration(profile_name, spec.dtype)
+        self._transforms: dict[tuple[str, bytes], PageTransform] = {
+            (self.uncalibrated.name, b""): _Uncalibrated(self.uncalibrated, spec)
+        }
+        for calibration in calibrations:
+            self.add(calibration)
+
+    def add(self, calibration: Calibration) -> None:
+        """Learns a calibration.
+
+        Raises:
+            ForeignPageError: it is of another shape, or has not the tier; nothing has changed.
+        """
+        transform = KltTransform(self.spec, calibration, self.profile_name, self._device)
+        exact = _Uncalibrated(EXACT, self.spec)
+        with self._lock:
+            self._transforms.setdefault((EXACT.name, b""), exact)
+            self._transforms[self.profile_name, calibration.digest] = transform
+
+    def get(self, profile_name: str, calibration_digest: bytes = b"") -> PageTransform:
+        """The transform of pages that say so of themselves.
+
+        Raises:
+            ForeignPageError: another profile than asked for, or an unknown calibration.
+        """
+        with self._lock:
+            transform = self._transforms.get((profile_name, calibration_digest))
+        if transform is None:
+            needed = f" with calibration {calibration_digest.hex()[:16]}" if calibration_digest else ""
+            raise ForeignPageError(f"a page of profile {profile_name!r}{needed} where {self.profile_name!r} is read")
+        return transform
+
+    def check(self, header: PageHeader) -> None:
+        """Refuses a page that can't be restored here.
+
+        Raises:
+            ForeignPageError: see :meth:`get`; also a page of another layout.
+        """
+        if header.spec != self.spec:
+            raise ForeignPageError(f"page {header.key} is of {header.spec}")
+        self.get(header.profile_name, header.calibration_digest)
+
+    def profile(self, calibration_digest: bytes = b"") -> Profile:
+        """What new pages are coded with, given the calibration to use for them."""
+        return get_profile(self.profile_name, calibrated=True) if calibration_digest else self.uncalibrated
