@@ -13,17 +13,19 @@ ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
 BASE = {"__init__", "errors", "config", "metrics", "peer_metrics"}
 PARTS = {"transform", "video", "storage"}
-JOINTS = {"kernels", "rpc"}
+JOINTS = {"kernels", "rpc", "models"}
 MAY_USE = {
     **dict.fromkeys(BASE, BASE),
     "format": BASE,
     **{part: BASE | {"format"} for part in PARTS},
     "kernels": BASE | {"format", "transform"},
     "rpc": BASE | {"format", "storage"},
-    "flow": BASE | {"format"} | PARTS | JOINTS,
-    "testing": BASE | {"format"} | PARTS | JOINTS | {"flow"},
-    "plugin": BASE | {"format"} | PARTS | JOINTS | {"flow"},
-    "cli": BASE | {"format"} | PARTS | JOINTS | {"flow", "testing"},
+    "models": BASE | {"format"},
+    "flow": BASE | {"format"} | PARTS | {"kernels", "rpc"},
+    "evaluation": BASE | {"format"} | PARTS | JOINTS | {"flow"},
+    "testing": BASE | {"format"} | PARTS | {"kernels", "rpc", "flow"},
+    "plugin": BASE | {"format"} | PARTS | {"kernels", "rpc", "flow"},
+    "cli": BASE | {"format"} | PARTS | JOINTS | {"flow", "testing", "evaluation"},
 }
 """Layer -> the layers it may import besides itself. Nobody may import plugin or cli."""
 
@@ -39,8 +41,9 @@ HOMES = {
     "pytest": {"testing"},
     "rich": {"cli"},
     "sglang": {"plugin"},
-    "torch": {"transform", "kernels", "flow", "plugin", "testing"},
+    "torch": {"transform", "kernels", "flow", "plugin", "testing", "models", "evaluation"},
     "tqdm": {"cli"},
+    "transformers": {"models"},
     "triton": {"kernels"},
     "numpy": set(MAY_USE) - BASE,
 }
