@@ -37,6 +37,8 @@ HOMES = {
     "grpc_reflection": {"rpc"},
     "hypothesis": {"testing"},
     "lmdb": {"storage"},
+    "lz4": {"evaluation"},
+    "matplotlib": {"evaluation"},
     "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "plugin"},
     "pytest": {"testing"},
     "rich": {"cli"},
@@ -45,6 +47,7 @@ HOMES = {
     "tqdm": {"cli"},
     "transformers": {"models"},
     "triton": {"kernels"},
+    "zstandard": {"evaluation"},
     "numpy": set(MAY_USE) - BASE,
 }
 """Third-party module -> the layers that may import it. One that is not listed may be imported nowhere."""

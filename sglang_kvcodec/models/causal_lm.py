@@ -103,21 +103,29 @@ class CausalLM:
         return str(self.tokenizer.decode(torch.as_tensor(tokens).tolist()))
 
     @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor) -> KV:
+    def prefill(self, tokens: torch.Tensor, known: Mapping[Side, torch.Tensor] | None = None) -> KV:
         """Computes the KV of a prompt as a server's pool would hold it.
 
         Args:
-            tokens: int64 ``(tokens,)``, at least one.
+            tokens: int64 ``(tokens,)``, the whole prompt.
+            known: KV of its first tokens, of all but one at most, from which the rest is computed.
 
         Returns:
-            Per side ``(layers, tokens, kv_heads, head_dim)`` in ``dtype``, tensors of their own; keys after RoPE.
+            Of the tokens behind ``known``, per side ``(layers, tokens, kv_heads, head_dim)`` in ``dtype``, tensors of
+            their own; keys after RoPE.
+
+        Raises:
+            ValueError: KV of another shape, or of too many tokens.
         """
-        cache = DynamicCache()
+        start = known[Side.KEY].shape[1] if known else 0
+        if start >= len(tokens):
+            raise ValueError(f"KV of {start} tokens leaves nothing of a prompt of {len(tokens)} to compute")
+        cache = self._cache_of(self._checked(known, start)) if known else DynamicCache()
         # the decoder without its head: nobody asked for logits
-        self._model.base_model(input_ids=tokens[None].to(self.device), past_key_values=cache, use_cache=True)
+        self._model.base_model(input_ids=tokens[None, start:].to(self.device), past_key_values=cache, use_cache=True)
         return {
-            Side.KEY: _stack([layer.keys for layer in cache.layers], self.dtype),
-            Side.VALUE: _stack([layer.values for layer in cache.layers], self.dtype),
+            Side.KEY: _stack([layer.keys[:, :, start:] for layer in cache.layers], self.dtype),
+            Side.VALUE: _stack([layer.values[:, :, start:] for layer in cache.layers], self.dtype),
         }
 
     @torch.no_grad()

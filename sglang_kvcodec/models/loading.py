@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -99,7 +100,8 @@ def _quiet() -> Iterator[None]:
     log.disable_progress_bar()
     log.set_verbosity_error()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a bar that nothing turns off
+            yield
     finally:
         log.set_verbosity(verbosity)
         if had_bars:

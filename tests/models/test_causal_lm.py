@@ -77,6 +77,18 @@ def test_a_prefix_and_its_continuation_give_what_the_whole_gives():
         assert torch.equal(kv[Side.KEY], before)
 
 
+def test_a_prompt_can_be_computed_in_pieces():
+    exact = CausalLM.load(TINY, dtype=torch.float32)
+    tokens = exact.encode(TEXT * 2)[:61]
+    whole = exact.prefill(tokens)
+    for cut in (1, 37, 60):
+        rest = exact.prefill(tokens, head(whole, cut))
+        for side in whole:
+            torch.testing.assert_close(rest[side], whole[side][:, cut:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        exact.prefill(tokens, whole)
+
+
 def test_the_prefix_kv_is_really_used(model, tokens):
     kv = model.prefill(tokens[:64])
     untouched = model.continue_from(kv, tokens[:64], tokens[64:])
