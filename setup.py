@@ -10,6 +10,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sglang_kvcodec/__init__.py
 
 SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80", "tqdm>=4.60"]
 DEMO = ["rich>=13"]
+BENCH = [
+    "gguf>=0.10",
+    "lz4>=4",
+    "matplotlib>=3.8",
+    "torch>=2.6",
+    "tqdm>=4.60",
+    "transformers>=5.19",
+    "zstandard>=0.22",
+]
 DEV = [
     "grpcio-tools>=1.80",
     "hypothesis>=6.100",
@@ -18,7 +27,6 @@ DEV = [
     "pytest-timeout>=2.3",
     "ruff>=0.14",
     "types-protobuf",
-    "zstandard>=0.22",
 ]
 
 setup(
@@ -29,7 +37,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sglang_kvcodec", "sglang_kvcodec.*"]),
-    package_data={"sglang_kvcodec": ["py.typed", "*/*.pyi"]},
+    package_data={"sglang_kvcodec": ["py.typed", "*/*.pyi", "evaluation/texts/*.md", "evaluation/texts/*/*/*.txt"]},
     python_requires=">=3.11",
     # grpcio and protobuf must accept what SGLang's own smg-grpc-servicer resolves to, so they have no upper bound.
     install_requires=[
@@ -44,8 +52,9 @@ setup(
         "server": SERVER,
         "sglang": ["sglang==0.5.23"],
         "gpu": ["PyNvVideoCodec>=2.2.4"],
+        "bench": BENCH,
         "demo": DEMO,
-        "dev": DEV + DEMO + SERVER,
+        "dev": DEV + DEMO + SERVER + BENCH,
     },
     entry_points={
         "console_scripts": ["kvcodec = sglang_kvcodec.cli.main:main"],

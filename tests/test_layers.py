@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
 BASE = {"__init__", "errors", "config", "metrics", "peer_metrics"}
 PARTS = {"transform", "video", "storage"}
-JOINTS = {"kernels", "rpc", "calibration"}
+JOINTS = {"kernels", "rpc", "models", "calibration"}
 MAY_USE = {
     **dict.fromkeys(BASE, BASE),
     "format": BASE,
@@ -21,10 +21,12 @@ MAY_USE = {
     "kernels": BASE | {"format", "transform"},
     "calibration": BASE | {"format", "transform"},
     "rpc": BASE | {"format", "storage"},
-    "flow": BASE | {"format"} | PARTS | JOINTS,
-    "testing": BASE | {"format"} | PARTS | JOINTS | {"flow"},
-    "plugin": BASE | {"format"} | PARTS | JOINTS | {"flow"},
-    "cli": BASE | {"format"} | PARTS | JOINTS | {"flow", "testing"},
+    "models": BASE | {"format"},
+    "flow": BASE | {"format"} | PARTS | {"kernels", "rpc"},
+    "evaluation": BASE | {"format"} | PARTS | JOINTS | {"flow"},
+    "testing": BASE | {"format"} | PARTS | {"kernels", "rpc", "flow"},
+    "plugin": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration", "flow"},
+    "cli": BASE | {"format"} | PARTS | JOINTS | {"flow", "testing", "evaluation"},
 }
 """Layer -> the layers it may import besides itself. Nobody may import plugin or cli."""
 
@@ -36,14 +38,18 @@ HOMES = {
     "grpc_reflection": {"rpc"},
     "hypothesis": {"testing"},
     "lmdb": {"storage"},
+    "lz4": {"evaluation"},
+    "matplotlib": {"evaluation"},
     "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "plugin"},
     "pytest": {"testing"},
     "rich": {"cli"},
     "safetensors": {"format"},
     "sglang": {"plugin"},
-    "torch": {"transform", "kernels", "calibration", "flow", "plugin", "testing"},
+    "torch": {"transform", "kernels", "calibration", "flow", "plugin", "testing", "models", "evaluation"},
     "tqdm": {"cli"},
+    "transformers": {"models"},
     "triton": {"kernels"},
+    "zstandard": {"evaluation"},
     "numpy": set(MAY_USE) - BASE,
 }
 """Third-party module -> the layers that may import it. One that is not listed may be imported nowhere."""

@@ -58,6 +58,16 @@ def to_components(statistics: KVStatistics, bases: SolvedBases, kv: Mapping[Side
     return Components(result)
 
 
+def concatenated(parts: Sequence[Components]) -> Components:
+    """The components of several runs of tokens, of the same bases, as one."""
+    return Components(
+        {
+            side: [torch.cat([part.values[side][index] for part in parts]) for index in range(len(blocks))]
+            for side, blocks in parts[0].values.items()
+        }
+    )
+
+
 def bits_and_noise(components: Components, step: float, rounding: float) -> tuple[float, float]:
     """The ideal bits per value and the noise per value in the common space, of uniform steps."""
     bits = noise = 0.0

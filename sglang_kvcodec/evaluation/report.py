@@ -1,0 +1,167 @@
+"""What a run found, as JSON, as CSV, as a table in the terminal, and as one picture: divergence against ratio."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.evaluation.harness import MethodReport, Size
+
+Row = Mapping[str, Any]
+
+
+def write_json(path: pathlib.Path, settings: Row, reports: Sequence[MethodReport]) -> None:
+    """Everything: settings, a summary of each method, its bits by layer, and its figures by document."""
+    document = {"settings": dict(settings), "methods": [_method_json(report) for report in reports]}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _method_json(report: MethodReport) -> dict[str, Any]:
+    sides = list(report.sizes[0].bits)
+    return {
+        **report.summary(),
+        "layer_bits": {side.value: report.layer_bits(side) for side in sides},
+        "layer_ideal_bits": {side.value: report.layer_bits(side, ideal=True) for side in sides},
+        "documents": [{**_size_json(size), **_accuracy_json(report, index)} for index, size in enumerate(report.sizes)],
+    }
+
+
+def _size_json(size: Size) -> dict[str, Any]:
+    return {
+        "document": size.document,
+        "raw_bytes": size.raw_bytes,
+        "coded_bytes": size.coded_bytes,
+        "metadata_bytes": size.metadata_bytes,
+    }
+
+
+def _accuracy_json(report: MethodReport, index: int) -> dict[str, Any]:
+    if not report.accuracies:
+        return {}
+    accuracy = report.accuracies[index]
+    return {
+        "kl_nats": accuracy.divergence.kl_nats,
+        "loss_nats": accuracy.divergence.loss_nats,
+        "untouched_loss_nats": report.reference_losses[index],
+        "top1_agreement": accuracy.divergence.top1_agreement,
+        "greedy_agreement_tokens": accuracy.greedy_agreement_tokens,
+    }
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Rows under the union of their columns."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def layer_rows(reports: Sequence[MethodReport]) -> list[dict[str, Any]]:
+    """One row for each method, side and layer: its bits per value, and the ideal coder's."""
+    rows = []
+    for report in reports:
+        for side in report.sizes[0].bits:
+            bits, ideal = report.layer_bits(side) or [], report.layer_bits(side, ideal=True)
+            rows += [
+                {
+                    "method": report.method,
+                    "side": side.value,
+                    "layer": layer,
+                    "bits_per_value": figure,
+                    "ideal_bits_per_value": ideal[layer] if ideal else None,
+                }
+                for layer, figure in enumerate(bits)
+            ]
+    return rows
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table for the terminal.
+
+    Args:
+        rows: summaries.
+        columns: key of a row -> heading; what no row has is left out.
+    """
+    shown = {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
+    cells = [list(shown.values()), *([_cell(row.get(key)) for key in shown] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) if index == 0 else text.rjust(width) for index, (text, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
+    return str(value)
+
+
+_MARKERS = "osD^vP*X<>hd"
+
+
+def check_can_draw() -> None:
+    """Refuses where there is no matplotlib, before anything was measured for a picture.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            'the picture needs the package matplotlib: pip install "sglang-kvcodec[bench]", or use --no-picture'
+        ) from error
+
+
+def draw(path: pathlib.Path, title: str, reports: Sequence[MethodReport]) -> None:
+    """Divergence against ratio, both logarithmic. Methods that differ by their parameter are one line.
+
+    A method without divergence is drawn at the lower edge, as logarithms have no zero.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    check_can_draw()
+    from matplotlib.figure import Figure
+
+    rows = [report.summary() for report in reports]
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(str(row["method"]).partition("@")[0], []).append(row)
+    positive = [row["kl_nats"] for row in rows if row["kl_nats"] > 0]
+    floor = min(positive, default=1e-6) / 5
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (family, members) in enumerate(families.items()):
+        members = sorted(members, key=lambda row: row["ratio_to_bf16"])
+        ratios = [row["ratio_to_bf16"] for row in members]
+        kls = [max(row["kl_nats"], floor) for row in members]
+        axes.plot(ratios, kls, marker=_MARKERS[index % len(_MARKERS)], linestyle="-", label=family)
+    for row in rows:
+        _, _, parameter = str(row["method"]).partition("@")
+        if parameter:
+            axes.annotate(
+                parameter,
+                (row["ratio_to_bf16"], max(row["kl_nats"], floor)),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set_xlabel("times smaller than bf16, all metadata counted")
+    axes.set_ylabel("KL divergence of next-token distributions, nats")
+    axes.axhline(floor, color="grey", linewidth=0.5, linestyle=":")
+    axes.annotate("no divergence", (1, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    axes.grid(which="both", alpha=0.2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=8)
+    figure.savefig(path)
