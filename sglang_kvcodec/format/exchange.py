@@ -82,6 +82,25 @@ class PeerStat:
     software_version: str
 
 
+@dataclasses.dataclass(frozen=True)
+class CalibrationEntry:
+    """A calibration artifact that is stored.
+
+    Attributes:
+        model_digest: 32 bytes that name the model, shard and KV layout it is for.
+        digest: SHA-256 of the artifact, its name.
+        size_bytes: of the artifact.
+        stored_at_ms: when it was last put, in milliseconds of Unix time.
+        is_current: whether it is the one that a server of that model gets.
+    """
+
+    model_digest: bytes
+    digest: bytes
+    size_bytes: int
+    stored_at_ms: int
+    is_current: bool
+
+
 class PeerTransport(Protocol):
     """A storage peer as an SGLang server sees it. Thread-safe; every call blocks, so none is for a scheduler's thread.
 
