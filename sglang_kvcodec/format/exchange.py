@@ -130,6 +130,32 @@ class PeerTransport(Protocol):
         """The peer's account of itself."""
         ...
 
+    def put_calibration(self, model_digest: bytes, artifact: bytes) -> bytes:
+        """Stores a calibration artifact, which becomes its model's current one; its SHA-256.
+
+        Raises:
+            PeerRejectedError: it is empty, larger than ``config.MAX_ARTIFACT_BYTES``, or the peer has no room for it.
+        """
+        ...
+
+    def get_calibration(self, model_digest: bytes, digest: bytes | None = None) -> bytes | None:
+        """A model's calibration artifact, the current one unless ``digest`` names another; None if there is none.
+
+        Its bytes have the digest that was asked for or announced, and are at most ``config.MAX_ARTIFACT_BYTES``.
+
+        Raises:
+            PeerRejectedError: what came is not what was announced.
+        """
+        ...
+
+    def list_calibrations(self) -> list[CalibrationEntry]:
+        """All calibration artifacts of the peer, of all models."""
+        ...
+
+    def delete_calibration(self, model_digest: bytes, digest: bytes) -> bool:
+        """Deletes a calibration artifact; whether it was there. Pages coded with it can't be read without it."""
+        ...
+
     def close(self) -> None:
         """Ends every call under way with ``PeerUnavailableError``."""
         ...

@@ -213,7 +213,17 @@ def require_digests(model_digest: bytes, digest: bytes | None = None) -> None:
     """
     if len(model_digest) != ARTIFACT_DIGEST_BYTES:
         raise FormatError(f"a model digest has {ARTIFACT_DIGEST_BYTES} bytes, not {len(model_digest)}")
-    if digest is not None and len(digest) != ARTIFACT_DIGEST_BYTES:
+    if digest is not None:
+        require_digest(digest)
+
+
+def require_digest(digest: bytes) -> None:
+    """Refuses what can't be an artifact's digest.
+
+    Raises:
+        FormatError: another length.
+    """
+    if len(digest) != ARTIFACT_DIGEST_BYTES:
         raise FormatError(f"a calibration's digest has {ARTIFACT_DIGEST_BYTES} bytes, not {len(digest)}")
 
 
