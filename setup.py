@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sglang_kvcodec/__init__.py").read_text())[1]
 
-SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80", "tqdm>=4.60"]
+SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80"]
 DEMO = ["rich>=13"]
 DEV = [
     "grpcio-tools>=1.80",
@@ -32,7 +32,14 @@ setup(
     package_data={"sglang_kvcodec": ["py.typed", "*/*.pyi"]},
     python_requires=">=3.11",
     # grpcio and protobuf must accept what SGLang's own smg-grpc-servicer resolves to, so they have no upper bound.
-    install_requires=["av>=14", "grpcio>=1.80", "numpy>=1.26", "prometheus-client>=0.20", "protobuf>=7.35.1"],
+    install_requires=[
+        "av>=14",
+        "grpcio>=1.80",
+        "numpy>=1.26",
+        "prometheus-client>=0.20",
+        "protobuf>=7.35.1",
+        "tqdm>=4.60",
+    ],
     extras_require={
         "server": SERVER,
         "sglang": ["sglang==0.5.23"],

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from sglang_kvcodec import __version__
-from sglang_kvcodec.cli import serve
+from sglang_kvcodec.cli import calibrations, serve
 from sglang_kvcodec.errors import KVCodecError
 
-_SUBCOMMANDS = (serve,)
+_SUBCOMMANDS = (serve, calibrations)
 """Modules with ``add_parser(subparsers)``; it sets ``run``, a function of the parsed arguments to the exit status."""
 
 

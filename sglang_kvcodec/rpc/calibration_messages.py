@@ -14,6 +14,8 @@ from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
 from sglang_kvcodec.storage.artifacts import ArtifactCheck, require_digest, require_digests, require_size
 
+_LAST_MS = 253_402_300_799_999
+
 Progress = Callable[[int, int], None]
 """Called with the bytes that have been transferred, and the bytes of the whole artifact."""
 
@@ -90,12 +92,14 @@ def calibration_entries(response: pb.ListCalibrationsResponse) -> list[Calibrati
     """The answer to a ListCalibrations.
 
     Raises:
-        FormatError: names or sizes that no artifact has.
+        FormatError: names, sizes or times that no artifact has.
     """
     entries = []
     for each in response.calibrations:
         require_digests(each.model_digest, each.digest)
         require_size(each.size_bytes)
+        if each.stored_at_ms > _LAST_MS:
+            raise FormatError(f"{each.stored_at_ms} ms is after the year 9999")
         entries.append(
             CalibrationEntry(each.model_digest, each.digest, each.size_bytes, each.stored_at_ms, each.is_current)
         )

@@ -36,7 +36,9 @@ class CalibrationServicer:
         """Serves ``artifacts``, which stays the caller's to close, after :meth:`close`."""
         self._artifacts = artifacts
         self._limits = limits or PeerLimits()
-        self._threads = ThreadPoolExecutor(_THREADS, "kvcodec-calibration")
+        # Apart, so that no server that starts waits for the disk behind a queue of writes.
+        self._readers = ThreadPoolExecutor(_THREADS, "kvcodec-calibration-read")
+        self._writers = ThreadPoolExecutor(_THREADS, "kvcodec-calibration-write")
         self._stream = StreamSlots(self._limits.max_streams)
         self._export()
 
@@ -57,7 +59,8 @@ class CalibrationServicer:
 
     def close(self) -> None:
         """Waits for the store's calls under way, so that what broken streams have left is removed."""
-        self._threads.shutdown()
+        self._readers.shutdown()
+        self._writers.shutdown()
 
     async def PutCalibration(
         self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
@@ -75,7 +78,7 @@ class CalibrationServicer:
                 # A full disk is not an absent peer: the client need not leave it alone.
                 raise CapacityError(str(error)) from error
             finally:
-                await self._release(writer.abort)
+                await _release(self._writers, writer.abort)
             self._export()
             return pb.PutCalibrationResponse(digest=begin.digest)
 
@@ -89,7 +92,7 @@ class CalibrationServicer:
             try:
                 begin = pb.GetCalibrationBegin(digest=reader.digest, size_bytes=reader.size_bytes)
                 await context.write(pb.GetCalibrationResponse(begin=begin))
-                while chunk := await self._in_threads(reader.read, DEFAULT_MESSAGE_BYTES):
+                while chunk := await _in_threads(self._readers, reader.read, DEFAULT_MESSAGE_BYTES):
                     await context.write(pb.GetCalibrationResponse(chunk=chunk))
                     peer_metrics.PEER_CALIBRATION_SENT_BYTES.inc(len(chunk))
             except FormatError as error:
@@ -97,7 +100,7 @@ class CalibrationServicer:
                 self._export()
                 raise NotFoundError(f"the stored calibration was damaged: {error}") from error
             finally:
-                await self._release(reader.close)
+                await _release(self._readers, reader.close)
 
     async def ListCalibrations(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.ListCalibrationsResponse:
         """See ``protos/``."""
@@ -118,17 +121,17 @@ class CalibrationServicer:
         """See ``protos/``."""
         async with serving("DeleteCalibration", context):
             request = parsed(pb.DeleteCalibrationRequest, data)
-            deleted = await self._in_threads(self._artifacts.delete, request.model_digest, request.digest)
+            deleted = await _in_threads(self._writers, self._artifacts.delete, request.model_digest, request.digest)
             self._export()
             return pb.DeleteCalibrationResponse(deleted=deleted)
 
     async def _receive(self, writer: ArtifactWriter, context: grpc.aio.ServicerContext) -> None:
         while (step := await self._next_step(context)).WhichOneof("step") == "chunk":
-            await self._in_threads(writer.write, step.chunk)
+            await _in_threads(self._writers, writer.write, step.chunk)
             peer_metrics.PEER_CALIBRATION_RECEIVED_BYTES.inc(len(step.chunk))
         if not step.commit:
             raise FormatError("chunks and a commit follow the begin of a calibration")
-        await self._in_threads(writer.commit)
+        await _in_threads(self._writers, writer.commit)
 
     async def _next_step(self, context: grpc.aio.ServicerContext) -> pb.PutCalibrationRequest:
         try:
@@ -140,22 +143,24 @@ class CalibrationServicer:
             raise FormatError("the stream ended before the commit of a calibration")
         return parsed(pb.PutCalibrationRequest, data)
 
-    async def _in_threads(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(function, *args))
-
-    async def _release(self, function: Callable[[], None]) -> None:
-        """Lets go of a writer or reader, also if the call is being cancelled."""
-        try:
-            released = self._threads.submit(function)
-        except RuntimeError:
-            # The peer stops, and its threads are gone.
-            function()
-        else:
-            await asyncio.shield(asyncio.wrap_future(released))
-
     def _export(self) -> None:
         with contextlib.suppress(StorageUnavailableError):  # it is being closed
             stat = self._artifacts.stat()
             peer_metrics.STORE_CALIBRATIONS.set(stat.artifacts)
             peer_metrics.STORE_CALIBRATION_BYTES.set(stat.stored_bytes)
             peer_metrics.STORE_CALIBRATION_CAPACITY_BYTES.set(stat.capacity_bytes)
+
+
+async def _in_threads(pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))
+
+
+async def _release(pool: ThreadPoolExecutor, function: Callable[[], None]) -> None:
+    """Lets go of a writer or reader, also if the call is being cancelled."""
+    try:
+        released = pool.submit(function)
+    except RuntimeError:
+        # The peer stops, and its threads are gone.
+        function()
+    else:
+        await asyncio.shield(asyncio.wrap_future(released))

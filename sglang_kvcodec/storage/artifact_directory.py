@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
+from sglang_kvcodec.config import MAX_ARTIFACT_BYTES
 from sglang_kvcodec.errors import (
     ConfigurationError,
     FormatError,
@@ -221,6 +222,9 @@ def _stored_files(directory: pathlib.Path) -> Iterator[StoredArtifact]:
             for entry in entries:
                 if _DIGEST_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     stat = entry.stat(follow_symlinks=False)
+                    if not 0 < stat.st_size <= MAX_ARTIFACT_BYTES:
+                        _logger.warning("%s can't be a calibration, it has %d bytes", entry.path, stat.st_size)
+                        continue
                     digests = bytes.fromhex(of_model.name), bytes.fromhex(entry.name)
                     found.append(StoredArtifact(*digests, stat.st_size, stat.st_mtime_ns // 10**6))
         current = _named_by_current_file(of_model)

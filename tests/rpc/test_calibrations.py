@@ -573,6 +573,7 @@ def test_the_truth_is_believed(lie, connect):
         pb.Calibration(model_digest=MODEL, digest=DIGEST, size_bytes=MAX_ARTIFACT_BYTES + 1),
         pb.Calibration(model_digest=MODEL, digest=DIGEST + b"x", size_bytes=1),
         pb.Calibration(digest=DIGEST, size_bytes=1),
+        pb.Calibration(model_digest=MODEL, digest=DIGEST, size_bytes=1, stored_at_ms=2**64 - 1),
     ],
 )
 def test_a_list_of_nonsense(lie, connect, entry):

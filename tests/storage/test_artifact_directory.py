@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from sglang_kvcodec.config import MAX_ARTIFACT_BYTES
 from sglang_kvcodec.errors import (
     CapacityError,
     ChecksumError,
@@ -266,21 +267,37 @@ def test_a_damaged_file_is_never_given_whole_and_is_removed(open_store, root, da
     if restarted:
         store.close()
         store = open_store()
-    if content is not None or not restarted:
+    if content or not restarted:
         reader = store.open(MODEL, artifact_digest(bad))
         received = []
         # After a restart it has the size of its file; that it has not the digest is what shows.
         with pytest.raises(FormatError) as caught:
             received += iter(lambda: reader.read(1000), b"")
         assert isinstance(caught.value, error) or restarted
-        assert len(b"".join(received)) < reader.size_bytes or not reader.size_bytes
+        assert len(b"".join(received)) < reader.size_bytes
         assert reader.read(1000) == b""
-    assert not path.exists()
+        assert not path.exists()
     assert store.open(MODEL, artifact_digest(bad)) is None
     assert store.stat() == ArtifactStat(1, 500, 1 << 20)
     assert read_all(store, MODEL) == good
     store.put(MODEL, bad)
     assert read_all(store, MODEL) == bad
+
+
+@pytest.mark.parametrize("size_bytes", [0, MAX_ARTIFACT_BYTES + 1])
+def test_a_file_of_a_size_that_no_artifact_has(open_store, root, caplog, size_bytes):
+    """It is not even listed, for a client would not believe the list."""
+    store = open_store()
+    artifact = make_artifact("a", 100)
+    store.put(MODEL, artifact)
+    store.close()
+    os.truncate(file_of(root, MODEL, artifact), size_bytes)
+    store = open_store()
+    assert "can't be a calibration" in caplog.text
+    assert store.stat() == ArtifactStat(0, 0, 1 << 20)
+    assert store.current(MODEL) is None
+    store.put(MODEL, artifact)
+    assert read_all(store, MODEL) == artifact
 
 
 def test_a_damaged_file_that_was_put_anew_in_between_is_kept(open_store, root):
