@@ -8,14 +8,13 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sglang_kvcodec/__init__.py").read_text())[1]
 
-SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80", "tqdm>=4.60"]
+SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80"]
 DEMO = ["rich>=13"]
 BENCH = [
     "gguf>=0.10",
     "lz4>=4",
     "matplotlib>=3.8",
     "torch>=2.6",
-    "tqdm>=4.60",
     "transformers>=5.19",
     "zstandard>=0.22",
 ]
@@ -47,6 +46,7 @@ setup(
         "prometheus-client>=0.20",
         "protobuf>=7.35.1",
         "safetensors>=0.4",
+        "tqdm>=4.60",
     ],
     extras_require={
         "server": SERVER,

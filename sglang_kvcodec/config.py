@@ -16,6 +16,8 @@ PROFILES = ("raw", "exact", "high", "balanced", "compact")
 MIB = 1 << 20
 MAX_OBJECT_BYTES = 256 * MIB
 """No page object is larger; a peer and a server refuse what claims to be."""
+MAX_ARTIFACT_BYTES = 2 << 30
+"""No calibration artifact is larger; a peer and a server refuse what claims to be."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -68,6 +70,8 @@ class Timeouts:
     fetch_s: float = 60.0
     """Longest whole Fetch: the request is prefilled after it."""
     put_s: float = 60.0
+    calibration_s: float = 600.0
+    """Longest whole transfer of a calibration artifact: no request waits for one."""
     retry_s: float = 2.0
     """How long a peer that failed is left alone before it is tried again, in the background."""
 

@@ -9,6 +9,7 @@ KVCodecError
 │   ├── ChecksumError                               damaged
 │   ├── ForeignPageError                            another page, model, profile or geometry than asked for
 │   └── UnknownFormatError                          a version, stage or field this version does not know
+├── NotFoundError                 (LookupError)     what was asked for by its name is not there
 ├── CodecError                    (RuntimeError)    an encoder or decoder failed
 ├── StorageError                  (RuntimeError)
 │   ├── CapacityError                               the object can't fit; nothing was stored
@@ -62,6 +63,10 @@ class ForeignPageError(FormatError):
 
 class UnknownFormatError(FormatError):
     """A version, stage or field that this version does not know."""
+
+
+class NotFoundError(KVCodecError, LookupError):
+    """What was asked for by its name is not there."""
 
 
 class CodecError(KVCodecError, RuntimeError):

@@ -12,9 +12,17 @@ PEER_RPC_SECONDS = Histogram("kvcodec_peer_rpc_seconds", "Time of an RPC", ["met
 PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch")
 PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")
 PEER_PUTS = Counter("kvcodec_peer_puts", "Objects put, by outcome", ["outcome"])
-PEER_STREAMS = Gauge("kvcodec_peer_streams", "Fetch and Put streams open now", ["method"])
+PEER_STREAMS = Gauge("kvcodec_peer_streams", "Streams of pages and calibrations open now", ["method"])
+PEER_CALIBRATION_SENT_BYTES = Counter("kvcodec_peer_calibration_sent_bytes", "Bytes of calibrations sent")
+PEER_CALIBRATION_RECEIVED_BYTES = Counter("kvcodec_peer_calibration_received_bytes", "Bytes of calibrations received")
 STORE_DAMAGED = Counter("kvcodec_store_damaged", "Stored objects that could not be read and were deleted", ["reason"])
 STORE_OBJECTS = Gauge("kvcodec_store_objects", "Page objects stored")
 STORE_BYTES = Gauge("kvcodec_store_bytes", "Bytes of page objects stored")
 STORE_CAPACITY_BYTES = Gauge("kvcodec_store_capacity_bytes", "Bound of the store")
 STORE_EVICTIONS = Counter("kvcodec_store_evictions", "Page objects evicted to make room")
+STORE_CALIBRATIONS = Gauge("kvcodec_store_calibrations", "Calibration artifacts stored")
+STORE_CALIBRATION_BYTES = Gauge("kvcodec_store_calibration_bytes", "Bytes of calibration artifacts stored")
+STORE_CALIBRATION_CAPACITY_BYTES = Gauge("kvcodec_store_calibration_capacity_bytes", "Bound of the calibrations")
+STORE_CALIBRATIONS_DAMAGED = Counter(
+    "kvcodec_store_calibrations_damaged", "Stored calibrations that were found damaged and deleted", ["reason"]
+)

@@ -12,7 +12,6 @@ from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import Side
 from sglang_kvcodec.transform.rope import unrotate
 
-
 _FINEST_GAIN_LOG2 = 3
 
 
@@ -97,7 +96,7 @@ class KVStatistics:
         self.gradient_tokens += tokens
 
     def start_gain(self, tokens: int) -> float:
-        """How much finer the first ``tokens`` tokens of a prompt should be coded than others: a power of two, at most 1.
+        """How much finer the first ``tokens`` tokens of a prompt should be coded: a power of two, at most 1.
 
         Models that park attention on their first tokens depend on them more. The best step falls with the square root
         of what an error costs.

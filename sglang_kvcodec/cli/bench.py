@@ -91,6 +91,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", metavar="A,B,C", help="such as high,fp8,kivi@4,cachegen@0.5 (default: all that are known)"
     )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        nargs="+",
+        type=pathlib.Path,
+        help="of kvcodec calibrate, one of each rank: for the methods high, balanced and compact",
+    )
     parser.add_argument("--documents", metavar="N", type=int, default=4, help="passages (default: %(default)s)")
     parser.add_argument(
         "--prefix-tokens", metavar="N", type=int, default=1024, help="coded of each, whole pages (default: %(default)s)"
@@ -101,22 +108,25 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write results there")
 
 
-class _Bar:
+class ProgressBar:
     """A progress bar with an estimate of the time left."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def begin(self, steps: int) -> None:
+        """See ``Progress.begin``."""
         from tqdm import tqdm
 
         self._bar = tqdm(total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
 
     def step(self, words: str) -> None:
+        """See ``Progress.step``."""
         self._bar.set_postfix_str(words, refresh=False)
         self._bar.update()
 
     def close(self) -> None:
+        """Ends the line."""
         if self._bar is not None:
             self._bar.close()
 
@@ -128,12 +138,12 @@ def _run_ratio(arguments: argparse.Namespace) -> int:
         KVCodecError: it can't be measured as asked.
     """
     _check(arguments, {"--documents": (arguments.documents, 1)})
-    _need_libraries()
+    need_libraries()
     from sglang_kvcodec.evaluation import report
     from sglang_kvcodec.evaluation.harness import Prompts, measure_ratio
     from sglang_kvcodec.evaluation.text import cut_documents
 
-    out = _prepare_out(arguments.out)
+    out = prepare_out(arguments.out)
     texts = _texts(arguments)
     model, methods = _load(arguments)
     documents = cut_documents(texts, model.encode, arguments.prefix_tokens, arguments.documents)
@@ -165,12 +175,12 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
             "--conversations": (arguments.conversations, 0),
         },
     )
-    _need_libraries()
+    need_libraries()
     from sglang_kvcodec.evaluation import report
     from sglang_kvcodec.evaluation.harness import Prompts, measure_accuracy
     from sglang_kvcodec.evaluation.text import cut_documents, make_conversations, make_needles
 
-    out = _prepare_out(arguments.out)
+    out = prepare_out(arguments.out)
     if out and not arguments.no_picture:
         report.check_can_draw()
     texts = _texts(arguments)
@@ -210,11 +220,14 @@ def _check(arguments: argparse.Namespace, least: Mapping[str, tuple[int, int]]) 
         raise ConfigurationError(
             f"--prefix-tokens must be whole pages: a multiple of --page-tokens, {arguments.page_tokens}"
         )
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ConfigurationError("--threads must be at least 1")
 
 
-def _need_libraries() -> None:
+def need_libraries() -> None:
+    """Refuses to go on without torch and transformers.
+
+    Raises:
+        ConfigurationError: with what to install.
+    """
     try:
         import torch  # noqa: F401
 
@@ -223,8 +236,12 @@ def _need_libraries() -> None:
         raise ConfigurationError(f'this needs {error.name}: pip install "sglang-kvcodec[bench]"') from error
 
 
-def _prepare_out(out: pathlib.Path | None) -> pathlib.Path | None:
-    """The directory for results, there and writable, before anything is measured for it."""
+def prepare_out(out: pathlib.Path | None) -> pathlib.Path | None:
+    """The directory for results, there and writable, before anything is measured for it.
+
+    Raises:
+        ConfigurationError: it can't be written to.
+    """
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -235,6 +252,24 @@ def _prepare_out(out: pathlib.Path | None) -> pathlib.Path | None:
     return out
 
 
+def check_device(device: str, threads: int | None) -> None:
+    """Refuses a device that torch can't use, and sets its threads.
+
+    Raises:
+        ConfigurationError: what is wrong.
+    """
+    import torch
+
+    if threads is not None and threads < 1:
+        raise ConfigurationError("--threads must be at least 1")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"can't use device {device!r}: {str(error).splitlines()[0]}") from error
+
+
 def _texts(arguments: argparse.Namespace) -> list[Text]:
     from sglang_kvcodec.evaluation.text import read_texts, shipped_texts
 
@@ -242,21 +277,26 @@ def _texts(arguments: argparse.Namespace) -> list[Text]:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[CausalLM, list[Method]]:
-    import torch
-
     from sglang_kvcodec.evaluation.methods import MethodContext
     from sglang_kvcodec.evaluation.registry import DEFAULT_METHODS, make_methods
+    from sglang_kvcodec.format.calibration import Calibration
+    from sglang_kvcodec.format.profile import CALIBRATED_TIERS
     from sglang_kvcodec.models import CausalLM
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        torch.empty(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"can't use device {arguments.device!r}: {str(error).splitlines()[0]}") from error
+    check_device(arguments.device, arguments.threads)
+    calibrations = []
+    for path in arguments.calibration or ():
+        try:
+            calibrations.append(Calibration.from_bytes(path.read_bytes()))
+        except OSError as error:
+            raise ConfigurationError(f"can't read {path}: {error.strerror}") from error
     model = CausalLM.load(arguments.model, arguments.device)
-    names = arguments.methods.split(",") if arguments.methods else DEFAULT_METHODS
-    return model, make_methods(names, MethodContext(model.kv_spec(arguments.page_tokens), model.config))
+    if arguments.methods:
+        names = arguments.methods.split(",")
+    else:
+        names = [*DEFAULT_METHODS, *(CALIBRATED_TIERS if calibrations else ())]
+    spec = model.kv_spec(arguments.page_tokens)
+    return model, make_methods(names, MethodContext(spec, model.config, tuple(calibrations)))
 
 
 def _measure(
@@ -267,7 +307,7 @@ def _measure(
     methods: list[Method],
 ) -> tuple[list[MethodReport], dict[str, Any]]:
     """Runs under a progress bar; what was found, and what it was found with."""
-    bar = _Bar()
+    bar = ProgressBar()
     begin_s = time.monotonic()
     try:
         reports = measure(model, prompts, methods, bar)

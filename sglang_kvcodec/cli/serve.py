@@ -18,7 +18,6 @@ from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES
 from sglang_kvcodec.rpc.server import PeerServer
 from sglang_kvcodec.rpc.servicer import PeerLimits
-from sglang_kvcodec.storage.base import StorageEngine
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:7440", help="port 0 takes a free one")
     parser.add_argument("--store", metavar="URL", required=True, help="lmdb:DIR, or memory: (lost at exit)")
     parser.add_argument("--capacity", metavar="SIZE", default="10GB", help="bound of the stored bytes, e.g. 50GB")
+    parser.add_argument(
+        "--calibration-capacity", metavar="SIZE", default="4GB", help="bound of the calibrations; none is ever evicted"
+    )
     parser.add_argument("--metrics-port", metavar="PORT", type=int, help="serve Prometheus metrics on this port")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument(
@@ -64,17 +66,20 @@ def run(arguments: argparse.Namespace) -> int:
         max_streams=arguments.max_streams,
         bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
     )
-    from sglang_kvcodec.storage import open_engine
+    from sglang_kvcodec.storage import open_store
 
     _keep_freed_memory()
     capacity_bytes = parse_bytes(arguments.capacity)
-    engine = open_engine(arguments.store, capacity_bytes)
-    try:
-        with _metrics_server(arguments.metrics_port, host) as metrics_address:
-            words = f"store={arguments.store} capacity={capacity_bytes}{metrics_address}"
-            asyncio.run(_serve(engine, arguments.listen, limits, arguments.grace, words))
-    finally:
-        engine.close()
+    with (
+        open_store(arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity)) as (engine, artifacts),
+        _metrics_server(arguments.metrics_port, host) as metrics_address,
+    ):
+        words = f"store={arguments.store} capacity={capacity_bytes}{metrics_address}"
+
+        async def serve() -> None:
+            await _serve(PeerServer(engine, arguments.listen, limits, artifacts), arguments.grace, words)
+
+        asyncio.run(serve())
     return 0
 
 
@@ -105,12 +110,11 @@ def check_listen(listen: str, insecure: bool) -> str:
     return match[1]
 
 
-async def _serve(engine: StorageEngine, listen: str, limits: PeerLimits, grace_s: float, words: str) -> None:
+async def _serve(server: PeerServer, grace_s: float, words: str) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = PeerServer(engine, listen, limits)
     await server.start()
     print(f"kvcodec peer ready on {server.address} {words}", flush=True)
     await stopping.wait()

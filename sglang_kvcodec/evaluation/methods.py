@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.spec import KVSpec, Side
 
 KV = dict[Side, torch.Tensor]
@@ -61,10 +62,12 @@ class MethodContext:
     Attributes:
         spec: of the pages it will get.
         config: configuration of the model's text decoder.
+        calibrations: of the model, one of each rank; empty for none.
     """
 
     spec: KVSpec
     config: Mapping[str, Any]
+    calibrations: tuple[Calibration, ...] = ()
 
 
 MethodFactory = Callable[[MethodContext, str], Method]

@@ -26,7 +26,8 @@ from sglang_kvcodec.transform import PackedSide, PageTransforms
 from sglang_kvcodec.transform.layout import from_canvas
 from sglang_kvcodec.video import open_decoder, open_encoder
 
-_NAMESPACE = hashlib.sha256(b"evaluation").digest()
+NAMESPACE = hashlib.sha256(b"evaluation").digest()
+"""Of pages that nobody keeps."""
 
 
 class ProfileMethod:
@@ -81,7 +82,7 @@ class ProfileMethod:
 
     def encode(self, page_hash: bytes, page: KV, position: int) -> bytes:
         """The page object of the page that begins at ``position``."""
-        return self._encoder.encode(page_hash, page)
+        return self._encoder.encode(page_hash, page, position)
 
     def decode(self, pages: Sequence[PageObject], group: LayerGroup, side: Side, first_position: int) -> torch.Tensor:
         """``(pages, layers of the group, page_tokens, kv_heads, head_dim)`` of pages that follow each other."""
@@ -142,7 +143,7 @@ def _make_profile(profile: str, context: MethodContext, parameter: str) -> Profi
     refuse_parameter(profile, parameter)
     has_pictures = get_profile(profile).has_pictures
     transforms = PageTransforms(context.spec, profile)
-    encoder = PageEncoder(_NAMESPACE, transforms, open_encoder("software") if has_pictures else None)
+    encoder = PageEncoder(NAMESPACE, transforms, open_encoder("software") if has_pictures else None)
     decoder = GroupDecoder(transforms, open_decoder("software") if has_pictures else None)
     return ProfileMethod(profile, context.spec, encoder, decoder)
 

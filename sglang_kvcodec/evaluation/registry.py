@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.evaluation import cachegen, page_methods, quantisers
+from sglang_kvcodec.evaluation import cachegen, calibrated_methods, page_methods, quantisers
 from sglang_kvcodec.evaluation.methods import Method, MethodContext, MethodFactory
 
 METHODS: dict[str, MethodFactory] = {
     "bf16": quantisers.make_untouched,
     "exact": page_methods.make_profile("exact"),
-    "high": page_methods.make_profile("high"),
+    "high": calibrated_methods.make_tier("high"),
+    "balanced": calibrated_methods.make_tier("balanced"),
+    "compact": calibrated_methods.make_tier("compact"),
+    "uncalibrated": page_methods.make_profile("high"),
     "fp8": quantisers.make_fp8,
     "fp8-scaled": quantisers.make_fp8_scaled,
     "int8": quantisers.make_int8,
@@ -27,7 +30,7 @@ METHODS: dict[str, MethodFactory] = {
 DEFAULT_METHODS = (
     "bf16",
     "exact",
-    "high",
+    "uncalibrated",
     "fp8",
     "fp8-scaled",
     "int8",

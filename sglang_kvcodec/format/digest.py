@@ -8,6 +8,7 @@ Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). It finds 
 from __future__ import annotations
 
 import functools
+import hashlib
 import zlib
 
 import numpy as np
@@ -16,6 +17,14 @@ import numpy.typing as npt
 from sglang_kvcodec.errors import FormatError
 
 Buffer = bytes | bytearray | memoryview
+
+ARTIFACT_DIGEST_BYTES = 32
+"""Of the SHA-256 that names a calibration artifact, and of the digest that names the model it is for."""
+
+
+def artifact_digest(artifact: Buffer) -> bytes:
+    """SHA-256 (FIPS 180-4) of a calibration artifact: its name, 32 bytes."""
+    return hashlib.sha256(artifact).digest()
 
 
 def bytes_crc32(data: Buffer) -> int:

@@ -82,6 +82,25 @@ class PeerStat:
     software_version: str
 
 
+@dataclasses.dataclass(frozen=True)
+class CalibrationEntry:
+    """A calibration artifact that is stored.
+
+    Attributes:
+        model_digest: 32 bytes that name the model, shard and KV layout it is for.
+        digest: SHA-256 of the artifact, its name.
+        size_bytes: of the artifact.
+        stored_at_ms: when it was last put, in milliseconds of Unix time.
+        is_current: whether it is the one that a server of that model gets.
+    """
+
+    model_digest: bytes
+    digest: bytes
+    size_bytes: int
+    stored_at_ms: int
+    is_current: bool
+
+
 class PeerTransport(Protocol):
     """A storage peer as an SGLang server sees it. Thread-safe; every call blocks, so none is for a scheduler's thread.
 
@@ -109,6 +128,32 @@ class PeerTransport(Protocol):
 
     def stat(self) -> PeerStat:
         """The peer's account of itself."""
+        ...
+
+    def put_calibration(self, model_digest: bytes, artifact: bytes) -> bytes:
+        """Stores a calibration artifact, which becomes its model's current one; its SHA-256.
+
+        Raises:
+            PeerRejectedError: it is empty, larger than ``config.MAX_ARTIFACT_BYTES``, or the peer has no room for it.
+        """
+        ...
+
+    def get_calibration(self, model_digest: bytes, digest: bytes | None = None) -> bytes | None:
+        """A model's calibration artifact, the current one unless ``digest`` names another; None if there is none.
+
+        Its bytes have the digest that was asked for or announced, and are at most ``config.MAX_ARTIFACT_BYTES``.
+
+        Raises:
+            PeerRejectedError: what came is not what was announced.
+        """
+        ...
+
+    def list_calibrations(self) -> list[CalibrationEntry]:
+        """All calibration artifacts of the peer, of all models."""
+        ...
+
+    def delete_calibration(self, model_digest: bytes, digest: bytes) -> bool:
+        """Deletes a calibration artifact; whether it was there. Pages coded with it can't be read without it."""
         ...
 
     def close(self) -> None:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grpc
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.config import MAX_OBJECT_BYTES, Timeouts, parse_remote
+from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, MAX_OBJECT_BYTES, Timeouts, parse_remote
 from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError, PeerTimeoutError, PeerUnavailableError
-from sglang_kvcodec.format.exchange import FetchEvent, LookupResult, PeerStat, PutOutcome, PutResult
+from sglang_kvcodec.format.digest import Buffer, artifact_digest
+from sglang_kvcodec.format.exchange import (
+    CalibrationEntry,
+    FetchEvent,
+    LookupResult,
+    PeerStat,
+    PutOutcome,
+    PutResult,
+)
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, Progress, calibration_entries, put_messages
 from sglang_kvcodec.rpc.errors import peer_error
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES, channel_options
 from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
@@ -50,6 +60,22 @@ class GrpcPeer:
         self._stat = unary(f"/{_SERVICE}/Stat", pb.StatRequest.SerializeToString, pb.StatResponse.FromString)
         self._fetch = self._channel.unary_stream(f"/{_SERVICE}/Fetch", pb.FetchRequest.SerializeToString)
         self._put = self._channel.stream_unary(f"/{_SERVICE}/Put", None, pb.PutResponse.FromString)
+        self._put_calibration = self._channel.stream_unary(
+            f"/{_SERVICE}/PutCalibration", None, pb.PutCalibrationResponse.FromString
+        )
+        self._get_calibration = self._channel.unary_stream(
+            f"/{_SERVICE}/GetCalibration", pb.GetCalibrationRequest.SerializeToString
+        )
+        self._list_calibrations = unary(
+            f"/{_SERVICE}/ListCalibrations",
+            pb.ListCalibrationsRequest.SerializeToString,
+            pb.ListCalibrationsResponse.FromString,
+        )
+        self._delete_calibration = unary(
+            f"/{_SERVICE}/DeleteCalibration",
+            pb.DeleteCalibrationRequest.SerializeToString,
+            pb.DeleteCalibrationResponse.FromString,
+        )
 
     def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
         """Which of the pages are stored."""
@@ -108,6 +134,51 @@ class GrpcPeer:
         too_large = PutResult(PutOutcome.REJECTED, f"larger than {MAX_OBJECT_BYTES} bytes")
         return [next(results) if len(data) <= MAX_OBJECT_BYTES else too_large for _, data in sent]
 
+    def put_calibration(self, model_digest: bytes, artifact: Buffer, progress: Progress | None = None) -> bytes:
+        """Stores a calibration artifact; its SHA-256. ``progress`` is called in another thread."""
+        with self._translated("PutCalibration"):
+            if not 0 < len(artifact) <= MAX_ARTIFACT_BYTES:
+                raise PeerRejectedError(f"a calibration has 1 to {MAX_ARTIFACT_BYTES} bytes, not {len(artifact)}")
+            digest = artifact_digest(artifact)
+            messages = put_messages(model_digest, digest, artifact, progress)
+            response = self._upload("PutCalibration", self._put_calibration, messages, self._timeouts.calibration_s)
+            if response.digest != digest:
+                raise FormatError("another calibration was stored")
+            return digest
+
+    def get_calibration(
+        self, model_digest: bytes, digest: bytes | None = None, progress: Progress | None = None
+    ) -> bytes | None:
+        """A model's calibration artifact, the current one unless ``digest`` names another; None if there is none."""
+        request = pb.GetCalibrationRequest(model_digest=model_digest, digest=digest or b"")
+        receipt = CalibrationReceipt(digest, progress)
+        with self._translated("GetCalibration"):
+            call = self._get_calibration(request, timeout=self._timeouts.calibration_s)
+            watched = WatchedCall(call, self._timeouts.progress_s, None)
+            try:
+                for message in self._messages(call, watched, "GetCalibration"):
+                    receipt.add(message)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    return None
+                raise
+            finally:
+                call.cancel()
+            return receipt.artifact()
+
+    def list_calibrations(self) -> list[CalibrationEntry]:
+        """All calibration artifacts of the peer."""
+        with self._translated("ListCalibrations"):
+            timeout_s = self._deadline_s(self._timeouts.progress_s)
+            return calibration_entries(self._list_calibrations(pb.ListCalibrationsRequest(), timeout=timeout_s))
+
+    def delete_calibration(self, model_digest: bytes, digest: bytes) -> bool:
+        """Deletes a calibration artifact; whether it was there."""
+        request = pb.DeleteCalibrationRequest(model_digest=model_digest, digest=digest)
+        with self._translated("DeleteCalibration"):
+            response = self._delete_calibration(request, timeout=self._deadline_s(self._timeouts.progress_s))
+            return bool(response.deleted)
+
     def close(self) -> None:
         """Ends every call under way with ``PeerUnavailableError``. May be called twice."""
         self._closed = True
@@ -127,37 +198,44 @@ class GrpcPeer:
                 raise PeerUnavailableError(f"no connection to {self._address} within {timeout_s} s") from None
 
     def _put_all(self, objects: Sequence[tuple[PageKey, bytes]]) -> list[PutResult]:
+        with self._translated("Put"):
+            response = self._upload("Put", self._put, _put_messages(objects), self._timeouts.put_s)
+            return put_results(response, len(objects))
+
+    def _upload(
+        self, rpc: str, method: grpc.StreamUnaryMultiCallable, serialized: Iterator[bytes], timeout_s: float
+    ) -> Any:
+        """The answer to a stream of messages, under watch."""
         started = threading.Event()
         watched: WatchedCall | None = None
 
         def messages() -> Iterator[bytes]:
             # gRPC asks for the next message when it has taken the last: each is a sign of life from the peer.
             started.wait()
-            for message in _put_messages(objects):
+            for message in serialized:
                 if watched is not None:
                     watched.waiting()
                 yield message
             if watched is not None:
                 watched.waiting()
 
-        with self._translated("Put"):
-            call = self._put.future(messages(), timeout=self._timeouts.put_s)
-            watched = WatchedCall(call, self._timeouts.progress_s, None)
-            self._watch.add(watched)
-            started.set()
-            try:
-                return put_results(call.result(), len(objects))
-            except grpc.FutureCancelledError:
-                raise self._ended(watched, "Put") from None
-            except grpc.RpcError:
-                if watched.verdict is not None:
-                    raise self._ended(watched, "Put") from None
-                raise
-            finally:
-                self._watch.remove(watched)
-                call.cancel()
+        call = method.future(messages(), timeout=timeout_s)
+        watched = WatchedCall(call, self._timeouts.progress_s, None)
+        self._watch.add(watched)
+        started.set()
+        try:
+            return call.result()
+        except grpc.FutureCancelledError:
+            raise self._ended(watched, rpc) from None
+        except grpc.RpcError:
+            if watched.verdict is not None:
+                raise self._ended(watched, rpc) from None
+            raise
+        finally:
+            self._watch.remove(watched)
+            call.cancel()
 
-    def _messages(self, call: Iterator[bytes], watched: WatchedCall) -> Iterator[bytes]:
+    def _messages(self, call: Iterator[bytes], watched: WatchedCall, rpc: str = "Fetch") -> Iterator[bytes]:
         """The messages of a response stream under watch; ends early where the caller has cancelled."""
         self._watch.add(watched)
         try:
@@ -173,7 +251,7 @@ class GrpcPeer:
             if watched.verdict is Verdict.CANCELLED:
                 return
             if watched.verdict is Verdict.SILENT:
-                raise self._ended(watched, "Fetch") from None
+                raise self._ended(watched, rpc) from None
             raise
         finally:
             self._watch.remove(watched)

@@ -8,6 +8,7 @@ from sglang_kvcodec.errors import (
     CapacityError,
     FormatError,
     KVCodecError,
+    NotFoundError,
     PeerError,
     PeerRejectedError,
     PeerTimeoutError,
@@ -48,6 +49,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     """The status, and the sentence for the client, of an RPC that ``error`` ended on the peer."""
     if isinstance(error, FormatError):
         return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+    if isinstance(error, NotFoundError):
+        return grpc.StatusCode.NOT_FOUND, str(error)
     if isinstance(error, CapacityError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
     if isinstance(error, PeerTimeoutError):

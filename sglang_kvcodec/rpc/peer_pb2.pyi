@@ -147,3 +147,91 @@ class StatResponse(_message.Message):
     format_version: int
     software_version: str
     def __init__(self, objects: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., evicted_objects: _Optional[int] = ..., engine: _Optional[str] = ..., format_version: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
+
+class PutCalibrationBegin(_message.Message):
+    __slots__ = ("model_digest", "digest", "size_bytes")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model_digest: bytes
+    digest: bytes
+    size_bytes: int
+    def __init__(self, model_digest: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class PutCalibrationRequest(_message.Message):
+    __slots__ = ("begin", "chunk", "commit")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    begin: PutCalibrationBegin
+    chunk: bytes
+    commit: bool
+    def __init__(self, begin: _Optional[_Union[PutCalibrationBegin, _Mapping]] = ..., chunk: _Optional[bytes] = ..., commit: _Optional[bool] = ...) -> None: ...
+
+class PutCalibrationResponse(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
+class GetCalibrationRequest(_message.Message):
+    __slots__ = ("model_digest", "digest")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    model_digest: bytes
+    digest: bytes
+    def __init__(self, model_digest: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class GetCalibrationBegin(_message.Message):
+    __slots__ = ("digest", "size_bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    size_bytes: int
+    def __init__(self, digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class GetCalibrationResponse(_message.Message):
+    __slots__ = ("begin", "chunk")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    begin: GetCalibrationBegin
+    chunk: bytes
+    def __init__(self, begin: _Optional[_Union[GetCalibrationBegin, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class ListCalibrationsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Calibration(_message.Message):
+    __slots__ = ("model_digest", "digest", "size_bytes", "stored_at_ms", "is_current")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    model_digest: bytes
+    digest: bytes
+    size_bytes: int
+    stored_at_ms: int
+    is_current: bool
+    def __init__(self, model_digest: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., stored_at_ms: _Optional[int] = ..., is_current: _Optional[bool] = ...) -> None: ...
+
+class ListCalibrationsResponse(_message.Message):
+    __slots__ = ("calibrations",)
+    CALIBRATIONS_FIELD_NUMBER: _ClassVar[int]
+    calibrations: _containers.RepeatedCompositeFieldContainer[Calibration]
+    def __init__(self, calibrations: _Optional[_Iterable[_Union[Calibration, _Mapping]]] = ...) -> None: ...
+
+class DeleteCalibrationRequest(_message.Message):
+    __slots__ = ("model_digest", "digest")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    model_digest: bytes
+    digest: bytes
+    def __init__(self, model_digest: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class DeleteCalibrationResponse(_message.Message):
+    __slots__ = ("deleted",)
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    deleted: bool
+    def __init__(self, deleted: _Optional[bool] = ...) -> None: ...

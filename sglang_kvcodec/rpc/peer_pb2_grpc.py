@@ -59,6 +59,26 @@ class PeerStub:
                 request_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.StatRequest.SerializeToString,
                 response_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.StatResponse.FromString,
                 _registered_method=True)
+        self.PutCalibration = channel.stream_unary(
+                '/sglang_kvcodec.rpc.Peer/PutCalibration',
+                request_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.PutCalibrationRequest.SerializeToString,
+                response_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.PutCalibrationResponse.FromString,
+                _registered_method=True)
+        self.GetCalibration = channel.unary_stream(
+                '/sglang_kvcodec.rpc.Peer/GetCalibration',
+                request_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.GetCalibrationRequest.SerializeToString,
+                response_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.GetCalibrationResponse.FromString,
+                _registered_method=True)
+        self.ListCalibrations = channel.unary_unary(
+                '/sglang_kvcodec.rpc.Peer/ListCalibrations',
+                request_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.ListCalibrationsRequest.SerializeToString,
+                response_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.ListCalibrationsResponse.FromString,
+                _registered_method=True)
+        self.DeleteCalibration = channel.unary_unary(
+                '/sglang_kvcodec.rpc.Peer/DeleteCalibration',
+                request_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.DeleteCalibrationRequest.SerializeToString,
+                response_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.DeleteCalibrationResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -97,6 +117,32 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutCalibration(self, request_iterator, context):
+        """Stores one calibration artifact. At the commit it becomes visible, whole, and its model's current one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCalibration(self, request, context):
+        """One artifact: its begin, then its bytes in order. NOT_FOUND if there is none, or if it turns out to be damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCalibrations(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCalibration(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +170,26 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Stat,
                     request_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.StatRequest.FromString,
                     response_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.StatResponse.SerializeToString,
+            ),
+            'PutCalibration': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutCalibration,
+                    request_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.PutCalibrationRequest.FromString,
+                    response_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.PutCalibrationResponse.SerializeToString,
+            ),
+            'GetCalibration': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetCalibration,
+                    request_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.GetCalibrationRequest.FromString,
+                    response_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.GetCalibrationResponse.SerializeToString,
+            ),
+            'ListCalibrations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCalibrations,
+                    request_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.ListCalibrationsRequest.FromString,
+                    response_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.ListCalibrationsResponse.SerializeToString,
+            ),
+            'DeleteCalibration': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCalibration,
+                    request_deserializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.DeleteCalibrationRequest.FromString,
+                    response_serializer=sglang__kvcodec_dot_rpc_dot_peer__pb2.DeleteCalibrationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +327,114 @@ class Peer:
             '/sglang_kvcodec.rpc.Peer/Stat',
             sglang__kvcodec_dot_rpc_dot_peer__pb2.StatRequest.SerializeToString,
             sglang__kvcodec_dot_rpc_dot_peer__pb2.StatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutCalibration(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/sglang_kvcodec.rpc.Peer/PutCalibration',
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.PutCalibrationRequest.SerializeToString,
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.PutCalibrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCalibration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sglang_kvcodec.rpc.Peer/GetCalibration',
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.GetCalibrationRequest.SerializeToString,
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.GetCalibrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCalibrations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sglang_kvcodec.rpc.Peer/ListCalibrations',
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.ListCalibrationsRequest.SerializeToString,
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.ListCalibrationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCalibration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sglang_kvcodec.rpc.Peer/DeleteCalibration',
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.DeleteCalibrationRequest.SerializeToString,
+            sglang__kvcodec_dot_rpc_dot_peer__pb2.DeleteCalibrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,8 +13,10 @@ from grpc_reflection.v1alpha import reflection
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ConfigurationError, StorageError
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.calibrations import CalibrationServicer
 from sglang_kvcodec.rpc.limits import server_options
 from sglang_kvcodec.rpc.servicer import PeerLimits, PeerServicer
+from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine
 
 logger = logging.getLogger(__name__)
@@ -41,17 +43,25 @@ def _handlers(servicer: PeerServicer) -> grpc.GenericRpcHandler:
 class PeerServer:
     """Serves one engine on one port, in the running event loop."""
 
-    def __init__(self, engine: StorageEngine, listen: str, limits: PeerLimits | None = None) -> None:
+    def __init__(
+        self,
+        engine: StorageEngine,
+        listen: str,
+        limits: PeerLimits | None = None,
+        artifacts: ArtifactStore | None = None,
+    ) -> None:
         """Prepares a peer.
 
         Args:
             engine: stays the caller's to close, after :meth:`stop`.
             listen: ``HOST:PORT``; port 0 takes a free one.
             limits: what it takes on at once.
+            artifacts: its calibrations, also the caller's to close; without them their RPCs are UNIMPLEMENTED.
         """
         self._engine = engine
         self._listen = listen
         self._servicer = PeerServicer(engine, limits)
+        self._calibrations = CalibrationServicer(artifacts, limits) if artifacts is not None else None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=server_options())
         self._metrics_task: asyncio.Task[None] | None = None
@@ -65,6 +75,9 @@ class PeerServer:
             ConfigurationError: it can't listen there.
         """
         self._server.add_generic_rpc_handlers((_handlers(self._servicer),))
+        if self._calibrations is not None:
+            handler = grpc.method_handlers_generic_handler(SERVICE, self._calibrations.handlers)
+            self._server.add_generic_rpc_handlers((handler,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -84,7 +97,10 @@ class PeerServer:
         await self._server.stop(grace_s)
         if self._metrics_task is not None:
             self._metrics_task.cancel()
-        await asyncio.get_running_loop().run_in_executor(None, self._servicer.close)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._servicer.close)
+        if self._calibrations is not None:
+            await loop.run_in_executor(None, self._calibrations.close)
 
     async def _export_store_metrics(self) -> None:
         evicted_before: int | None = None

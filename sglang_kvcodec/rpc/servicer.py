@@ -1,4 +1,4 @@
-"""The peer's five RPCs. Nothing a client or an engine does ends more than its own call.
+"""The peer's RPCs about pages. Nothing a client or an engine does ends more than its own call.
 
 Requests come serialized, so that bytes which are none are refused like any other bad request; Fetch writes serialized
 messages, see ``rpc/wire.py``.
@@ -7,12 +7,10 @@ messages, see ``rpc/wire.py``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -22,13 +20,13 @@ import grpc.aio
 
 from sglang_kvcodec import __version__, peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES, MIB
-from sglang_kvcodec.errors import CapacityError, FormatError, PeerTimeoutError, StorageError
+from sglang_kvcodec.errors import FormatError, PeerTimeoutError
 from sglang_kvcodec.format.exchange import PutResult
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
 from sglang_kvcodec.rpc.budget import ByteBudget
-from sglang_kvcodec.rpc.errors import status_of
+from sglang_kvcodec.rpc.calls import StreamSlots, serving
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
@@ -65,6 +63,8 @@ class PeerLimits:
 class PeerServicer:
     """Serves a storage engine. Belongs to one event loop; the engine is called in threads of its own."""
 
+    _serving = staticmethod(serving)
+
     def __init__(self, engine: StorageEngine, limits: PeerLimits | None = None) -> None:
         """Serves ``engine``, which stays the caller's to close, after :meth:`close`."""
         self._engine = engine
@@ -75,7 +75,7 @@ class PeerServicer:
         self._budget = ByteBudget(self._limits.receive_bytes)
         bits_per_s = self._limits.bandwidth_bits_per_s
         self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None
-        self._streams = 0
+        self._stream = StreamSlots(self._limits.max_streams)
 
     def close(self) -> None:
         """Waits for the engine's calls under way."""
@@ -259,42 +259,6 @@ class PeerServicer:
 
     async def _in_threads(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))
-
-    @contextlib.asynccontextmanager
-    async def _stream(self, method: str) -> AsyncIterator[None]:
-        if self._streams >= self._limits.max_streams:
-            raise CapacityError(f"this peer serves {self._streams} streams already")
-        self._streams += 1
-        peer_metrics.PEER_STREAMS.labels(method).inc()
-        try:
-            yield
-        finally:
-            self._streams -= 1
-            peer_metrics.PEER_STREAMS.labels(method).dec()
-
-    @contextlib.asynccontextmanager
-    async def _serving(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Counts a call, and turns whatever ends it into a status with a sentence."""
-        started_s = time.perf_counter()
-        status = grpc.StatusCode.OK
-        try:
-            yield
-        except asyncio.CancelledError:
-            status = grpc.StatusCode.CANCELLED
-            raise
-        except Exception as error:  # the top of a call: whatever an engine raises must not reach gRPC
-            if context.done():
-                status = grpc.StatusCode.CANCELLED
-                return
-            status, sentence = status_of(error)
-            if isinstance(error, StorageError):
-                logger.warning("%s failed: %s", method, error)
-            elif status is grpc.StatusCode.UNAVAILABLE:
-                logger.exception("%s failed", method)
-            await context.abort(status, sentence)
-        finally:
-            peer_metrics.PEER_RPCS.labels(method, status.name).inc()
-            peer_metrics.PEER_RPC_SECONDS.labels(method).observe(time.perf_counter() - started_s)
 
 
 def _read_pages(engine: StorageEngine, pages: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, PageLayout] | None]:

@@ -1,6 +1,7 @@
-"""Storage engines of a peer. No torch."""
+"""What a peer keeps: storage engines for pages, stores for calibration artifacts. No torch."""
 
+from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine, StoreStat
-from sglang_kvcodec.storage.registry import open_engine
+from sglang_kvcodec.storage.registry import open_engine, open_store
 
-__all__ = ["StorageEngine", "StoreStat", "open_engine"]
+__all__ = ["ArtifactStore", "StorageEngine", "StoreStat", "open_engine", "open_store"]

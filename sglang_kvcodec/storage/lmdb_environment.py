@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import pathlib
@@ -14,12 +13,13 @@ from typing import IO, Any
 import lmdb
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
+from sglang_kvcodec.storage.artifacts import ARTIFACTS_DIRECTORY
 from sglang_kvcodec.storage.lmdb_tables import FORMAT_KEY, FORMAT_VERSION, TABLE_COUNT, StoreTransaction, Tables
+from sglang_kvcodec.storage.ownership import OWNER_FILE, own_directory
 
 _DATA_FILE = "data.mdb"
-_OWNER_FILE = "owner.lock"
 _READERS_FILE = "lock.mdb"
-_OUR_FILES = {_DATA_FILE, _READERS_FILE, _OWNER_FILE}
+_OUR_FILES = {_DATA_FILE, _READERS_FILE, OWNER_FILE, ARTIFACTS_DIRECTORY}
 _READERS_FILE_BYTES = 128 << 10
 """LMDB's table of readers, 64 bytes each: about 2 000 reads at one moment, far more than a peer has threads."""
 
@@ -104,17 +104,9 @@ class LmdbEnvironment:
             names = {path.name for path in self._directory.iterdir()}
             if _DATA_FILE not in names and not names <= _OUR_FILES:
                 raise ConfigurationError(f"{self._directory} holds other files and no store: name an empty directory")
-            owner_file = (self._directory / _OWNER_FILE).open("ab")
         except OSError as error:
             raise StorageUnavailableError(f"can't open the store {self._directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(owner_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner_file.close()
-            if isinstance(error, BlockingIOError):
-                raise StorageUnavailableError(f"the store {self._directory} is in use by another peer") from error
-            raise StorageUnavailableError(f"can't lock the store {self._directory}: {error.strerror}") from error
-        return owner_file
+        return own_directory(self._directory)
 
     def _allocate_readers_file(self) -> None:
         # LMDB leaves this file sparse and writes to it through a mapping: on a full disk that is a bus error, which

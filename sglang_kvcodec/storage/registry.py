@@ -1,12 +1,45 @@
-"""Storage engines by URL. An engine's library is imported only when that engine is asked for."""
+"""Stores by URL. An engine's library is imported only when that engine is asked for."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.storage.artifact_directory import DirectoryArtifactStore
+from sglang_kvcodec.storage.artifact_memory import MemoryArtifactStore
+from sglang_kvcodec.storage.artifacts import ARTIFACTS_DIRECTORY, ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine
+
+
+@contextlib.contextmanager
+def open_store(
+    url: str, capacity_bytes: int, calibration_capacity_bytes: int
+) -> Iterator[tuple[StorageEngine, ArtifactStore]]:
+    """Everything that a peer keeps under one URL, as :func:`open_engine` takes it; closed at the end of the block.
+
+    With ``lmdb:DIR`` the calibrations are in a directory inside ``DIR``, so that a peer owns both or neither.
+
+    Args:
+        url: see :func:`open_engine`.
+        capacity_bytes: bound of the bytes of all page objects together.
+        calibration_capacity_bytes: bound of the bytes of all calibration artifacts together.
+
+    Raises:
+        ConfigurationError: as :func:`open_engine`.
+        StorageUnavailableError: as :func:`open_engine`.
+    """
+    if calibration_capacity_bytes < 1:
+        raise ConfigurationError(
+            f"a store needs a calibration capacity of at least 1 byte, not {calibration_capacity_bytes}"
+        )
+    with (
+        contextlib.closing(open_engine(url, capacity_bytes)) as engine,
+        contextlib.closing(_open_artifacts(url, calibration_capacity_bytes)) as artifacts,
+    ):
+        yield engine, artifacts
 
 
 def open_engine(url: str, capacity_bytes: int) -> StorageEngine:
@@ -20,13 +53,23 @@ def open_engine(url: str, capacity_bytes: int) -> StorageEngine:
         ConfigurationError: no such engine, no such package, a directory of something else, or a capacity below 1.
         StorageUnavailableError: the engine exists but can't be opened now: in use, read-only, disk full.
     """
-    scheme, colon, location = url.partition(":")
-    if not colon or scheme not in _ENGINES:
-        known = ", ".join(form for form, _ in _ENGINES.values())
-        raise ConfigurationError(f"unknown storage engine {url!r}; there are {known}")
+    scheme, location = _parse(url)
     if capacity_bytes < 1:
         raise ConfigurationError(f"a store needs a capacity of at least 1 byte, not {capacity_bytes}")
-    return _ENGINES[scheme][1](location, capacity_bytes)
+    return _SCHEMES[scheme].open_engine(location, capacity_bytes)
+
+
+def _open_artifacts(url: str, capacity_bytes: int) -> ArtifactStore:
+    scheme, location = _parse(url)
+    return _SCHEMES[scheme].open_artifacts(location, capacity_bytes)
+
+
+def _parse(url: str) -> tuple[str, str]:
+    scheme, colon, location = url.partition(":")
+    if not colon or scheme not in _SCHEMES:
+        known = ", ".join(known.form for known in _SCHEMES.values())
+        raise ConfigurationError(f"unknown storage engine {url!r}; there are {known}")
+    return scheme, location
 
 
 def _open_memory(location: str, capacity_bytes: int) -> StorageEngine:
@@ -48,11 +91,30 @@ def _open_lmdb(location: str, capacity_bytes: int) -> StorageEngine:
         raise ConfigurationError(
             "the engine lmdb: needs the package lmdb: pip install sglang-kvcodec[server]"
         ) from error
-    return LmdbEngine(pathlib.Path(location).expanduser(), capacity_bytes)
+    return LmdbEngine(_directory(location), capacity_bytes)
 
 
-_ENGINES: dict[str, tuple[str, Callable[[str, int], StorageEngine]]] = {
-    "memory": ("memory:", _open_memory),
-    "lmdb": ("lmdb:DIR", _open_lmdb),
+def _open_memory_artifacts(location: str, capacity_bytes: int) -> ArtifactStore:
+    return MemoryArtifactStore(capacity_bytes)
+
+
+def _open_artifact_directory(location: str, capacity_bytes: int) -> ArtifactStore:
+    return DirectoryArtifactStore(_directory(location) / ARTIFACTS_DIRECTORY, capacity_bytes)
+
+
+def _directory(location: str) -> pathlib.Path:
+    return pathlib.Path(location).expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheme:
+    form: str
+    open_engine: Callable[[str, int], StorageEngine]
+    open_artifacts: Callable[[str, int], ArtifactStore]
+
+
+_SCHEMES = {
+    "memory": _Scheme("memory:", _open_memory, _open_memory_artifacts),
+    "lmdb": _Scheme("lmdb:DIR", _open_lmdb, _open_artifact_directory),
 }
 """Scheme -> how its URL is written, and what opens it."""

@@ -6,18 +6,25 @@ import asyncio
 import threading
 
 from sglang_kvcodec.rpc.server import PeerServer
+from sglang_kvcodec.storage.artifact_memory import MemoryArtifactStore
+from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine
+
+_ARTIFACT_CAPACITY_BYTES = 1 << 30
 
 
 class LocalPeer:
     """Serves an engine until it is stopped."""
 
-    def __init__(self, engine: StorageEngine, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, engine: StorageEngine, listen: str = "127.0.0.1:0", artifacts: ArtifactStore | None = None
+    ) -> None:
         """Serves from now on.
 
         Args:
             engine: stays the caller's to close.
             listen: ``HOST:PORT``; port 0 takes a free one.
+            artifacts: its calibrations, the caller's to close; by default a store in memory that ends with the peer.
 
         Raises:
             ConfigurationError: it can't listen there.
@@ -28,7 +35,9 @@ class LocalPeer:
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, args=(engine, listen), name="local-peer", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(engine, listen, artifacts), name="local-peer", daemon=True
+        )
         self._thread.start()
         self._ready.wait()
         if self._failures:
@@ -50,14 +59,16 @@ class LocalPeer:
         self.begin_stop()
         self._thread.join()
 
-    def _run(self, engine: StorageEngine, listen: str) -> None:
+    def _run(self, engine: StorageEngine, listen: str, artifacts: ArtifactStore | None) -> None:
         try:
-            self._loop.run_until_complete(self._serve(engine, listen))
+            self._loop.run_until_complete(
+                self._serve(engine, listen, artifacts or MemoryArtifactStore(_ARTIFACT_CAPACITY_BYTES))
+            )
         finally:
             self._loop.close()
 
-    async def _serve(self, engine: StorageEngine, listen: str) -> None:
-        server = PeerServer(engine, listen)
+    async def _serve(self, engine: StorageEngine, listen: str, artifacts: ArtifactStore) -> None:
+        server = PeerServer(engine, listen, artifacts=artifacts)
         try:
             await server.start()
         except BaseException as error:

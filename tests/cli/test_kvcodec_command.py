@@ -30,6 +30,8 @@ SERVE = ["serve", "--listen", "127.0.0.1:0"]
     [
         ([*SERVE, "--store", "floppy:A"], "unknown storage engine"),
         ([*SERVE, "--store", "memory:", "--capacity", "much"], "not a size"),
+        ([*SERVE, "--store", "memory:", "--calibration-capacity", "much"], "not a size"),
+        ([*SERVE, "--store", "memory:", "--calibration-capacity", "0"], "calibration capacity"),
         ([*SERVE, "--store", "memory:", "--bandwidth-limit", "fast"], "not a bandwidth"),
         ([*SERVE, "--store", "memory:", "--max-streams", "0"], "--max-streams"),
         (["serve", "--store", "memory:", "--listen", "here"], "HOST:PORT"),

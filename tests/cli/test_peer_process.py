@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sglang_kvcodec.config import Timeouts
-from sglang_kvcodec.errors import PeerUnavailableError
+from sglang_kvcodec.errors import PeerRejectedError, PeerUnavailableError
 from sglang_kvcodec.format.exchange import FetchedHeader, PutOutcome
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import SideData, build_page_object
@@ -108,6 +108,53 @@ def test_killed_in_the_middle_of_a_put_and_back(tmp_path, connect):
         outcomes = [result.outcome for result in client.put(NAMESPACE, PAGES)]
         assert outcomes == [PutOutcome.ALREADY_STORED] + [PutOutcome.STORED] * 3
         assert fetch_all(client) == [data for _, data in PAGES]
+
+
+MODEL = bytes(range(32, 64))
+ARTIFACT = random.Random("artifact").randbytes(9_000_011)
+
+
+def test_calibrations_outlive_a_kill(tmp_path, connect):
+    with PeerProcess(f"lmdb:{tmp_path}/store") as process:
+        client = connect(process.remote)
+        digests = [client.put_calibration(MODEL, artifact) for artifact in (b"another", ARTIFACT)]
+        client.put(NAMESPACE, PAGES)
+        process.kill()
+        process.restart()
+        client.wait_until_ready(READY_S)
+        assert client.get_calibration(MODEL) == ARTIFACT
+        assert client.get_calibration(MODEL, digests[0]) == b"another"
+        assert [entry.is_current for entry in client.list_calibrations()] == [False, True]
+        assert client.lookup(NAMESPACE, HASHES).covered_pages == len(PAGES)
+
+
+def test_killed_in_the_middle_of_a_calibration(tmp_path, connect):
+    unfinished = tmp_path / "store" / "calibrations"
+    with PeerProcess(f"lmdb:{tmp_path}/store", arguments=["--calibration-capacity", "10MB"]) as process:
+        client = connect(process.remote)
+        killed = threading.Event()
+
+        def kill(moved_bytes, size_bytes):
+            if killed.is_set():
+                return
+            while not any(path.stat().st_size for path in unfinished.glob("*.part")):
+                pass  # until the first chunk, which is on its way, has reached the disk
+            process.kill()
+            killed.set()
+
+        with pytest.raises(PeerUnavailableError):
+            client.put_calibration(MODEL, ARTIFACT, kill)
+        killed.wait()
+        assert len(list(unfinished.glob("*.part"))) == 1
+        process.restart()
+        client.wait_until_ready(READY_S)
+        assert list(unfinished.glob("*.part")) == []
+        assert client.list_calibrations() == []
+        # There is room for no second one of its size: the first holds none.
+        client.put_calibration(MODEL, ARTIFACT)
+        with pytest.raises(PeerRejectedError, match="never evicted"):
+            client.put_calibration(MODEL, ARTIFACT[:-1])
+        assert client.get_calibration(MODEL) == ARTIFACT
 
 
 def test_sigterm_drains_and_exits_with_0(tmp_path, connect):

@@ -84,10 +84,10 @@ class WatchedPeer:
             self.on_event(event)
 
     def __getattr__(self, name):
-        def call(*args):
+        def call(*args, **kwargs):
             self.calls.append(name)
             self.before(name)
-            return getattr(self.inner, name)(*args)
+            return getattr(self.inner, name)(*args, **kwargs)
 
         return call
 

@@ -263,7 +263,7 @@ def test_a_fetch_cancelled_in_the_middle(running, connect, engine, namespace, pa
     # The peer notices: no stream stays open.
     ended = peer_metrics.PEER_RPCS.labels("Fetch", "CANCELLED")._value
     client.stat()
-    wait_until(lambda: ended.get() >= 1 and running.server._servicer._streams == 0)
+    wait_until(lambda: ended.get() >= 1 and running.server._servicer._stream.open_streams == 0)
 
 
 def wait_until(condition, timeout_s=30):
@@ -292,7 +292,7 @@ def test_an_abandoned_iterator_ends_the_call(running, connect, namespace, page):
     events = client.fetch(namespace, [page("a", LARGE)[0]])
     next(events)
     events.close()
-    wait_until(lambda: running.server._servicer._streams == 0)
+    wait_until(lambda: running.server._servicer._stream.open_streams == 0)
 
 
 def test_a_put_that_breaks_leaves_nothing_of_the_unfinished_object(running, stub, engine, namespace, page):
@@ -309,7 +309,7 @@ def test_a_put_that_breaks_leaves_nothing_of_the_unfinished_object(running, stub
     wait_until(lambda: servicer._budget.held_bytes == len(data_b))
     call.cancel()
     broken.set()
-    wait_until(lambda: servicer._budget.held_bytes == 0 and servicer._streams == 0)
+    wait_until(lambda: servicer._budget.held_bytes == 0 and servicer._stream.open_streams == 0)
     assert engine.sizes([namespace + hash_a, namespace + hash_b]) == [len(data_a), None]
 
 

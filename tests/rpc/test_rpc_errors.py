@@ -24,6 +24,7 @@ def test_an_error_says_what_and_where(code):
     [
         (errors.FormatError("x"), grpc.StatusCode.INVALID_ARGUMENT),
         (errors.TruncatedError("x"), grpc.StatusCode.INVALID_ARGUMENT),
+        (errors.NotFoundError("x"), grpc.StatusCode.NOT_FOUND),
         (errors.CapacityError("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.StorageUnavailableError("x"), grpc.StatusCode.UNAVAILABLE),
         (errors.PeerTimeoutError("x"), grpc.StatusCode.DEADLINE_EXCEEDED),

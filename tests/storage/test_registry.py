@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.storage import open_engine
+from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
+from sglang_kvcodec.storage import open_engine, open_store
 
 
 def test_memory():
@@ -56,3 +56,48 @@ except ConfigurationError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert "pip install sglang-kvcodec[server]" in result.stdout
+
+
+def test_a_store_has_pages_and_calibrations():
+    with open_store("memory:", 1000, 100) as (engine, artifacts):
+        assert engine.stat().capacity_bytes == 1000
+        assert artifacts.stat().capacity_bytes == 100
+    with pytest.raises(StorageUnavailableError):
+        engine.stat()
+    with pytest.raises(StorageUnavailableError):
+        artifacts.stat()
+
+
+def test_calibrations_lie_inside_the_directory_of_the_engine(tmp_path):
+    for _ in range(2):
+        with open_store(f"lmdb:{tmp_path / 'store'}", 1000, 100) as (engine, artifacts):
+            engine.put(b"k" * 64, b"value")
+            digest = artifacts.put(bytes(32), b"artifact")
+    assert (tmp_path / "store" / "calibrations" / bytes(32).hex() / digest.hex()).read_bytes() == b"artifact"
+
+
+def test_pages_may_be_thrown_away_without_the_calibrations(tmp_path):
+    url = f"lmdb:{tmp_path / 'store'}"
+    with open_store(url, 1000, 100) as (engine, artifacts):
+        engine.put(b"k" * 64, b"value")
+        digest = artifacts.put(bytes(32), b"artifact")
+    for name in ("data.mdb", "lock.mdb"):
+        (tmp_path / "store" / name).unlink()
+    with open_store(url, 1000, 100) as (engine, artifacts):
+        assert engine.stat().objects == 0
+        assert artifacts.current(bytes(32)) == digest
+
+
+def test_a_store_without_room_for_calibrations_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="calibration capacity"), open_store(f"lmdb:{tmp_path}", 1000, 0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrations_that_cannot_be_opened_do_not_keep_the_engine(tmp_path):
+    url = f"lmdb:{tmp_path / 'store'}"
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "calibrations").write_text("a file")
+    with pytest.raises(ConfigurationError, match="not a directory"), open_store(url, 1000, 100):
+        pass
+    open_engine(url, 1000).close()
