@@ -1,8 +1,8 @@
 """Rotary position embedding of K: what must be known to undo it and to do it again.
 
 Su et al., "RoFormer" (arXiv 2104.09864): each pair of dimensions of a head is turned by ``position * frequency``. A
-:class:`RopeSpec` holds the outcome of whatever family made the frequencies. :func:`rope_spec_from_config` makes one from
-a model's configuration, so that it agrees with what SGLang 0.5.23 writes into its KV pool, or refuses.
+:class:`RopeSpec` holds the outcome of whatever family made the frequencies. :func:`rope_spec_from_config` makes one
+from a model's configuration, so that it agrees with what SGLang 0.5.23 writes into its KV pool, or refuses.
 
 A wrong spec could never give wrong data: whatever it says is undone and redone exactly. It would only code badly.
 """
@@ -93,7 +93,7 @@ def rope_spec_from_config(config: Mapping[str, Any], *, head_dim: int | None = N
             latent attention it must be given, as ``qk_rope_head_dim``: the spec is that of this part alone.
 
     Raises:
-        UnsupportedError: a rotation that isn't understood in full, with one sentence that says what; nothing is guessed.
+        UnsupportedError: a rotation that isn't understood in full, in one sentence that says why. Nothing is guessed.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -101,10 +101,14 @@ def rope_spec_from_config(config: Mapping[str, Any], *, head_dim: int | None = N
     parameters = _rope_parameters(config)
     _refuse_uneven_layers(config, parameters)
     model = model_rope(model_type)
+    if parameters and not model.reads_parameters:
+        raise refusal(f"a {model_type} with RoPE parameters, which SGLang does not read")
     _refuse_other_pairing(config, model)
     dim = _head_dim(config, model, head_dim)
     rotary_dim = _rotary_dim(config, parameters, model, dim)
-    rope_type = _agreed("rope type", parameters.get("rope_type"), parameters.get("type")) or "default"
+    rope_type = _agreed("rope type", parameters.get("rope_type"), parameters.get("type"))
+    if rope_type is None:
+        rope_type = "default"
     if model.is_latent and rope_type != "default":
         if rope_type not in ("yarn", "deepseek_yarn"):
             raise refusal(f"a {model_type} with {rope_type!r} scaling, which SGLang takes for YaRN")
@@ -220,11 +224,9 @@ def _rotary_dim(config: Mapping[str, Any], parameters: Mapping[str, Any], model:
             raise refusal(f"its configuration has a partial rotary factor of {said!r}, which SGLang does not read")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
         raise refusal(f"its partial rotary factor is {factor!r}")
-    rotary_dim = int(head_dim * factor)
     said = config.get("rotary_dim")
-    if model.reads_rotary_dim:
-        rotary_dim = said
-    elif said is not None and said != rotary_dim:
+    rotary_dim = said if model.reads_rotary_dim else int(head_dim * factor)
+    if said is not None and said != rotary_dim:
         raise refusal(f"its configuration has a rotary_dim of {said!r}, which SGLang does not read")
     if type(rotary_dim) is not int or not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
         raise refusal(f"{rotary_dim!r} of the {head_dim} dimensions of a head can't be rotated in pairs")

@@ -1,6 +1,6 @@
 """How SGLang 0.5.23 builds the rotation of each model type: read in ``sglang/srt/models/``, one file per line below.
 
-Only what is in this table is undone. ``tests/format/test_rope_of_sglang.py`` builds the models with SGLang and compares.
+Only what is in the table is undone. ``tests/format/test_rope_of_sglang.py`` builds the models with SGLang and compares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class ModelRope:
 
     Attributes:
         is_interleaved: GPT-J's pairing, ``is_neox_style=False``.
-        reads_scaling: the RoPE parameters reach ``get_rope``; else the rotation is always ``default``.
+        reads_parameters: it has RoPE parameters (``rope_parameters``, ``rope_scaling``).
+        reads_scaling: they reach ``get_rope``; else the rotation is always ``default``.
         partial_keys: where the share of a head that is rotated is read, beside the RoPE parameters.
         reads_nested_partial: it is read among the RoPE parameters, too.
         default_partial: that share when nothing is said.
@@ -30,6 +31,7 @@ class ModelRope:
     """
 
     is_interleaved: bool = False
+    reads_parameters: bool = True
     reads_scaling: bool = True
     partial_keys: tuple[str, ...] = ()
     reads_nested_partial: bool = False
@@ -51,7 +53,7 @@ _MODELS = {
     "apertus": dataclasses.replace(_LLAMA, default_theta=12_000_000.0),
     "arcee": _LLAMA,
     "chatglm": ModelRope(
-        is_interleaved=True, reads_scaling=False, default_partial=0.5, theta_keys=(), reads_ratio=True
+        is_interleaved=True, reads_parameters=False, default_partial=0.5, theta_keys=(), reads_ratio=True
     ),
     "cohere": ModelRope(is_interleaved=True, default_theta=500_000.0),  # commandr.py
     "deepseek_v2": _LATENT,
@@ -62,7 +64,7 @@ _MODELS = {
     "gemma2": _UNSCALED,
     "glm4": dataclasses.replace(_GLM, is_interleaved=True),
     "glm4_moe": _GLM,
-    "gpt_neox": ModelRope(  # not SGLang's own: it runs the code of transformers
+    "gpt_neox": ModelRope(  # SGLang has no code of its own for it and falls back on transformers'
         reads_scaling=False,
         partial_keys=("rotary_pct",),
         reads_nested_partial=True,
@@ -70,7 +72,7 @@ _MODELS = {
         theta_keys=("rotary_emb_base",),
     ),
     "gpt_oss": dataclasses.replace(_WHOLE, default_theta=150_000.0),
-    "gptj": ModelRope(is_interleaved=True, reads_scaling=False, reads_rotary_dim=True),  # gpt_j.py
+    "gptj": ModelRope(is_interleaved=True, reads_parameters=False, reads_rotary_dim=True),  # gpt_j.py
     "granite": _WHOLE,
     "granitemoe": _UNSCALED,
     "llama": _LLAMA,

@@ -71,7 +71,7 @@ def float32(value: float) -> float:
 
 
 def scaled_frequencies(
-    rope_type: str, parameters: Mapping[str, Any], rotary_dim: int, theta: object, original_length: object
+    rope_type: object, parameters: Mapping[str, Any], rotary_dim: int, theta: object, original_length: object
 ) -> tuple[list[float], float]:
     """The frequencies of a family.
 
@@ -88,7 +88,7 @@ def scaled_frequencies(
     Raises:
         UnsupportedError: an unknown family or parameter, or a value that makes no sense.
     """
-    if rope_type not in _KEYS:
+    if not isinstance(rope_type, str) or rope_type not in _KEYS:
         why = _KNOWN_OTHERS.get(str(rope_type), "is not known")
         raise refusal(f"rope type {rope_type!r} {why}")
     unknown = sorted(set(parameters) - _KEYS[rope_type] - _HARMLESS)
@@ -113,7 +113,7 @@ def scaled_frequencies(
 
 
 def _dynamic_growth(parameters: Mapping[str, Any], rotary_dim: int) -> float:
-    """What ``dynamic`` multiplies the base by: ``DynamicNTKScalingRotaryEmbedding``, ``DynamicNTKAlphaRotaryEmbedding``."""
+    """What the base is multiplied by: ``DynamicNTKScalingRotaryEmbedding`` and ``DynamicNTKAlphaRotaryEmbedding``."""
     if rotary_dim == 2:
         raise refusal("rope type 'dynamic' needs more than one pair of dimensions")
     if "alpha" in parameters:
@@ -121,7 +121,7 @@ def _dynamic_growth(parameters: Mapping[str, Any], rotary_dim: int) -> float:
     else:
         factor = _factor(parameters)
         growth = factor * factor - (factor - 1)
-    return growth ** (rotary_dim / (rotary_dim - 2))
+    return float(growth ** (rotary_dim / (rotary_dim - 2)))
 
 
 def _llama3(plain: list[float], parameters: Mapping[str, Any], length: int) -> list[float]:
@@ -170,7 +170,7 @@ def _yarn(plain: list[float], parameters: Mapping[str, Any], base: float, length
 
 
 def _yarn_scale(parameters: Mapping[str, Any], *, is_deepseek: bool) -> float:
-    """YaRN's attention factor: the quotient of two ``mscale`` where both are given, or always, in DeepSeek's variant."""
+    """YaRN's attention factor: the quotient of two ``mscale`` if both are given; always so in DeepSeek's variant."""
     factor = _factor(parameters)
 
     def growth(mscale: float) -> float:
