@@ -216,8 +216,6 @@ def _check(arguments: argparse.Namespace, least: Mapping[str, tuple[int, int]]) 
 
 def _need_libraries() -> None:
     try:
-        import torch  # noqa: F401
-
         import sglang_kvcodec.models  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(f'this needs {error.name}: pip install "sglang-kvcodec[bench]"') from error
@@ -242,18 +240,12 @@ def _texts(arguments: argparse.Namespace) -> list[Text]:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[CausalLM, list[Method]]:
-    import torch
-
     from sglang_kvcodec.evaluation.methods import MethodContext
     from sglang_kvcodec.evaluation.registry import DEFAULT_METHODS, make_methods
-    from sglang_kvcodec.models import CausalLM
+    from sglang_kvcodec.models import CausalLM, use_threads
 
     if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        torch.empty(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"can't use device {arguments.device!r}: {str(error).splitlines()[0]}") from error
+        use_threads(arguments.threads)
     model = CausalLM.load(arguments.model, arguments.device)
     names = arguments.methods.split(",") if arguments.methods else DEFAULT_METHODS
     return model, make_methods(names, MethodContext(model.kv_spec(arguments.page_tokens), model.config))
