@@ -188,6 +188,9 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
     reports, settings = _measure(arguments, measure_accuracy, model, prompts, methods)
     rows = [found.summary() for found in reports]
     print(report.table(rows, _ACCURACY_COLUMNS))
+    for yardstick, ratios in report.equal_divergence(rows).items():
+        curves = ", ".join(f"{family} {ratio:.2f}x" for family, ratio in ratios.items())
+        print(f"at the divergence of {yardstick}: {curves or 'no curve of another method reaches it'}")
     for words in _what_the_model_cannot(reports[0]):
         print(words)
     if out:

@@ -68,3 +68,25 @@ def test_a_table_leaves_out_what_nobody_measured():
     assert lines[0].split() == ["method", "X", "Y"]
     assert lines[1].split() == ["a", "1.235", "-"]
     assert lines[2].split() == ["long-name", "1.00e-05", "3"]
+
+
+def test_curves_are_compared_at_the_divergence_of_others():
+    def row(method, kl, ratio):
+        return {"method": method, "kl_nats": kl, "ratio_to_bf16": ratio}
+
+    rows = [
+        row("bf16", 0.0, 1.0),
+        row("fp8", 1e-3, 2.0),
+        row("kivi@4", 1e-1, 3.2),
+        row("kivi@8", 1e-4, 1.8),
+        row("cachegen@1", 1e-2, 9.0),
+        row("cachegen@0.1", 1e-4, 4.0),
+        row("high", 1e-3, 5.0),
+    ]
+    found = report.equal_divergence(rows)
+    assert found["fp8"]["cachegen"] == pytest.approx(6.0)
+    assert found["fp8"]["kivi"] == pytest.approx(1.8 ** (2 / 3) * 3.2 ** (1 / 3))
+    # no extrapolation, and a single point is no curve
+    assert found["kivi@4"] == {"kivi": pytest.approx(3.2)}
+    assert report.equal_divergence(rows[:1]) == {}
+    assert report.equal_divergence([{"method": "fp8", "ratio_to_bf16": 2.0}]) == {}
