@@ -198,6 +198,9 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
     reports, settings = _measure(arguments, measure_accuracy, model, prompts, methods)
     rows = [found.summary() for found in reports]
     print(report.table(rows, _ACCURACY_COLUMNS))
+    for yardstick, ratios in report.equal_divergence(rows).items():
+        curves = ", ".join(f"{family} {ratio:.2f}x" for family, ratio in ratios.items())
+        print(f"at the divergence of {yardstick}: {curves or 'no curve of another method reaches it'}")
     for words in _what_the_model_cannot(reports[0]):
         print(words)
     if out:
@@ -229,8 +232,6 @@ def need_libraries() -> None:
         ConfigurationError: with what to install.
     """
     try:
-        import torch  # noqa: F401
-
         import sglang_kvcodec.models  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(f'this needs {error.name}: pip install "sglang-kvcodec[bench]"') from error
@@ -252,22 +253,18 @@ def prepare_out(out: pathlib.Path | None) -> pathlib.Path | None:
     return out
 
 
-def check_device(device: str, threads: int | None) -> None:
-    """Refuses a device that torch can't use, and sets its threads.
+def set_threads(threads: int | None) -> None:
+    """Sets how many threads torch uses on the CPU.
 
     Raises:
-        ConfigurationError: what is wrong.
+        ConfigurationError: not a number of threads.
     """
-    import torch
+    from sglang_kvcodec.models import use_threads
 
     if threads is not None and threads < 1:
         raise ConfigurationError("--threads must be at least 1")
     if threads:
-        torch.set_num_threads(threads)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"can't use device {device!r}: {str(error).splitlines()[0]}") from error
+        use_threads(threads)
 
 
 def _texts(arguments: argparse.Namespace) -> list[Text]:
@@ -283,7 +280,7 @@ def _load(arguments: argparse.Namespace) -> tuple[CausalLM, list[Method]]:
     from sglang_kvcodec.format.profile import CALIBRATED_TIERS
     from sglang_kvcodec.models import CausalLM
 
-    check_device(arguments.device, arguments.threads)
+    set_threads(arguments.threads)
     calibrations = []
     for path in arguments.calibration or ():
         try:

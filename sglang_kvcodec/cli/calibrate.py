@@ -11,7 +11,7 @@ import datetime
 import pathlib
 from typing import TYPE_CHECKING
 
-from sglang_kvcodec.cli.bench import ProgressBar, check_device, need_libraries, prepare_out
+from sglang_kvcodec.cli.bench import ProgressBar, need_libraries, prepare_out, set_threads
 from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.client import GrpcPeer
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
         tp_size=arguments.tp_size,
     )
     out = prepare_out(arguments.out)
-    check_device(arguments.device, arguments.threads)
+    set_threads(arguments.threads)
     texts = read_texts(arguments.text) if arguments.text else shipped_texts("calibration")
     files_digest = model_files_digest(arguments.model)
     model = CausalLM.load(arguments.model, arguments.device)

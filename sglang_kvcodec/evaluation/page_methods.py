@@ -134,18 +134,18 @@ def _part_bytes(data: SideData) -> int:
     return (len(data.picture.data) if data.picture else 0) + len(data.stored) + len(data.escapes)
 
 
-def make_profile(profile: str) -> MethodFactory:
-    """A factory of the method that is the profile ``profile``."""
-    return functools.partial(_make_profile, profile)
+def make_profile(name: str, profile: str) -> MethodFactory:
+    """A factory of the method ``name``, which is the uncalibrated profile ``profile``."""
+    return functools.partial(_make_profile, name, profile)
 
 
-def _make_profile(profile: str, context: MethodContext, parameter: str) -> ProfileMethod:
-    refuse_parameter(profile, parameter)
+def _make_profile(name: str, profile: str, context: MethodContext, parameter: str) -> ProfileMethod:
+    refuse_parameter(name, parameter)
     has_pictures = get_profile(profile).has_pictures
     transforms = PageTransforms(context.spec, profile)
     encoder = PageEncoder(NAMESPACE, transforms, open_encoder("software") if has_pictures else None)
     decoder = GroupDecoder(transforms, open_decoder("software") if has_pictures else None)
-    return ProfileMethod(profile, context.spec, encoder, decoder)
+    return ProfileMethod(name, context.spec, encoder, decoder)
 
 
 def make_zstd(context: MethodContext, parameter: str) -> CompressorMethod:

@@ -10,11 +10,11 @@ from sglang_kvcodec.evaluation.methods import Method, MethodContext, MethodFacto
 
 METHODS: dict[str, MethodFactory] = {
     "bf16": quantisers.make_untouched,
-    "exact": page_methods.make_profile("exact"),
+    "exact": page_methods.make_profile("exact", "exact"),
     "high": calibrated_methods.make_tier("high"),
     "balanced": calibrated_methods.make_tier("balanced"),
     "compact": calibrated_methods.make_tier("compact"),
-    "uncalibrated": page_methods.make_profile("high"),
+    "uncalibrated": page_methods.make_profile("uncalibrated", "high"),
     "fp8": quantisers.make_fp8,
     "fp8-scaled": quantisers.make_fp8_scaled,
     "int8": quantisers.make_int8,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +18,11 @@ Row = Mapping[str, Any]
 
 def write_json(path: pathlib.Path, settings: Row, reports: Sequence[MethodReport]) -> None:
     """Everything: settings, a summary of each method, its bits by layer, and its figures by document."""
-    document = {"settings": dict(settings), "methods": [_method_json(report) for report in reports]}
+    document = {
+        "settings": dict(settings),
+        "methods": [_method_json(report) for report in reports],
+        "equal_divergence": equal_divergence([report.summary() for report in reports]),
+    }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -103,6 +109,49 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
     return str(value)
+
+
+_YARDSTICKS = ("fp8", "kivi@4")
+"""Methods whose divergence others are compared at."""
+
+
+def equal_divergence(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """What others would have for a ratio at the divergence of FP8 and of 4-bit groups.
+
+    Only for methods that were measured with several parameters, which make a curve, and only within it: between two
+    of its points both logarithms are interpolated.
+
+    Returns:
+        Yardstick -> family of methods -> ratio to bf16.
+    """
+    known = {row["method"]: row for row in rows if row.get("kl_nats")}
+    return {
+        yardstick: {
+            family: ratio
+            for family, points in _curves(list(known.values())).items()
+            if (ratio := _interpolate(points, known[yardstick]["kl_nats"])) is not None
+        }
+        for yardstick in _YARDSTICKS
+        if yardstick in known
+    }
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Divergence and ratio of the members of each family, by rising divergence."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        family = str(row["method"]).partition("@")[0]
+        curves.setdefault(family, []).append((row["kl_nats"], row["ratio_to_bf16"]))
+    return {family: sorted(points) for family, points in curves.items() if len(points) > 1}
+
+
+def _interpolate(points: Sequence[tuple[float, float]], kl_nats: float) -> float | None:
+    for (low_kl, low), (high_kl, high) in itertools.pairwise(points):
+        if low_kl <= kl_nats <= high_kl:
+            span = math.log(high_kl / low_kl)
+            share = math.log(kl_nats / low_kl) / span if span else 0.0
+            return float(low ** (1 - share) * high**share)
+    return None
 
 
 _MARKERS = "osD^vP*X<>hd"

@@ -206,7 +206,7 @@ def make_conversations(texts: Sequence[Text], encode: Encode, tokens: int, count
     for number in range(count):
         facts = [(thing, _NAMES[(index + number) % len(_NAMES)]) for index, thing in enumerate(_NAMED)]
         told = [
-            encode(f"\n\nUser: My {thing} is called {name}.\nAssistant: I will remember that.\n\n")
+            encode(f"\n\nUser: My {thing} is called {name}.\nAssistant: Your {thing} is called {name}.\n\n")
             for thing, name in facts
         ]
         filling_tokens = tokens // len(facts) - max(map(len, told))

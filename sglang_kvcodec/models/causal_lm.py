@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sglang_kvcodec.errors import UnsupportedError
+from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side
 from sglang_kvcodec.models.loading import LoadedModel, load_model
 
@@ -65,9 +65,13 @@ class CausalLM:
                 bfloat16 and which leaves the coding as the only rounding between two runs, and ``dtype`` elsewhere.
 
         Raises:
-            ConfigurationError: nothing there, or not a decoder that transformers knows.
+            ConfigurationError: nothing there, not a decoder that transformers knows, or no such device.
             UnsupportedError: a decoder whose cache is more than keys and values of one shape for each layer and token.
         """
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigurationError(f"can't use device {device!r}: {str(error).splitlines()[0]}") from error
         chosen = compute_dtype or (torch.float32 if torch.device(device).type == "cpu" else dtype or torch.bfloat16)
         loaded = load_model(pathlib.Path(path), device, chosen)
         if dtype is None:
@@ -236,6 +240,11 @@ class CausalLM:
             input_ids=tokens[None].to(self.device), past_key_values=cache, use_cache=True
         ).logits
         return logits[0]
+
+
+def use_threads(count: int) -> None:
+    """Lets torch use ``count`` threads of the CPU, in the whole process."""
+    torch.set_num_threads(count)
 
 
 def _stack(layers: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

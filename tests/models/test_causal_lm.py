@@ -318,6 +318,8 @@ def test_models_with_another_state_are_refused_in_a_sentence(tmp_path, config, w
 
 
 def test_what_is_no_model_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ConfigurationError, match="can't use device 'abacus'"):
+        CausalLM.load(TINY, "abacus")
     with pytest.raises(ConfigurationError, match="there is no model at"):
         CausalLM.load(tmp_path / "nothing")
     with pytest.raises(ConfigurationError, match="can't load a decoder"):
