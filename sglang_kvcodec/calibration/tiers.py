@@ -14,6 +14,7 @@ from sglang_kvcodec.calibration.statistics import KVStatistics
 from sglang_kvcodec.format.calibration import Basis, Calibration, ShardLayout, Tier
 from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import Side
+from sglang_kvcodec.transform.low_bits import low_bit_counts
 
 ROUNDINGS = (0.5, 0.45, 0.4, 0.35)
 """Tried: towards zero costs a little noise and saves more bits, where most components are small."""
@@ -101,10 +102,12 @@ def best_rounding(components: Components, step: float) -> float:
     return min(bits, key=bits.__getitem__)
 
 
-def coded_components(block: torch.Tensor, step: float, rounding: float) -> int:
-    """How many components of a block, the first ones, are worth coding at a step."""
-    share = (_codes(block, step, rounding) != 0).float().mean(0)
-    return max(1, int((share >= _CUT_SHARE).nonzero().max()) + 1 if bool((share >= _CUT_SHARE).any()) else 1)
+def coded_components(block: torch.Tensor, step: float, rounding: float) -> torch.Tensor:
+    """How many components of a block, the first ones, are worth coding at a step, and the low bits of each: int32."""
+    codes = _codes(block, step, rounding)
+    worth_it = ((codes != 0).float().mean(0) >= _CUT_SHARE).nonzero()
+    count = int(worth_it.max()) + 1 if worth_it.numel() else 1
+    return low_bit_counts(codes[:, :count].square().mean(0).sqrt())
 
 
 def _codes(block: torch.Tensor, step: float, rounding: float) -> torch.Tensor:
@@ -164,8 +167,8 @@ def make_tier(
     finest = step * min([1.0, *(gain for _, gain in gains)])
     return Tier(
         steps={side: tuple(step * block.unit for block in blocks) for side, blocks in bases.blocks.items()},
-        components={
-            side: tuple(coded_components(block, finest, rounding) for block in blocks)
+        low_bits={
+            side: tuple(coded_components(block, finest, rounding).numpy().astype(np.uint8) for block in blocks)
             for side, blocks in components.values.items()
         },
         rounding=rounding,
@@ -193,7 +196,7 @@ def build_calibration(
             side: tuple(
                 Basis(
                     block.mean.numpy().astype(np.float32),
-                    block.synthesis[: max(tier.components[side][index] for tier in tiers.values())]
+                    block.synthesis[: max(tier.components(side)[index] for tier in tiers.values())]
                     .numpy()
                     .astype(np.float16),
                 )

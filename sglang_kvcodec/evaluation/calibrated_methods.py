@@ -15,9 +15,8 @@ from sglang_kvcodec.evaluation.page_methods import NAMESPACE, ProfileMethod
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.page_object import PageObject, SideData
-from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, picture_geometry
+from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side
 from sglang_kvcodec.transform import PageTransforms
-from sglang_kvcodec.transform.components import components_from_canvas
 from sglang_kvcodec.transform.klt import KltTransform
 from sglang_kvcodec.video import open_decoder, open_encoder
 
@@ -32,24 +31,21 @@ class TierMethod(ProfileMethod):
             ForeignPageError: the calibration is of another shape.
         """
         transforms = PageTransforms(spec, name, [calibration])
-        encoder = PageEncoder(NAMESPACE, transforms, open_encoder("software"), calibration.digest)
+        pictures = open_encoder("software", uniform_blocks=True)
+        encoder = PageEncoder(NAMESPACE, transforms, pictures, calibration.digest)
         super().__init__(name, spec, encoder, GroupDecoder(transforms, open_decoder("software")))
-        self._components = KltTransform(spec, calibration, name).components
+        self._transform = KltTransform(spec, calibration, name)
 
     def _ideal_bits(
         self, pages: Sequence[PageObject], group: LayerGroup, side: Side, parts: Sequence[SideData], values: int
     ) -> list[float]:
-        """Entropy of the codes, component by component, and escapes at their size; shared by the group's layers."""
+        """Entropy of the whole numbers, component by component, low bits and escapes in them; shared by the layers."""
         if not all(page.header.calibration_digest for page in pages):
             return []
-        unpacked = self._decoder.unpack(pages, group.index, side)
-        canvases = torch.stack([packed.canvas for packed in unpacked if packed.canvas is not None])
-        count = self._components(group, side)
-        codes = components_from_canvas(canvases, picture_geometry(self._spec), count)
+        codes = self._transform.codes(group, side, self._decoder.unpack(pages, group.index, side))
         # Bits per code of each component, over values that the cut components belong to, too.
         entropy = float(channel_entropy_bits(codes.flatten(0, 1)[None])[0]) * codes.numel() / values
-        beside_bytes = sum(len(part.escapes) for part in parts)
-        return [entropy + 8 * beside_bytes / values] * group.layers
+        return [entropy] * group.layers
 
 
 class _RankedMethod:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError
@@ -12,7 +11,7 @@ from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.profile import EXACT
-from sglang_kvcodec.format.spec import Side, layer_groups, picture_geometry
+from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
 from sglang_kvcodec.video import PictureDecoder, PictureEncoder
 
@@ -95,8 +94,16 @@ class PageEncoder:
         places = [(group, side) for group in self._groups for side in spec.sides]
         for (group, side), data, picture in zip(places, packed, pictures, strict=True):
             groups[group.index][side] = SideData(picture, data.stored, data.escapes)
-        key = PageKey(self._namespace_digest, page_hash)
-        return build_page_object(key, spec, profile_name, groups, parameter_sets, calibration_digest, first_position)
+        return build_page_object(
+            PageKey(self._namespace_digest, page_hash),
+            spec,
+            profile_name,
+            groups,
+            parameter_sets,
+            calibration_digest,
+            first_position,
+            self._transforms.get(profile_name, calibration_digest).canvas_shape,
+        )
 
     def _encode_pictures(self, packed: Sequence[PackedSide]) -> tuple[bytes, Sequence[PicturePart | None]]:
         if self._encoder is None:
@@ -124,7 +131,6 @@ class GroupDecoder:
             raise ValueError(f"profile {transforms.profile_name!r} needs a decoder")
         self._transforms = transforms
         self._decoder = decoder
-        self._canvas_shape = picture_geometry(transforms.spec).canvas_shape
         self._groups = layer_groups(transforms.spec)
 
     def decode(self, pages: Sequence[PageObject], group_index: int, side: Side) -> torch.Tensor:
@@ -190,20 +196,24 @@ class GroupDecoder:
         """A checked canvas for each page; one decode call for all pages with the same parameter sets."""
         if self._decoder is None:
             return [None] * len(pages)
-        segments: dict[bytes, list[int]] = {}
+        segments: dict[tuple[tuple[int, int], bytes], list[int]] = {}
         for index, page in enumerate(pages):
-            segments.setdefault(page.parameter_sets, []).append(index)
-        canvases = np.empty((len(pages), *self._canvas_shape), np.uint8)
-        for parameter_sets, members in segments.items():
+            transform = self._transforms.get(page.header.profile_name, page.header.calibration_digest)
+            segments.setdefault((transform.canvas_shape, page.parameter_sets), []).append(index)
+        canvases: list[torch.Tensor | None] = [None] * len(pages)
+        for (canvas_shape, parameter_sets), members in segments.items():
             pictures = [_picture_of(pages[index], data[index]) for index in members]
             decoded = self._decoder.decode(parameter_sets, [picture.data for picture in pictures])
-            if decoded.shape != (len(members), *self._canvas_shape):
-                raise CodecError(f"pictures of {decoded.shape} came out, not of {self._canvas_shape}")
+            if decoded.shape != (len(members), *canvas_shape):
+                raise CodecError(f"pictures of {decoded.shape} came out, not of {canvas_shape}")
+            # What the decoder gave lives until its next call.
+            kept = torch.from_numpy(decoded.copy())
             for index, picture, canvas in zip(members, pictures, decoded, strict=True):
                 if plane_digest(canvas) != picture.plane_digest:
                     raise ChecksumError(f"page {pages[index].header.key}: a picture decoded to other planes")
+            for index, canvas in zip(members, kept, strict=True):
                 canvases[index] = canvas
-        return list(torch.from_numpy(canvases))
+        return canvases
 
 
 def _picture_of(page: PageObject, data: SideData) -> PicturePart:

@@ -31,6 +31,8 @@ _METADATA_KEY = "kvcodec"
 _HEADER_SIZE_BYTES = 8
 _MAX_LAYERS_PER_BLOCK = 12
 _MAX_JSON_BYTES = 16 << 20
+MAX_LOW_BITS = 15
+"""A number of more than 8 + 15 bits has no meaning in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Tier:
 
     Attributes:
         steps: of each side, the quantiser step of each block, in units of its components.
-        components: of each side, how many components of each block are coded, the first ones.
+        low_bits: of each side, of each block, uint8 ``(components,)``: how many components are coded, the first ones,
+            and how many low bits of each are kept out of the pictures, see ``transform/low_bits.py``.
         rounding: what is added to a magnitude in steps before it is cut to a whole number: 0.5 rounds to nearest, less
             rounds towards zero. A writer's choice, like the gains.
         gains: ``(tokens, gain)`` pairs in rising order of tokens: a page that starts before ``tokens`` is coded with
@@ -108,10 +111,14 @@ class Tier:
     """
 
     steps: Mapping[Side, tuple[float, ...]]
-    components: Mapping[Side, tuple[int, ...]]
+    low_bits: Mapping[Side, tuple[npt.NDArray[np.uint8], ...]]
     rounding: float
     gains: tuple[tuple[int, float], ...]
     expected: Mapping[str, float]
+
+    def components(self, side: Side) -> tuple[int, ...]:
+        """How many components of each block are coded."""
+        return tuple(len(bits) for bits in self.low_bits[side])
 
     def gain(self, first_position: int) -> float:
         """What the steps of a page whose first token is at ``first_position`` are multiplied with."""
@@ -160,6 +167,8 @@ class Calibration:
             for index, basis in enumerate(self.bases[side]):
                 tensors[f"{side.value}.{index}.mean"] = basis.mean
                 tensors[f"{side.value}.{index}.synthesis"] = basis.synthesis
+                for name, tier in self.tiers.items():
+                    tensors[f"{side.value}.{index}.low_bits.{name}"] = tier.low_bits[side][index]
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         # One entry: safetensors keeps its metadata in a map without an order.
         return safetensors.numpy.save(contiguous, metadata={_METADATA_KEY: self._to_json()})
@@ -221,7 +230,16 @@ class Calibration:
                     for side in layout.sides
                 },
                 metrics={side: tensors.pop(f"{side.value}.metric") for side in layout.sides},
-                tiers={name: _tier_from_dict(tier) for name, tier in fields["tiers"].items()},
+                tiers={
+                    name: _tier_from_dict(
+                        tier,
+                        {
+                            side: tuple(tensors.pop(f"{side.value}.{i}.low_bits.{name}") for i in range(blocks))
+                            for side in layout.sides
+                        },
+                    )
+                    for name, tier in fields["tiers"].items()
+                },
                 notes=fields["notes"],
             )
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, RecursionError) as error:
@@ -269,18 +287,17 @@ def _check_keys(fields: Any, names: set[str]) -> None:
 def _tier_to_dict(tier: Tier) -> dict[str, Any]:
     return {
         "steps": {side.value: list(steps) for side, steps in tier.steps.items()},
-        "components": {side.value: list(counts) for side, counts in tier.components.items()},
         "rounding": tier.rounding,
         "gains": [list(gain) for gain in tier.gains],
         "expected": dict(tier.expected),
     }
 
 
-def _tier_from_dict(fields: Any) -> Tier:
-    _check_keys(fields, {field.name for field in dataclasses.fields(Tier)})
+def _tier_from_dict(fields: Any, low_bits: Mapping[Side, tuple[npt.NDArray[np.uint8], ...]]) -> Tier:
+    _check_keys(fields, {field.name for field in dataclasses.fields(Tier)} - {"low_bits"})
     return Tier(
         steps={Side(side): tuple(steps) for side, steps in fields["steps"].items()},
-        components={Side(side): tuple(counts) for side, counts in fields["components"].items()},
+        low_bits=low_bits,
         rounding=fields["rounding"],
         gains=tuple((tokens, gain) for tokens, gain in fields["gains"]),
         expected=fields["expected"],
@@ -326,17 +343,19 @@ def _check_array(array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -
 
 def _check_tier(tier: Tier, calibration: Calibration) -> None:
     sides = set(calibration.layout.sides)
-    if set(tier.steps) != sides or set(tier.components) != sides:
+    if set(tier.steps) != sides or set(tier.low_bits) != sides:
         raise FormatError("a tier without steps for a side")
     for side in sides:
         bases = calibration.bases[side]
-        if len(tier.steps[side]) != len(bases) or len(tier.components[side]) != len(bases):
+        if len(tier.steps[side]) != len(bases) or len(tier.low_bits[side]) != len(bases):
             raise FormatError("a tier with a step too many or too few")
         if not all(type(step) is float and 0 < step < math.inf for step in tier.steps[side]):
             raise FormatError("a step that is none")
-        for count, basis in zip(tier.components[side], bases, strict=True):
-            if type(count) is not int or not 1 <= count <= len(basis.synthesis):
-                raise FormatError(f"{count!r} of {len(basis.synthesis)} components")
+        for bits, basis in zip(tier.low_bits[side], bases, strict=True):
+            if bits.dtype != np.uint8 or bits.ndim != 1 or not 1 <= len(bits) <= len(basis.synthesis):
+                raise FormatError(f"low bits {bits.shape} for {len(basis.synthesis)} components")
+            if bits.max() > MAX_LOW_BITS:
+                raise FormatError("a component of which too many bits are kept out of the pictures")
     if type(tier.rounding) is not float or not 0 < tier.rounding <= 0.5:
         raise FormatError(f"rounding with {tier.rounding!r}")
     tokens = [limit for limit, _ in tier.gains]

@@ -27,7 +27,7 @@ from sglang_kvcodec.format import page_object_pb2 as pb
 from sglang_kvcodec.format.digest import Buffer, bytes_crc32
 from sglang_kvcodec.format.namespace import FORMAT_VERSION, PAGE_HASH_BYTES, PageKey
 from sglang_kvcodec.format.profile import get_profile
-from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups, picture_geometry
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, is_picture_size, layer_groups, picture_geometry
 
 MAGIC = b"KVPO"
 PREFIX = struct.Struct("<4sHHII")
@@ -73,6 +73,7 @@ def build_page_object(
     parameter_sets: bytes = b"",
     calibration_digest: bytes = b"",
     first_position: int = 0,
+    canvas_shape: tuple[int, int] | None = None,
 ) -> bytes:
     """The bytes of a page object.
 
@@ -84,6 +85,7 @@ def build_page_object(
         parameter_sets: VPS, SPS and PPS that all pictures share; empty without pictures.
         calibration_digest: 32 bytes, empty for an uncalibrated profile.
         first_position: of the page's first token; 0 for an uncalibrated profile.
+        canvas_shape: of the pictures; by default that of ``picture_geometry``, which an uncalibrated profile has.
     """
     profile = get_profile(profile_name, calibrated=bool(calibration_digest))
     manifest = pb.Manifest(
@@ -100,8 +102,9 @@ def build_page_object(
     if profile.has_pictures:
         geometry = picture_geometry(spec)
         manifest.geometry.layers_per_picture = geometry.layers_per_picture
-        manifest.geometry.width = geometry.width
-        manifest.geometry.height = geometry.height
+        rows, width = canvas_shape or geometry.canvas_shape
+        manifest.geometry.width = width
+        manifest.geometry.height = rows * 2 // 3
     payload: list[bytes] = []
     offset = 0
     for group, sides in zip(layer_groups(spec), groups, strict=True):
@@ -240,12 +243,10 @@ def read_header(data: Buffer) -> PageHeader:
     except UnsupportedError as error:
         raise UnknownFormatError(str(error)) from error
     if profile.has_pictures:
-        stated = manifest.geometry
-        if (stated.layers_per_picture, stated.width, stated.height) != (
-            geometry.layers_per_picture,
-            geometry.width,
-            geometry.height,
-        ):
+        stated = (manifest.geometry.width, manifest.geometry.height)
+        # How large pictures of components are is known to who has the calibration, and checked there.
+        fits = is_picture_size(*stated) if profile.is_calibrated else stated == (geometry.width, geometry.height)
+        if manifest.geometry.layers_per_picture != geometry.layers_per_picture or not fits:
             raise UnknownFormatError("the pictures have a geometry this version does not use")
     ranges, object_bytes = _group_ranges(manifest, spec, size)
     return PageHeader(

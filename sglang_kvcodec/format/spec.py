@@ -136,6 +136,11 @@ class PictureGeometry:
         return self.height + (index - in_luma) * self.layer_rows
 
 
+def is_picture_size(width: int, height: int) -> bool:
+    """Whether pictures can be so large: luma samples that every hardware HEVC decoder takes, without a crop."""
+    return all(_MIN_SIDE <= side <= _MAX_SIDE and side % _ALIGN == 0 for side in (width, height))
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -169,6 +174,54 @@ def picture_geometry(spec: KVSpec) -> PictureGeometry:
             f"{spec.channels} channels x {spec.page_tokens} tokens fit no picture; use a smaller page size"
         )
     return best[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentGeometry:
+    """The NV12 canvas of a picture of components: the coefficients of a transform, in falling order of variance.
+
+    The canvas is ``(height * 3 // 2, width)`` uint8, as in ``PictureGeometry``. It holds ``components`` values for each
+    token of a page, and says nothing of layers. Where each lies: ``transform/components.py``.
+    """
+
+    page_tokens: int
+    components: int
+    width: int
+    height: int
+
+    @property
+    def canvas_shape(self) -> tuple[int, int]:
+        """Shape of the uint8 NV12 canvas."""
+        return (self.height * 3 // 2, self.width)
+
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of the uint8 NV12 canvas."""
+        return self.height * 3 // 2 * self.width
+
+
+def component_geometry(spec: KVSpec, components: int) -> ComponentGeometry:
+    """The smallest canvas for ``components`` values per token of ``spec``'s pages, of those the squarest, then lowest.
+
+    Args:
+        spec: of the pages.
+        components: how many are kept of the widest layer group: pictures of one object share a size.
+
+    Raises:
+        UnsupportedError: no picture is large enough, or there is no component.
+    """
+    values = spec.page_tokens * components
+    if components < 1:
+        raise UnsupportedError("a picture needs at least one component")
+    best: tuple[int, int, int] | None = None
+    for width in range(_MIN_SIDE, _MAX_SIDE + 1, _ALIGN):
+        height = max(_MIN_SIDE, _round_up(math.ceil(2 * values / (3 * width)), _ALIGN))
+        if height <= _MAX_SIDE:
+            candidate = (width * height, abs(width - height), -width)
+            best = candidate if best is None else min(best, candidate)
+    if best is None:
+        raise UnsupportedError(f"{components} components x {spec.page_tokens} tokens fit no picture")
+    return ComponentGeometry(spec.page_tokens, components, -best[2], -(best[0] // best[2]))
 
 
 @dataclasses.dataclass(frozen=True)

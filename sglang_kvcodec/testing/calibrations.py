@@ -54,11 +54,13 @@ def random_calibration(
             _random_basis(generator, metric[index * layers_per_block : (index + 1) * layers_per_block], width)
             for index, width in enumerate(widths)
         )
-    counts = {side: tuple(max(1, int(kept * width)) for width in widths) for side in spec.sides}
+    counts = [max(1, int(kept * width)) for width in widths]
     tiers = {
         name: Tier(
             steps={side: tuple(step * 2.0**rank for _ in widths) for side in spec.sides},
-            components=counts,
+            low_bits={
+                side: tuple(generator.integers(0, 4, count).astype(np.uint8) for count in counts) for side in spec.sides
+            },
             rounding=0.5,
             gains=((spec.page_tokens, 0.5),),
             expected={},

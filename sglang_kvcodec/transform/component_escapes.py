@@ -1,4 +1,4 @@
-"""Components of a page that its canvas can't hold, as whole numbers of steps.
+"""Components of a page that its canvas can't hold: the whole numbers that would have lain there.
 
 Bytes, little-endian: ``u32`` positions ``token * components + component``, strictly rising; then ``i32`` numbers in the
 same order. A side without any has no bytes at all.
@@ -13,6 +13,8 @@ import torch
 from sglang_kvcodec.errors import FormatError
 
 _ENTRY_BYTES = 8
+LARGEST_ESCAPE = (1 << 24) - 1
+"""No component is larger: fp32 holds whole numbers exactly up to here."""
 
 
 def pack_component_escapes(codes: torch.Tensor, escaped: torch.Tensor) -> bytes:
@@ -44,6 +46,9 @@ def unpack_component_escapes(data: bytes, count: int) -> tuple[npt.NDArray[np.in
     if rest or not 1 <= entries <= count:
         raise FormatError(f"{len(data)} bytes of escapes for {count} components")
     where = np.frombuffer(data, "<u4", entries).astype(np.int64)
+    numbers = np.frombuffer(data, "<i4", entries, 4 * entries).astype(np.int32)
     if where[-1] >= count or (np.diff(where) <= 0).any():
         raise FormatError("escapes out of order or outside their page")
-    return where, np.frombuffer(data, "<i4", entries, 4 * entries).astype(np.int32)
+    if (numbers > LARGEST_ESCAPE).any() or (numbers < -LARGEST_ESCAPE).any():
+        raise FormatError("an escape that no page has")
+    return where, numbers

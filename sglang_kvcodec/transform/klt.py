@@ -6,7 +6,8 @@ taken in a space in which errors count by what they do to the model's output: wi
 ``e`` changes the distribution of the next token by ``e^T M e``, up to a factor. One step for all components, layers and
 sides then spends every bit where it saves most of that (reverse water-filling).
 
-Writing: components ``y = (x - mean) M S^T``, ``q = y / step`` rounded, one byte each on the canvas. Reading:
+Writing: components ``y = (x - mean) M S^T``, ``q = y / step`` rounded, one byte each on the canvas and, of the few wide
+ones, low bits beside it. Reading:
 ``x = mean + step * (q S)``, which is all that a GPU has to do: a product of small whole numbers with the fp16 matrix
 ``S`` that accumulates in fp32, then one multiplication and addition, then the rotation. ``S M S^T = 1``, so writing
 inverts reading.
@@ -22,19 +23,18 @@ import torch
 
 from sglang_kvcodec.errors import ForeignPageError, FormatError
 from sglang_kvcodec.format.calibration import Basis, Calibration
-from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups, picture_geometry
+from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, component_geometry, layer_groups, picture_geometry
 from sglang_kvcodec.transform.base import PackedSide
 from sglang_kvcodec.transform.checks import check_fields, stack_canvases
-from sglang_kvcodec.transform.component_escapes import pack_component_escapes, unpack_component_escapes
-from sglang_kvcodec.transform.components import components_from_canvas, components_to_canvas
-from sglang_kvcodec.transform.floats import torch_dtype
+from sglang_kvcodec.transform.component_escapes import LARGEST_ESCAPE, pack_component_escapes, unpack_component_escapes
+from sglang_kvcodec.transform.components import component_layout, components_from_canvas, components_to_canvas
+from sglang_kvcodec.transform.floats import stack_bytes, to_bytes, torch_dtype
 from sglang_kvcodec.transform.layout import CANVAS_FILL
+from sglang_kvcodec.transform.low_bits import join_low_bits, low_bits_bytes, split_low_bits
 from sglang_kvcodec.transform.rope import rotate, unrotate
 
 LARGEST_CODE = 127
-"""The largest magnitude in steps that the canvas holds."""
-LARGEST_ESCAPE = (1 << 24) - 1
-"""Whole numbers that fp32 holds exactly; a page with a larger one is not fit for these tiers."""
+"""The largest magnitude that the canvas holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class _Block:
         mean: fp32 ``(values,)``.
         analysis: fp32 ``(values, components)``.
         synthesis: fp32 ``(components, values)``, whole fp16 numbers.
+        low_bits: int32 ``(components,)``.
         step: of the tier.
     """
 
@@ -55,6 +56,7 @@ class _Block:
     mean: torch.Tensor
     analysis: torch.Tensor
     synthesis: torch.Tensor
+    low_bits: torch.Tensor
     step: float
 
 
@@ -83,11 +85,10 @@ class KltTransform:
             raise ForeignPageError(f"a calibration for {layout} can't code pages of {spec}")
         if tier not in calibration.tiers:
             raise ForeignPageError(f"the calibration has no tier {tier!r}; it has {', '.join(calibration.tiers)}")
-        self.geometry = picture_geometry(spec)
-        if self.geometry.layers_per_picture % calibration.layers_per_block:
+        layers_per_picture = picture_geometry(spec).layers_per_picture
+        if layers_per_picture % calibration.layers_per_block:
             raise ForeignPageError(
-                f"blocks of {calibration.layers_per_block} layers do not fit pictures of "
-                f"{self.geometry.layers_per_picture}"
+                f"blocks of {calibration.layers_per_block} layers do not fit pictures of {layers_per_picture}"
             )
         self._spec = spec
         self._tier = calibration.tiers[tier]
@@ -98,6 +99,17 @@ class KltTransform:
             for group in layer_groups(spec)
             for side in spec.sides
         }
+        most = max(sum(len(block.synthesis) for block in blocks) for blocks in self._blocks.values())
+        self.geometry = component_geometry(spec, most)
+        self._layout = component_layout(self.geometry).to(self._device)
+        self._low_bits = {
+            place: _interleave([block.low_bits for block in blocks]) for place, blocks in self._blocks.items()
+        }
+
+    @property
+    def canvas_shape(self) -> tuple[int, int]:
+        """Shape of the uint8 NV12 canvases."""
+        return self.geometry.canvas_shape
 
     def components(self, group: LayerGroup, side: Side) -> int:
         """Components per token that the pictures of a group hold."""
@@ -143,12 +155,13 @@ class KltTransform:
         )
         if not bool((codes.abs() <= LARGEST_ESCAPE).all()):
             return None
-        codes = codes.to(torch.int32)
-        escaped = codes.abs() > LARGEST_CODE
-        canvases = components_to_canvas((torch.where(escaped, 0, codes) + CANVAS_FILL).to(torch.uint8), self.geometry)
+        high, low = split_low_bits(codes.to(torch.int32), self._low_bits[group.index, side])
+        escaped = high.abs() > LARGEST_CODE
+        bytes_ = (torch.where(escaped, 0, high) + CANVAS_FILL).to(torch.uint8)
+        canvases = components_to_canvas(bytes_, self.geometry, self._layout)
         return [
-            PackedSide(canvas=canvas, escapes=pack_component_escapes(page, outside), steps=tuple(page_steps))
-            for canvas, page, outside, page_steps in zip(canvases, codes, escaped, steps.tolist(), strict=True)
+            PackedSide(canvas, to_bytes(low[index]), pack_component_escapes(high[index], escaped[index]), tuple(step))
+            for index, (canvas, step) in enumerate(zip(canvases, steps.tolist(), strict=True))
         ]
 
     def restore(
@@ -164,19 +177,7 @@ class KltTransform:
         """
         spec = self._spec
         blocks = self._blocks[group.index, side]
-        for page in packed:
-            check_fields(page, canvas=True, escapes=True, steps=len(blocks))
-            if not all(math.isfinite(step) and step > 0 for step in page.steps):
-                raise FormatError("a quantiser step that is none")
-        count = self.components(group, side)
-        canvases = stack_canvases(packed).to(self._device)
-        codes = components_from_canvas(canvases, self.geometry, count).to(torch.float32) - CANVAS_FILL
-        for index, page in enumerate(packed):
-            if page.escapes:
-                where, escaped = unpack_component_escapes(page.escapes, spec.page_tokens * count)
-                codes[index].view(-1)[torch.from_numpy(where).to(self._device)] = torch.from_numpy(escaped).to(
-                    self._device, torch.float32
-                )
+        codes = self.codes(group, side, packed).to(torch.float32)
         steps = torch.tensor([page.steps for page in packed], dtype=torch.float32, device=self._device)
         counts = [len(block.synthesis) for block in blocks]
         tokens = torch.cat(
@@ -195,6 +196,32 @@ class KltTransform:
         # What was coded lay inside the type; the rounding of the basis must not push its largest values out.
         return wide.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
+    def codes(self, group: LayerGroup, side: Side, packed: Sequence[PackedSide]) -> torch.Tensor:
+        """The quantised components of packed sides: int32 ``(pages, page_tokens, components)``, whole steps.
+
+        Raises:
+            FormatError: side bytes that do not fit the spec. Never writes or reads outside its own tensors.
+        """
+        spec = self._spec
+        blocks = self._blocks[group.index, side]
+        low_bits = self._low_bits[group.index, side]
+        low_bytes = low_bits_bytes(low_bits, spec.page_tokens)
+        for page in packed:
+            check_fields(page, canvas=True, stored=low_bytes > 0, escapes=True, steps=len(blocks))
+            if not all(math.isfinite(step) and step > 0 for step in page.steps):
+                raise FormatError("a quantiser step that is none")
+        count = self.components(group, side)
+        canvases = stack_canvases(packed).to(self._device)
+        codes = components_from_canvas(canvases, self.geometry, self._layout, count)
+        high = codes.to(torch.int32).contiguous() - CANVAS_FILL
+        for index, page in enumerate(packed):
+            if page.escapes:
+                where, numbers = unpack_component_escapes(page.escapes, spec.page_tokens * count)
+                places = torch.from_numpy(where).to(self._device)
+                high[index].view(-1)[places] = torch.from_numpy(numbers).to(self._device)
+        stored = stack_bytes([page.stored for page in packed], low_bytes).to(self._device)
+        return join_low_bits(high, stored, low_bits)
+
     def _quantise(self, components: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """fp32 ``(pages, page_tokens, components)`` in steps ``(pages,)``, whole numbers."""
         scaled = components / steps[:, None, None]
@@ -210,10 +237,10 @@ class KltTransform:
         for index, (first_layer, layers) in enumerate(calibration.blocks()):
             if not group.first_layer <= first_layer < group.first_layer + group.layers:
                 continue
-            components = self._tier.components[side][index]
+            low_bits = self._tier.low_bits[side][index]
             start = (first_layer - group.first_layer) * channels
             metric = torch.from_numpy(calibration.metrics[side][first_layer : first_layer + layers])
-            mean, synthesis = _tensors(calibration.bases[side][index], components)
+            mean, synthesis = _tensors(calibration.bases[side][index], len(low_bits))
             analysis = analysis_matrix(metric, synthesis)
             blocks.append(
                 _Block(
@@ -222,6 +249,7 @@ class KltTransform:
                     mean=mean.to(self._device),
                     analysis=analysis.to(self._device),
                     synthesis=synthesis.to(self._device),
+                    low_bits=torch.from_numpy(low_bits).to(self._device, torch.int32),
                     step=self._tier.steps[side][index],
                 )
             )

@@ -12,7 +12,7 @@ from sglang_kvcodec.errors import ForeignPageError
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.page_object import PageHeader
 from sglang_kvcodec.format.profile import EXACT, Profile, get_profile, without_calibration
-from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side
+from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, picture_geometry
 from sglang_kvcodec.transform.base import PackedSide
 from sglang_kvcodec.transform.klt import KltTransform
 from sglang_kvcodec.transform.registry import get_transform
@@ -20,6 +20,11 @@ from sglang_kvcodec.transform.registry import get_transform
 
 class PageTransform(Protocol):
     """Packs and restores pages of one spec under one profile and, maybe, calibration. Thread-safe."""
+
+    @property
+    def canvas_shape(self) -> tuple[int, int]:
+        """Shape of the uint8 NV12 canvases, of a profile with pictures."""
+        ...
 
     def pack(
         self, group: LayerGroup, side: Side, values: torch.Tensor, first_positions: Sequence[int]
@@ -39,6 +44,7 @@ class _Uncalibrated:
 
     def __init__(self, profile: Profile, spec: KVSpec) -> None:
         self._transform = get_transform(profile.name, spec)
+        self.canvas_shape = picture_geometry(spec).canvas_shape
 
     def pack(
         self, group: LayerGroup, side: Side, values: torch.Tensor, first_positions: Sequence[int]

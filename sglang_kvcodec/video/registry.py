@@ -50,7 +50,7 @@ class _Backend:
         return BackendStatus(self.name, direction, True, f"{codec.long_name} in PyAV {av.__version__}")
 
 
-_ENCODERS: dict[str, tuple[_Backend, Callable[[], PictureEncoder]]] = {
+_ENCODERS: dict[str, tuple[_Backend, Callable[..., PictureEncoder]]] = {
     "software": (_Backend("software", "libx265", "w"), SoftwareEncoder)
 }
 _DECODERS: dict[str, tuple[_Backend, Callable[[], PictureDecoder]]] = {
@@ -64,16 +64,17 @@ def probe() -> list[BackendStatus]:
     return encoders + [backend.status("decode") for backend, _ in _DECODERS.values()]
 
 
-def open_encoder(name: str = AUTO) -> PictureEncoder:
+def open_encoder(name: str = AUTO, *, uniform_blocks: bool = False) -> PictureEncoder:
     """An encoder for one thread.
 
     Args:
         name: a backend, or ``auto`` for the best that is available, which is logged.
+        uniform_blocks: for pictures of components, whose statistics do not change within a block of 32 x 32.
 
     Raises:
         ConfigurationError: unknown, or not available here.
     """
-    return _ENCODERS[_choose(name, "encode")][1]()
+    return _ENCODERS[_choose(name, "encode")][1](uniform_blocks=uniform_blocks)
 
 
 def open_decoder(name: str = AUTO) -> PictureDecoder:

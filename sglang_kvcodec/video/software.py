@@ -46,17 +46,30 @@ _X265_PARAMS = ":".join(
         "log-level=none",
     ]
 )
+_UNIFORM_BLOCKS = "min-cu-size=32:tu-intra-depth=1"
+"""No search for smaller blocks: where statistics change slowly it finds nothing, and takes half of the time."""
 _MAX_PIXELS = 8192 * 8192
 """FFmpeg refuses a damaged header that claims more."""
 
 
 class SoftwareEncoder:
-    """libx265, lossless of the 8-bit values, on one thread."""
+    """libx265, lossless of the 8-bit values, on one thread.
+
+    Args:
+        uniform_blocks: code luma in whole blocks of 32 x 32, twice as fast. Right for the canvases of
+            ``transform/components.py``, which are made for it; others grow by some percent.
+        preset: of x265. Slower ones gain next to nothing (docs/codec-study.md).
+        more_params: more x265 parameters, which win over the others; for trials.
+    """
 
     name = "software"
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, uniform_blocks: bool = False, preset: str = "ultrafast", more_params: Sequence[str] = ()
+    ) -> None:
         _silence()
+        self._preset = preset
+        self._x265_params = ":".join([_X265_PARAMS, *([_UNIFORM_BLOCKS] if uniform_blocks else []), *more_params])
         self._context: av.VideoCodecContext | None = None
         self._shape = (0, 0)
         self._parameter_sets = b""
@@ -85,7 +98,7 @@ class SoftwareEncoder:
         context.width, context.height, context.pix_fmt = shape[1], shape[0] * 2 // 3, "yuv420p"
         context.time_base = fractions.Fraction(1, 25)
         context.thread_count = 1
-        context.options = {"preset": "ultrafast", "x265-params": _X265_PARAMS, "forced-idr": "1"}
+        context.options = {"preset": self._preset, "x265-params": self._x265_params, "forced-idr": "1"}
         context.open()
         self._context, self._shape, self._next_pts = context, shape, 0
 

@@ -10,7 +10,6 @@ from sglang_kvcodec.errors import ForeignPageError, FormatError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
-from sglang_kvcodec.transform.components import components_from_canvas
 from sglang_kvcodec.transform.floats import torch_dtype
 from sglang_kvcodec.transform.klt import KltTransform, analysis_matrix
 from sglang_kvcodec.transform.rope import rotate
@@ -49,7 +48,7 @@ def test_what_is_restored_is_within_the_steps_on_any_shape(data):
     width = group.layers * spec.channels
     bound = 0.01 * (0.5 * width**0.5) * 4 + 2.0**-spec.dtype.mantissa_bits * values.float().abs()
     assert bool(((restored.float() - values.float()).abs() <= bound).all())
-    assert all(side.canvas.shape == KltTransform(spec, calibration, "high").geometry.canvas_shape for side in packed)
+    assert all(side.canvas.shape == KltTransform(spec, calibration, "high").canvas_shape for side in packed)
 
 
 def test_the_noise_is_that_of_the_steps():
@@ -80,8 +79,7 @@ def test_k_is_transformed_with_its_rotation_undone():
     turned = rotate(still.contiguous(), torch.arange(1040, 1040 + spec.page_tokens), rope).to(torch.float16)
 
     def spread(side):
-        canvases = torch.stack([page.canvas for page in transform.pack(group, side, turned, [1040])])
-        codes = components_from_canvas(canvases, transform.geometry, transform.components(group, side)).int()
+        codes = transform.codes(group, side, transform.pack(group, side, turned, [1040]))
         return int((codes.amax(1) - codes.amin(1)).max())
 
     assert spread(Side.KEY) <= 1

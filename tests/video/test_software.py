@@ -27,6 +27,45 @@ class TestSoftware(PictureCodecContract):
         return SoftwareDecoder()
 
 
+class TestSoftwareUniformBlocks(PictureCodecContract):
+    def open_encoder(self):
+        return SoftwareEncoder(uniform_blocks=True)
+
+    def open_decoder(self):
+        return SoftwareDecoder()
+
+
+@pytest.mark.parametrize(("uniform_blocks", "log2_smallest"), [(False, 4), (True, 5)])
+def test_uniform_blocks_leave_no_smaller_coding_block(uniform_blocks, log2_smallest):
+    encoder = SoftwareEncoder(uniform_blocks=uniform_blocks)
+    bits = ParameterBits(nal_units(encoder.encode(noise(1, 256, 192, 5.0)).parameter_sets)[1], 1 + 12)
+    assert [bits.exp_golomb() for _ in range(4)] == [0, 1, 256, 192]  # id, 4:2:0, width, height
+    bits.take(1)
+    depths_and_counter = [bits.exp_golomb() for _ in range(3)]
+    assert depths_and_counter[:2] == [0, 0]
+    bits.take(1)
+    for _ in range(3):  # picture buffer
+        bits.exp_golomb()
+    smallest = 3 + bits.exp_golomb()
+    assert (smallest, smallest + bits.exp_golomb()) == (log2_smallest, 5)
+
+
+class ParameterBits:
+    """Reads the fields of a parameter set (ITU-T H.265, 7.2 and 9.2), from ``skip`` bytes after the NAL unit header."""
+
+    def __init__(self, unit: bytes, skip: int) -> None:
+        self.bits = "".join(f"{byte:08b}" for byte in unescaped(unit)[2 + skip :])
+        self.position = 0
+
+    def take(self, count):
+        self.position += count
+        return self.bits[self.position - count : self.position]
+
+    def exp_golomb(self):
+        zeros = self.bits.index("1", self.position) - self.position
+        return int(self.take(2 * zeros + 1), 2) - 1
+
+
 def unescaped(unit: bytes) -> bytes:
     return re.sub(rb"\x00\x00\x03", b"\0\0", unit)
 
@@ -51,19 +90,8 @@ def test_parameter_sets_state_main_profile_and_level_6_2(width, height):
 
 def test_pictures_use_what_a_hardware_decoder_takes():
     """No wavefronts (the decoder would need entry points): the PPS's entropy_coding_sync and tiles flags are off."""
-    pps = unescaped(nal_units(SoftwareEncoder().encode(noise(1, 256, 192, 5.0)).parameter_sets)[2])
-    bits = "".join(f"{byte:08b}" for byte in pps[2:])
-    position = 0
-
-    def take(count):
-        nonlocal position
-        position += count
-        return bits[position - count : position]
-
-    def exp_golomb():
-        zeros = bits.index("1", position) - position
-        return int(take(2 * zeros + 1), 2) - 1
-
+    pps = ParameterBits(nal_units(SoftwareEncoder().encode(noise(1, 256, 192, 5.0)).parameter_sets)[2], 0)
+    take, exp_golomb = pps.take, pps.exp_golomb
     exp_golomb(), exp_golomb()  # ids
     take(1 + 1 + 3 + 1 + 1)  # dependent slices, output flag, extra bits, sign hiding, cabac_init
     exp_golomb(), exp_golomb(), exp_golomb()  # references, init_qp
