@@ -184,7 +184,7 @@ class Trainer:
 
     def save(self) -> None:
         """Weights, optimizer states and the count of steps; a checkpoint is replaced whole or not at all."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.model.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {f"model/{name}": p for name, p in self.model.named_parameters()}
         for number, optimizer in enumerate(self._optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
