@@ -89,6 +89,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", nargs="+", type=pathlib.Path, help="texts to use (default: those that ship)"
     )
     parser.add_argument(
+        "--kinds", metavar="A,B", help="which of those that ship: code, prose, chat, languages (default: all in turn)"
+    )
+    parser.add_argument(
         "--methods", metavar="A,B,C", help="such as high,fp8,kivi@4,cachegen@0.5 (default: all that are known)"
     )
     parser.add_argument(
@@ -209,7 +212,7 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
         report.write_csv(out / "layers.csv", report.layer_rows(reports))
         names = ["accuracy.json", "accuracy.csv", "layers.csv"]
         if not arguments.no_picture:
-            report.draw(out / "accuracy.svg", f"{settings['model']}, {len(prompts.documents)} documents", reports)
+            report.draw(out / "accuracy.svg", f"{settings['model']}, {len(prompts.documents)} documents", rows)
             names.append("accuracy.svg")
         print(f"written to {out}: {', '.join(names)}")
     return 0
@@ -223,6 +226,8 @@ def _check(arguments: argparse.Namespace, least: Mapping[str, tuple[int, int]]) 
         raise ConfigurationError(
             f"--prefix-tokens must be whole pages: a multiple of --page-tokens, {arguments.page_tokens}"
         )
+    if arguments.text and arguments.kinds:
+        raise ConfigurationError("--kinds chooses among the texts that ship; it can't be given with --text")
 
 
 def need_libraries() -> None:
@@ -268,9 +273,14 @@ def set_threads(threads: int | None) -> None:
 
 
 def _texts(arguments: argparse.Namespace) -> list[Text]:
-    from sglang_kvcodec.evaluation.text import read_texts, shipped_texts
+    from sglang_kvcodec.evaluation.text import KINDS, read_texts, shipped_texts
 
-    return read_texts(arguments.text) if arguments.text else shipped_texts("evaluation")
+    if arguments.text:
+        return read_texts(arguments.text)
+    kinds = arguments.kinds.split(",") if arguments.kinds else KINDS
+    if not set(kinds) <= set(KINDS):
+        raise ConfigurationError(f"--kinds {arguments.kinds}: there are {', '.join(KINDS)}")
+    return shipped_texts("evaluation", kinds)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[CausalLM, list[Method]]:

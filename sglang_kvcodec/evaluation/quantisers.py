@@ -32,9 +32,9 @@ class Untouched:
 class Fp8:
     """An FP8 (e4m3) KV cache.
 
-    Unscaled it is SGLang's ``--kv-cache-dtype fp8_e4m3`` for a checkpoint without KV scales: a plain cast (scale 1,
-    ``set_kv_buffer`` in ``mem_cache/memory_pool.py``). What lies beyond 448 is clamped, as GPUs' saturating casts do;
-    torch's own cast would make it NaN. Scaled, each layer's K and V are stretched to the largest e4m3 number.
+    Unscaled it is SGLang's ``--kv-cache-dtype fp8_e4m3`` for a checkpoint without KV scales: a cast with scale 1, and
+    what lies beyond 448 clamped (``saturate_to_fp8_range`` in ``mem_cache/memory_pool.py``). Scaled, each layer's K and
+    V are stretched to the largest e4m3 number.
     """
 
     def __init__(self, scaled: bool) -> None:

@@ -37,6 +37,7 @@ DEFAULT_METHODS = (
     "int8-x265",
     "kivi@4",
     "kivi@2",
+    "cachegen@0.125",
     "cachegen@0.25",
     "cachegen@0.5",
     "cachegen@1",

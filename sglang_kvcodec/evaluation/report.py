@@ -155,6 +155,22 @@ def _interpolate(points: Sequence[tuple[float, float]], kl_nats: float) -> float
 
 
 _MARKERS = "osD^vP*X<>hd"
+_COLOURS = (
+    "tab:blue",
+    "tab:orange",
+    "tab:green",
+    "tab:red",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "tab:gray",
+    "tab:olive",
+    "tab:cyan",
+    "black",
+    "gold",
+    "navy",
+)
+_RATIO_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def check_can_draw() -> None:
@@ -171,18 +187,23 @@ def check_can_draw() -> None:
         ) from error
 
 
-def draw(path: pathlib.Path, title: str, reports: Sequence[MethodReport]) -> None:
+def draw(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
     """Divergence against ratio, both logarithmic. Methods that differ by their parameter are one line.
 
     A method without divergence is drawn at the lower edge, as logarithms have no zero.
+
+    Args:
+        path: of the picture; its suffix says of what type, ``.svg`` or ``.png``.
+        title: above it.
+        rows: summaries, as ``MethodReport.summary`` gives and the JSON holds them.
 
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
     check_can_draw()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter
 
-    rows = [report.summary() for report in reports]
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(str(row["method"]).partition("@")[0], []).append(row)
@@ -190,6 +211,7 @@ def draw(path: pathlib.Path, title: str, reports: Sequence[MethodReport]) -> Non
     floor = min(positive, default=1e-6) / 5
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=_COLOURS)
     for index, (family, members) in enumerate(families.items()):
         members = sorted(members, key=lambda row: row["ratio_to_bf16"])
         ratios = [row["ratio_to_bf16"] for row in members]
@@ -211,6 +233,8 @@ def draw(path: pathlib.Path, title: str, reports: Sequence[MethodReport]) -> Non
     axes.axhline(floor, color="grey", linewidth=0.5, linestyle=":")
     axes.annotate("no divergence", (1, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
     axes.grid(which="both", alpha=0.2)
+    axes.xaxis.set_major_locator(FixedLocator(_RATIO_TICKS))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=8)
     figure.savefig(path)

@@ -66,6 +66,8 @@ def test_ratio_of_the_operators_own_text(capfd, tmp_path):
         ([*SMALL, "--documents", "9999"], "passages of 128 tokens, not 9999"),
         ([*SMALL, "--threads", "0"], "--threads"),
         ([*SMALL, "--text", "no-such-file"], "can't read no-such-file"),
+        ([*SMALL, "--kinds", "code,poems"], "there are code, prose"),
+        ([*SMALL, "--kinds", "code", "--text", "any"], "can't be given with --text"),
         ([*SMALL, "--device", "abacus"], "can't use device 'abacus'"),
         ([*SMALL, "--out", TINY + "/config.json"], "can't write to"),
     ],
