@@ -24,6 +24,7 @@ _CUT_SHARE = 1e-3
 """A component is cut if less than this share of its values, and of all behind it, codes to anything but zero."""
 _SEARCH_TOLERANCE = 0.05
 _MAX_TRIALS = 8
+_LONGEST_STRIDE = 4096.0
 FINEST_STEP, COARSEST_STEP = 2.0**-40, 2.0**40
 
 
@@ -152,7 +153,7 @@ def _next_step(tried: Mapping[float, float], aim: float) -> float:
                 return step
         return math.sqrt(low * high)
     nearest = min(tried, key=lambda step: abs(math.log(tried[step] / aim)))
-    return nearest * min(4.0, max(0.25, math.sqrt(aim / tried[nearest])))
+    return nearest * min(_LONGEST_STRIDE, max(1 / _LONGEST_STRIDE, math.sqrt(aim / tried[nearest])))
 
 
 def make_tier(
