@@ -2,19 +2,24 @@
 
 A bare gRPC stream of bytes, with the same options and no work of ours, shows how much of the distance is gRPC's.
 
-Peer, TCP sender and client are processes of their own. The store is in memory, so that no disk is measured.
+Peer, TCP sender and client are processes of their own. The store is in memory, so that no disk is measured; ``lmdb`` is
+the same on a disk, as far as the page cache holds it. ``fetch_N`` has N streams at once that take all the CPU they get:
+where one stream fills the machine, several can't be faster. ``paced_N`` has N streams that each read at most
+``PACE_MB_PER_S``, as over a link of their own: what several carry where the CPU is not what bounds them.
+
 ``python -m benchmarks.bench_rpc [--megabytes 256] [--rounds 5]``
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import os
-import pathlib
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -32,7 +37,10 @@ from sglang_kvcodec.testing.peer import PeerProcess
 
 SPEC = KVSpec(layers=32, kv_heads=8, head_dim=128, page_tokens=64, dtype=KVDtype.BFLOAT16)
 """An 8B model."""
-BITS_PER_VALUE = {"coded": 2, "raw": 16}
+BITS_PER_VALUE = {"coded": 2, "raw": 16, "lmdb": 2}
+STREAMS = 1, 2, 4
+PACE_MB_PER_S = 125
+"""1 Gbit/s."""
 MIB = 1 << 20
 TIMEOUTS = Timeouts(progress_s=30, fetch_s=300, put_s=300)
 
@@ -98,33 +106,37 @@ def tcp_copy(port):
     return received
 
 
-def fetch_all(peer, namespace, hashes):
-    return sum(
-        len(event.header) if hasattr(event, "header") else len(event.data) for event in peer.fetch(namespace, hashes)
-    )
+def fetch_all(peer, namespace, hashes, pace_mb_per_s=None):
+    received, started = 0, time.perf_counter()
+    for event in peer.fetch(namespace, hashes):
+        received += len(event.header) if hasattr(event, "header") else len(event.data)
+        if pace_mb_per_s:
+            time.sleep(max(0.0, started + received / pace_mb_per_s / 1e6 - time.perf_counter()))
+    return received
 
 
 def cpu_seconds(pid):
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """What all threads of a process have taken, by the clock of clock_getcpuclockid(3): /proc counts in ticks."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def rate(function, other_pid):
     """MB/s, and CPU seconds per GB of the other process and of this one."""
+    pids = other_pid, os.getpid()
     started = time.perf_counter()
-    before = cpu_seconds(other_pid), cpu_seconds("self")
+    before = [cpu_seconds(pid) for pid in pids]
     size_bytes = function()
     elapsed_s = time.perf_counter() - started
-    after = cpu_seconds(other_pid), cpu_seconds("self")
+    after = [cpu_seconds(pid) for pid in pids]
     return size_bytes / elapsed_s / 1e6, *((b - a) / size_bytes * 1e9 for a, b in zip(before, after, strict=True))
 
 
-def fetch_rate(peer, pid, namespace, hashes, streams):
+def fetch_rate(peer, pid, namespace, hashes, streams, pace_mb_per_s=None):
     """All pages, split among ``streams`` calls at once."""
     received = [0] * streams
 
     def one(index):
-        received[index] = fetch_all(peer, namespace, hashes[index::streams])
+        received[index] = fetch_all(peer, namespace, hashes[index::streams], pace_mb_per_s)
 
     def every():
         threads = [threading.Thread(target=one, args=(index,)) for index in range(streams)]
@@ -164,23 +176,37 @@ def measure(kind, total_bytes, rounds):
     total_bytes = sum(len(data) for _, data in pages)
     # A machine with other work favours the socket: gRPC has several threads to run on either side.
     load = os.getloadavg()[0]
-    rates = {"tcp": [], "bare_grpc": [], "put": [], "fetch_1": [], "fetch_4": []}
+    rates = collections.defaultdict(list)
     with (
+        tempfile.TemporaryDirectory() as directory,
         sender("tcp", total_bytes) as (tcp_pid, tcp_port),
         sender("grpc", total_bytes) as (grpc_pid, grpc_port),
         grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options=channel_options(TIMEOUTS)) as channel,
-        PeerProcess(capacity=str(2 * total_bytes), arguments=["--log-level", "warning"]) as process,
+        PeerProcess(
+            f"lmdb:{directory}/store" if kind == "lmdb" else "memory:",
+            capacity=str(2 * total_bytes),
+            arguments=["--log-level", "warning"],
+        ) as process,
         contextlib.closing(GrpcPeer(process.remote, TIMEOUTS)) as peer,
     ):
-        for _ in range(rounds):
-            rates["put"].append(put_rate(peer, process.pid, namespace, pages))
+        for number in range(rounds):
             rates["tcp"].append(rate(lambda: tcp_copy(tcp_port), tcp_pid))
-            rates["bare_grpc"].append(rate(lambda: grpc_copy(channel), grpc_pid))
-            for streams in (1, 4):
+            if kind != "lmdb":
+                rates["bare_grpc"].append(rate(lambda: grpc_copy(channel), grpc_pid))
+            if kind != "lmdb" or not rates["put"]:
+                rates["put"].append(put_rate(peer, process.pid, namespace, pages))
+            # In turn, for the first fetch after a put finds nothing in the caches.
+            for streams in STREAMS[number % len(STREAMS) :] + STREAMS[: number % len(STREAMS)]:
                 rates[f"fetch_{streams}"].append(fetch_rate(peer, process.pid, namespace, hashes, streams))
+            for streams in (1, 4) if kind == "coded" else ():
+                some = hashes[:: 4 // streams]
+                paced = fetch_rate(peer, process.pid, namespace, some, streams, PACE_MB_PER_S)
+                rates[f"paced_{streams}"].append(paced)
     for name, rows in rates.items():
         values, peer_cpu, client_cpu = zip(*rows, strict=True)
-        ratios = [value / tcp for value, (tcp, _, _) in zip(values, rates["tcp"], strict=True)]
+        ratios = [value / tcp for value, (tcp, _, _) in zip(values, rates["tcp"], strict=False)]
+        one_stream = rates.get(f"{name.partition('_')[0]}_1", [])
+        over_one = [value / one for value, (one, _, _) in zip(values, one_stream, strict=False)]
         yield {
             "pages": kind,
             "objects": len(pages),
@@ -190,6 +216,7 @@ def measure(kind, total_bytes, rounds):
             "mb_per_s_median": round(statistics.median(values)),
             "mb_per_s_all": [round(value) for value in values],
             "ratio_to_tcp_median": round(statistics.median(ratios), 3),
+            "ratio_to_one_stream_median": round(statistics.median(over_one), 3) if over_one else None,
             "peer_cpu_s_per_gb": round(statistics.median(peer_cpu), 2),
             "client_cpu_s_per_gb": round(statistics.median(client_cpu), 2),
         }
@@ -209,8 +236,10 @@ def main():
         grpc_sender(arguments.grpc_sender)
     rows = [row for kind in BITS_PER_VALUE for row in measure(kind, arguments.megabytes * MIB, arguments.rounds)]
     for row in rows:
+        over_one = row["ratio_to_one_stream_median"]
         print(
-            f"{row['pages']:6} {row['what']:8} {row['mb_per_s_median']:6} MB/s {row['ratio_to_tcp_median']:.2f} of TCP "
+            f"{row['pages']:6} {row['what']:9} {row['mb_per_s_median']:6} MB/s, {row['ratio_to_tcp_median']:.2f} of TCP"
+            f"{f', {over_one:.2f} of one stream' if over_one else ''}; "
             f"CPU s/GB: peer {row['peer_cpu_s_per_gb']:.2f}, client {row['client_cpu_s_per_gb']:.2f}"
         )
     if not arguments.dry:

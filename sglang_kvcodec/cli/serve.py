@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import logging
 import re
 import signal
@@ -15,14 +14,12 @@ import prometheus_client
 
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES
+from sglang_kvcodec.rpc.heap import keep_freed_memory
 from sglang_kvcodec.rpc.server import PeerServer
 from sglang_kvcodec.rpc.servicer import PeerLimits
 
 logger = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's ``malloc.h``."""
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
 
 
@@ -68,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     from sglang_kvcodec.storage import open_store
 
-    _keep_freed_memory()
+    keep_freed_memory()
     capacity_bytes = parse_bytes(arguments.capacity)
     with (
         open_store(arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity)) as (engine, artifacts),
@@ -81,14 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         asyncio.run(serve())
     return 0
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep what a message leaves behind: giving it back and faulting it in anew takes half of a fetch."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2 * MAX_MESSAGE_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 16 * MAX_MESSAGE_BYTES)
 
 
 def check_listen(listen: str, insecure: bool) -> str:

@@ -33,7 +33,9 @@ class PageAssembly:
             )
         self._key = key
         self._data = bytearray(header.object_bytes)
-        self._data[: len(header.header)] = header.header
+        # Assigning to a part of a bytearray copies twice, to a part of a view of it once.
+        self._view = memoryview(self._data)
+        self._view[: len(header.header)] = header.header
         self._filled_bytes = len(header.header)
 
     def add(self, fragment: FetchedFragment) -> PageObject | None:
@@ -46,7 +48,7 @@ class PageAssembly:
         end = fragment.offset + len(fragment.data)
         if fragment.offset != self._filled_bytes or end > len(self._data):
             raise PeerRejectedError(f"page {self._key}: the peer sends bytes out of order")
-        self._data[fragment.offset : end] = fragment.data
+        self._view[fragment.offset : end] = fragment.data
         self._filled_bytes = end
         return self.finish()
 

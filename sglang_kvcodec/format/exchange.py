@@ -35,11 +35,14 @@ class FetchedHeader:
 
 @dataclasses.dataclass(frozen=True)
 class FetchedFragment:
-    """Bytes of a page object at ``offset`` from its start."""
+    """Bytes of a page object at ``offset`` from its start.
+
+    ``data`` may be a view of the whole message it came in, so it is to be copied rather than kept.
+    """
 
     page_index: int
     offset: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ Active only when asked for by name: ``SGLANG_PLATFORM=kvcodec_cpu``.
 from __future__ import annotations
 
 import os
+import sys
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
@@ -30,7 +31,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def resolve() -> str | None:
-    """Entry point of ``sglang.srt.platforms``: the class to use, or None when another platform is wanted."""
+    """Entry point of ``sglang.srt.platforms``: the class to use, or None when another platform is wanted.
+
+    SGLang asks every platform while sglang is imported. It is all of this package that ``sglang serve --help`` runs by
+    itself, and so where the flags get into that help.
+    """
+    if sys.argv[1:2] == ["serve"] and not {"-h", "--help"}.isdisjoint(sys.argv):
+        from sglang_kvcodec.plugin.hooks import load_plugins_for_serve_help
+
+        load_plugins_for_serve_help()
     if os.environ.get("SGLANG_PLATFORM") != NAME:
         return None
     return f"{PlainCpuPlatform.__module__}.{PlainCpuPlatform.__qualname__}"

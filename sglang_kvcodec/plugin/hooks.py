@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_kvcodec.errors import ConfigurationError
@@ -18,6 +19,7 @@ from sglang_kvcodec.plugin.settings import BACKEND_NAME, add_flags, prepare, tak
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_SERVE_BACKENDS = "sglang.cli.serve_backends"
 _caches: list[Any] = []
 """The caches of this process; one scheduler, so one at most."""
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
@@ -42,6 +44,20 @@ def register() -> None:
         for source in ("disk", "distributed", "tensor", "ipc"):
             HookRegistry.register(f"{_WEIGHTS}.update_weights_from_{source}", _before_weights, HookType.BEFORE)
         HookRegistry.register(f"{_STREAMER}._get_storage_backend_type", _around_storage_backend_type, HookType.AROUND)
+
+
+def load_plugins_for_serve_help() -> None:
+    """Has ``sglang serve --help`` load plugins, as ``sglang serve`` and ``launch_server --help`` do.
+
+    Its help comes before the call that loads them (``sglang/cli/serve.py``, ``serve``). The registry of serve backends
+    is made before either, and its module is light, so a hook there can be applied while sglang is being imported.
+    """
+    HookRegistry.register(f"{_SERVE_BACKENDS}.ServeBackendRegistry.__init__", _after_serve_backends, HookType.AFTER)
+    HookRegistry.apply_hooks()
+
+
+def _after_serve_backends(result: object, *args: object, **kwargs: object) -> None:
+    load_plugins()
 
 
 # ---- arguments ----

@@ -25,6 +25,7 @@ from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, Progress, calibration_entries, put_messages
 from sglang_kvcodec.rpc.errors import peer_error
+from sglang_kvcodec.rpc.heap import keep_freed_memory
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES, channel_options
 from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
 from sglang_kvcodec.rpc.watch import CallWatch, Verdict, WatchedCall
@@ -37,7 +38,7 @@ class GrpcPeer:
     """Implements ``format.exchange.PeerTransport``; see there. One connection, opened by the first call."""
 
     def __init__(self, remote: str, timeouts: Timeouts | None = None, max_message_bytes: int = 0) -> None:
-        """Connects lazily.
+        """Connects lazily. Has glibc keep freed memory, see ``rpc/heap.py``.
 
         Args:
             remote: ``grpc://HOST:PORT``.
@@ -48,6 +49,7 @@ class GrpcPeer:
             ConfigurationError: not such a URL.
         """
         self._address = parse_remote(remote)
+        keep_freed_memory()
         self._timeouts = timeouts or Timeouts()
         self._max_message_bytes = max_message_bytes
         self._closed = False

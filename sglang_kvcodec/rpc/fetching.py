@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ForeignPageError, FormatError, TruncatedError
@@ -17,7 +18,7 @@ from sglang_kvcodec.format.digest import Buffer
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PREFIX, PageHeader, header_bytes, read_header
 from sglang_kvcodec.rpc.wire import encode_fragments
-from sglang_kvcodec.storage.base import StorageEngine
+from sglang_kvcodec.storage.base import RangeReader, StorageEngine
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,7 @@ class PageLayout:
     group_ranges: tuple[tuple[int, int], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """Bytes ``[start, stop)`` of the object of the request's page ``page_index``."""
 
     page_index: int
@@ -134,21 +134,23 @@ class PayloadReader:
         Raises:
             StorageError: the engine failed.
         """
-        return [self._read_one(slices) for slices in plans]
+        with self._engine.ranges() as get_range:
+            return [self._read_one(get_range, slices) for slices in plans]
 
-    def _read_one(self, slices: Sequence[Slice]) -> FetchMessage:
+    def _read_one(self, get_range: RangeReader, slices: Sequence[Slice]) -> FetchMessage:
         fragments: list[tuple[int, int, Buffer]] = []
         lost = []
         payload_bytes = 0
-        for piece in slices:
-            if piece.page_index in self._lost:
+        keys = self._keys
+        for page_index, start, stop in slices:
+            if page_index in self._lost:
                 continue
-            data = self._engine.get_range(self._keys[piece.page_index], piece.start, piece.stop)
+            data = get_range(keys[page_index], start, stop)
             # A shorter object under the same key was stored anew in between; its other bytes fail the client's checks.
-            if data is None or len(data) != piece.stop - piece.start:
-                self._lost.add(piece.page_index)
-                lost.append(piece.page_index)
+            if data is None or len(data) != stop - start:
+                self._lost.add(page_index)
+                lost.append(page_index)
                 continue
-            fragments.append((piece.page_index, piece.start, data))
+            fragments.append((page_index, start, data))
             payload_bytes += len(data)
         return FetchMessage(encode_fragments(fragments), payload_bytes, tuple(lost))

@@ -8,9 +8,9 @@ ChannelOptions = list[tuple[str, int]]
 
 MAX_PAGES_PER_REQUEST = 1 << 16
 """Pages in one Lookup, Fetch or Delete; objects in one Put."""
-DEFAULT_MESSAGE_BYTES = MIB // 2
-"""Payload of one Fetch message, and of one chunk of a Put. Above it glibc gives a message's memory back to the system
-and faults it in anew for the next, which costs a client more than further messages do."""
+DEFAULT_MESSAGE_BYTES = MIB
+"""Payload of one Fetch message, and of one chunk of a Put. Every message costs the same; a larger one leaves the caches
+between one copy and the next."""
 MIN_MESSAGE_BYTES = 16 << 10
 MAX_MESSAGE_BYTES = 4 * MIB
 GRPC_MESSAGE_BYTES = 8 * MIB

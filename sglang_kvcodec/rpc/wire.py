@@ -1,4 +1,4 @@
-"""Bulk bytes in protobuf's encoding with one copy instead of three.
+"""Bulk bytes in protobuf's encoding, copied once to be written and not at all to be read.
 
 Only the two messages that carry payload are written and read here, and only in the plain shape that peer and client
 give them; anything else is left to protobuf. The bytes are those of ``protos/``: any gRPC client understands them.
@@ -24,7 +24,17 @@ _CHUNK_TAG = pb.PutRequest.CHUNK_FIELD_NUMBER << 3 | _LEN
 _MAX_VARINT_BYTES = 10
 
 
+_ONE_BYTE_VARINTS = tuple(bytes((value,)) for value in range(0x80))
+
+
 def _varint(value: int) -> bytes:
+    # Without a loop for what there are several of in every fragment.
+    if value < 1 << 7:
+        return _ONE_BYTE_VARINTS[value]
+    if value < 1 << 14:
+        return bytes((value & 0x7F | 0x80, value >> 7))
+    if value < 1 << 21:
+        return bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -35,8 +45,15 @@ def _varint(value: int) -> bytes:
 
 def _read_varint(data: Buffer, position: int) -> tuple[int, int]:
     """Value and the position behind it; IndexError at the end of ``data``."""
-    value = shift = 0
-    for _ in range(_MAX_VARINT_BYTES):
+    first = data[position]
+    if first < 0x80:
+        return first, position + 1
+    second = data[position + 1]
+    if second < 0x80:
+        return first & 0x7F | second << 7, position + 2
+    value, shift = first & 0x7F | (second & 0x7F) << 7, 14
+    position += 2
+    for _ in range(_MAX_VARINT_BYTES - 2):
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
@@ -87,6 +104,7 @@ def _plain_fragments(data: bytes) -> list[FetchedFragment]:
     """The fragments of a message as :func:`encode_fragments` writes it; IndexError for any other."""
     fragments = []
     position = 0
+    view = memoryview(data)
     while position < len(data):
         position = _expect(data, position, _FRAGMENTS_TAG)
         fragment_bytes, position = _read_varint(data, position)
@@ -96,7 +114,7 @@ def _plain_fragments(data: bytes) -> list[FetchedFragment]:
         data_bytes, position = _read_varint(data, _expect(data, position, _DATA_TAG))
         if position + data_bytes != stop or stop > len(data) or page_index >> 32 or offset >> 64:
             raise IndexError
-        fragments.append(FetchedFragment(page_index, offset, data[position:stop]))
+        fragments.append(FetchedFragment(page_index, offset, view[position:stop]))
         position = stop
     return fragments
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
-from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoreStat
 from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
 from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
 
@@ -79,6 +80,12 @@ class LmdbEngine(StorageEngine):
         """See the base class."""
         with self._environment.reading() as store:
             return store.read_range(key, start, stop)
+
+    @contextlib.contextmanager
+    def ranges(self) -> Iterator[RangeReader]:
+        """See the base class: one snapshot, nothing copied."""
+        with self._environment.reading() as store:
+            yield store.view_range
 
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""

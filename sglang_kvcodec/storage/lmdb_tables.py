@@ -61,8 +61,13 @@ class StoreTransaction:
 
     def read_range(self, key: bytes, start: int, stop: int) -> bytes | None:
         """A copy of bytes ``[start, stop)`` of an object, None where there is none."""
-        value = self._transaction.get(key, db=self._tables.objects)
-        return None if value is None else bytes(value[start:stop])
+        value = self.view_range(key, start, stop)
+        return None if value is None else bytes(value)
+
+    def view_range(self, key: bytes, start: int, stop: int) -> memoryview | None:
+        """Bytes ``[start, stop)`` of an object in the map, for as long as the transaction; None where there is none."""
+        value: memoryview | None = self._transaction.get(key, db=self._tables.objects)
+        return None if value is None else value[start:stop]
 
     def last_sequence(self) -> int:
         """The highest sequence number in use, 0 in an empty store."""

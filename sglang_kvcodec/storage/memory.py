@@ -14,6 +14,7 @@ class MemoryEngine(StorageEngine):
     """Objects in a dict, least recently used first."""
 
     name = "memory"
+    reads_wait = False
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes

@@ -126,6 +126,22 @@ class StorageEngineContract:
         engine.put(make_key("b"), make_value("b", 100_003))
         assert part == value[start:stop]
 
+    def test_many_parts_in_a_row(self, make_engine: EngineFactory) -> None:
+        """Like single ones; what is read is there until the block ends, whatever others delete."""
+        engine = make_engine(200_000)
+        for name in "ab":
+            engine.put(make_key(name), make_value(name, 70_001))
+        with engine.ranges() as get_range:
+            parts = [get_range(make_key(name), 4095, 70_013) for name in "bab"]
+            assert get_range(make_key("c"), 0, 1) is None
+            assert get_range(make_key("a"), 70_001, 70_002) == b""
+            deleter = threading.Thread(target=engine.delete, args=(make_key("b"),))
+            deleter.start()
+            deleter.join()
+            assert parts == [make_value(name, 70_001)[4095:] for name in "bab"]
+        with engine.ranges() as get_range:
+            assert get_range(make_key("b"), 0, 1) is None
+
     def test_reading_a_part_is_no_use(self, make_engine: EngineFactory) -> None:
         """The order of use stays that of the calls that name whole prefixes."""
         engine = make_engine(20)
@@ -302,9 +318,15 @@ class StorageEngineContract:
             lambda: engine.put(make_key("b"), b"value"),
             lambda: engine.delete(make_key("a")),
             engine.stat,
+            lambda: _read_in_a_row(engine),
         ):
             with pytest.raises(StorageUnavailableError):
                 use()
+
+
+def _read_in_a_row(engine: StorageEngine) -> None:
+    with engine.ranges() as get_range:
+        get_range(make_key("a"), 0, 1)
 
 
 def _run_threads(bodies: Sequence[Callable[[], object]], meanwhile: Callable[[], object] = lambda: None) -> None:

@@ -1,62 +1,20 @@
 """Real ``kvcodec serve`` processes: killed, restarted, drained."""
 
-import contextlib
 import random
 import threading
-import urllib.request
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from peer_kit import HASHES, NAMESPACE, PAGES, fetch_all, metrics_of
 
-from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.errors import PeerRejectedError, PeerUnavailableError
-from sglang_kvcodec.format.exchange import FetchedHeader, PutOutcome
-from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import SideData, build_page_object
-from sglang_kvcodec.format.spec import KVDtype, KVSpec, layer_groups
+from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc import peer_pb2 as pb
-from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
 from sglang_kvcodec.testing.peer import PeerProcess
 
-NAMESPACE = bytes(range(32))
-SPEC = KVSpec(layers=7, kv_heads=1, head_dim=1024, page_tokens=64, dtype=KVDtype.BFLOAT16)
-PATIENT = Timeouts(connect_s=20, lookup_s=20, progress_s=20, fetch_s=60, put_s=60)
 READY_S = 30
-
-
-def make_page(name, part_bytes=50_001):
-    source = random.Random(name)
-    page_hash = source.randbytes(32)
-    groups = [{side: SideData(stored=source.randbytes(part_bytes)) for side in SPEC.sides} for _ in layer_groups(SPEC)]
-    return page_hash, build_page_object(PageKey(NAMESPACE, page_hash), SPEC, "raw", groups)
-
-
-PAGES = [make_page(f"page {index}") for index in range(4)]
-HASHES = [page_hash for page_hash, _ in PAGES]
-
-
-def fetch_all(client):
-    pages = {}
-    for event in client.fetch(NAMESPACE, HASHES):
-        if isinstance(event, FetchedHeader):
-            pages[event.page_index] = bytearray(event.header) + bytearray(event.object_bytes - len(event.header))
-        else:
-            pages[event.page_index][event.offset : event.offset + len(event.data)] = event.data
-    return [bytes(pages[index]) for index in range(len(PAGES))]
-
-
-@pytest.fixture
-def connect():
-    with contextlib.ExitStack() as stack:
-
-        def make(remote):
-            client = GrpcPeer(remote, PATIENT, max_message_bytes=1)
-            stack.callback(client.close)
-            return client
-
-        yield make
 
 
 def test_killed_in_the_middle_of_a_fetch_and_back(tmp_path, connect):
@@ -200,9 +158,7 @@ def test_metrics_are_served(connect):
     with PeerProcess(arguments=["--metrics-port", "0"]) as process:
         client = connect(process.remote)
         client.put(NAMESPACE, PAGES[:1])
-        address = process.ready_line.rpartition("metrics=")[2]
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as response:
-            text = response.read().decode()
+        text = metrics_of(process)
     assert 'kvcodec_peer_puts_total{outcome="stored"} 1.0' in text
     assert "kvcodec_store_capacity_bytes 1.073741824e+09" in text
     assert process.ready_line.startswith(f"kvcodec peer ready on {process.address} store=memory: capacity=1073741824")

@@ -44,6 +44,8 @@ class Delta:
 class HookedEngine(MemoryEngine):
     """Calls ``before(method, key)`` and ``after(method, key)`` around each call; the first may raise or wait."""
 
+    reads_wait = True
+
     def __init__(self, capacity_bytes=1 << 30):
         super().__init__(capacity_bytes)
         self.before = self.after = lambda method, key: None

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -64,12 +65,25 @@ def test_what_can_not_be_had_is_refused_in_one_sentence():
         assert "\n" not in sentence
 
 
-def test_help_shows_the_flags():
+_SGLANG = "from sglang.cli.main import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("command", "platform"),
+    [(["-m", "sglang.launch_server"], CPU_ENV["SGLANG_PLATFORM"]), (["-c", _SGLANG, "serve"], "")],
+    ids=["launch_server", "serve"],
+)
+def test_help_shows_the_flags(command, platform):
     ran = subprocess.run(
-        [sys.executable, "-m", "sglang.launch_server", "--help"], env=_child_env(), capture_output=True, text=True
+        [sys.executable, *command, "--help"],
+        env={**_child_env(), "SGLANG_PLATFORM": platform},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for flag in ("--enable-kvcodec", "--kvcodec-remote", "--kvcodec-profile", "--kvcodec-host-cache"):
-        assert flag in ran.stdout
+        # In the usage and beside its help.
+        assert len(re.findall(rf"{flag}\b", ran.stdout)) == 2
 
 
 def test_a_pool_that_can_not_be_coded_is_refused(tmp_path):

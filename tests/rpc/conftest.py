@@ -33,6 +33,8 @@ def make_page(name, part_bytes=(1, 5003, 17, 100_001, 3, 70_000)):
 class FaultyEngine(MemoryEngine):
     """Calls ``before(method, key)`` first, which may raise or wait."""
 
+    reads_wait = True
+
     def __init__(self, capacity_bytes=1 << 30):
         super().__init__(capacity_bytes)
         self.before = lambda method, key: None

@@ -51,6 +51,22 @@ def test_what_is_put_is_fetched(start_peer, connect, namespace, page, max_messag
     assert peer.lookup(namespace, hashes) == LookupResult(3, (True,) * 3, sum(len(data) for _, data in pages))
 
 
+def test_an_engine_that_never_waits_is_read_without_threads(start_peer, connect, engine, namespace, page):
+    engine.reads_wait = False
+    readers = set()
+    engine.before = lambda method, key: method == "get_range" and readers.add(threading.current_thread().name)
+    started = start_peer()
+    peer = connect(started.remote, max_message_bytes=100_000)
+    pages = put_pages(peer, namespace, page)
+    hashes = [pages[0][0], bytes(32), pages[2][0]]
+    assert assemble(peer.fetch(namespace, hashes)) == {0: pages[0][1], 1: None, 2: pages[2][1]}
+    assert len(readers) == 1
+    assert not readers.pop().startswith("kvcodec-read")
+    engine.reads_wait = True
+    assert assemble(peer.fetch(namespace, hashes)) == {0: pages[0][1], 1: None, 2: pages[2][1]}
+    assert any(name.startswith("kvcodec-read") for name in readers)
+
+
 def test_headers_come_first_then_group_after_group(peer, namespace, page):
     pages = put_pages(peer, namespace, page)
     events = list(peer.fetch(namespace, [page_hash for page_hash, _ in pages]))
@@ -83,7 +99,7 @@ def test_messages_are_bounded(start_peer, connect, namespace, page):
     assert len(sizes) == 1 + -(-payload // MIN_MESSAGE_BYTES)
 
 
-@pytest.mark.parametrize(("asked", "given"), [(0, 1 << 19), (1, 16384), (50_000, 50_000), (1 << 31, 4 << 20)], ids=str)
+@pytest.mark.parametrize(("asked", "given"), [(0, 1 << 20), (1, 16384), (50_000, 50_000), (1 << 31, 4 << 20)], ids=str)
 def test_message_bytes(asked, given):
     assert message_bytes(asked) == given
 
