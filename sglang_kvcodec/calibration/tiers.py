@@ -22,8 +22,8 @@ TARGET_MARGIN = 0.9
 """Part of the allowed divergence that is aimed for: other text diverges more or less."""
 _CUT_SHARE = 1e-3
 """A component is cut if less than this share of its values, and of all behind it, codes to anything but zero."""
-_SEARCH_TOLERANCE = 0.05
-_MAX_TRIALS = 8
+_SEARCH_TOLERANCE = 0.12
+_MAX_TRIALS = 6
 _LONGEST_STRIDE = 4096.0
 FINEST_STEP, COARSEST_STEP = 2.0**-40, 2.0**40
 
