@@ -72,6 +72,8 @@ class Timeouts:
     put_s: float = 60.0
     calibration_s: float = 600.0
     """Longest whole transfer of a calibration artifact: no request waits for one."""
+    start_calibration_s: float = 60.0
+    """The same for the artifact that a server asks for while it starts; it starts without when that takes longer."""
     retry_s: float = 2.0
     """How long a peer that failed is left alone before it is tried again, in the background."""
 

@@ -22,6 +22,8 @@ HOST_CACHE_BYTES = Gauge("kvcodec_host_cache_bytes", "Page objects held in host 
 PEER_UP = Gauge("kvcodec_peer_up", "1 while the peer answers", multiprocess_mode="livemin")
 PEER_ERRORS = Counter("kvcodec_peer_errors", "Failed RPCs by kind", ["rpc", "reason"])
 
+CALIBRATIONS = Counter("kvcodec_calibrations", "Calibrations asked for at start, by what came of it", ["outcome"])
+
 # ---- an SGLang server's write side ----
 PUBLISHED_PAGES = Counter("kvcodec_published_pages", "Pages offered to the peer, by outcome", ["outcome"])
 PUBLISHED_BYTES = Counter("kvcodec_published_bytes", "Coded bytes stored at the peer")

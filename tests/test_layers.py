@@ -36,6 +36,7 @@ HOMES = {
     "grpc": {"rpc"},
     "grpc_health": {"rpc"},
     "grpc_reflection": {"rpc"},
+    "huggingface_hub": {"plugin"},
     "hypothesis": {"testing"},
     "lmdb": {"storage"},
     "lz4": {"evaluation"},

@@ -44,11 +44,13 @@ class Components:
         return sum(block.numel() for blocks in self.values.values() for block in blocks)
 
 
-def to_components(statistics: KVStatistics, bases: SolvedBases, kv: Mapping[Side, torch.Tensor]) -> Components:
-    """The components of the KV of a run of tokens from position 0 on, as ``KVStatistics.add`` takes it."""
+def to_components(
+    statistics: KVStatistics, bases: SolvedBases, kv: Mapping[Side, torch.Tensor], first_position: int = 0
+) -> Components:
+    """The components of the KV of a run of tokens, as ``KVStatistics.add`` takes it."""
     result: dict[Side, list[torch.Tensor]] = {}
     for side, blocks in bases.blocks.items():
-        values = statistics.unrotated(side, kv[side], 0).flatten(2)
+        values = statistics.unrotated(side, kv[side], first_position).flatten(2)
         result[side] = []
         first = 0
         for block in blocks:

@@ -40,7 +40,7 @@ class PagedKVPool:
         self._dtype: torch.dtype = getattr(torch, spec.dtype.torch_name)
 
     @contextlib.contextmanager
-    def _side_stream(self, after: Sequence[Any]) -> Iterator[None]:
+    def side_stream(self, after: Sequence[Any] = ()) -> Iterator[None]:
         """Runs the body after ``after`` (device events), on a stream of this thread, and waits for it."""
         if self.device.type != "cuda":
             yield
@@ -73,7 +73,7 @@ class PagedKVPool:
         spec = self.spec
         pages = slots.numel() // spec.page_tokens if only is None else len(only)
         result: dict[Side, torch.Tensor] = {}
-        with self._side_stream(after):
+        with self.side_stream(after):
             if only is not None:
                 slots = slots.view(-1, spec.page_tokens)[torch.tensor(only, dtype=torch.int64)].reshape(-1)
             for side, layers in self._buffers().items():
@@ -102,7 +102,7 @@ class PagedKVPool:
             The layers' tensors ``(slots, kv_heads, head_dim)``.
         """
         buffers = self._buffers()[side][first_layer : first_layer + layers]
-        with self._side_stream(after):
+        with self.side_stream(after):
             yield buffers
 
     def write(self, layers: Sequence[torch.Tensor], values: torch.Tensor, slots: torch.Tensor) -> None:

@@ -54,11 +54,14 @@ class PageEncoder:
         Args:
             page_hash: 32 bytes.
             values: for each of the spec's sides ``(layers, page_tokens, kv_heads, head_dim)`` in the pool's dtype.
-            first_position: of the page's first token; only calibrated tiers need it.
+            first_position: of the page's first token; only calibrated tiers use it.
 
         Raises:
             CodecError: the encoder failed.
         """
+        if not self._calibration_digest:
+            # One page has one coding: what does not depend on the position does not say it.
+            first_position = 0
         packed = self._pack(self._transform, values, first_position)
         if packed is not None:
             return self._build(page_hash, packed, self._profile.name, self._calibration_digest, first_position)

@@ -46,6 +46,7 @@ class Offload:
         slots: torch.Tensor,
         after: Sequence[Any] = (),
         kv_bytes: int = 0,
+        first_position: int = 0,
     ) -> None:
         """An offload that is not settled yet; the arguments are those of :meth:`Publisher.offload`."""
         self.namespace_digest = namespace_digest
@@ -53,6 +54,7 @@ class Offload:
         self.slots = slots
         self.after = after
         self.kv_bytes = kv_bytes
+        self.first_position = first_position
         self.succeeded: bool | None = None
         """Whether the pages were taken over; None as long as their slots may still be read."""
         self._settled = threading.Event()
@@ -73,6 +75,7 @@ class _Page:
     page_hash: bytes
     values: dict[Side, torch.Tensor]
     kv_bytes: int
+    first_position: int
 
 
 class Publisher:
@@ -121,23 +124,29 @@ class Publisher:
             thread.start()
 
     def offload(
-        self, namespace_digest: bytes, page_hashes: Sequence[bytes], slots: torch.Tensor, after: Sequence[Any]
+        self,
+        namespace_digest: bytes,
+        page_hashes: Sequence[bytes],
+        slots: torch.Tensor,
+        after: Sequence[Any],
+        first_position: int = 0,
     ) -> Offload:
         """Takes pages; returns at once and never waits.
 
         Args:
             namespace_digest: namespace of the pages.
-            page_hashes: one per page.
+            page_hashes: one per page, of pages that follow each other.
             slots: int64 ``(pages * page_tokens,)`` on the pool's device; must stay as they are until the result is
                 settled.
             after: device events after which the slots are written.
+            first_position: of the first page's first token; only calibrated tiers use it.
 
         Returns:
             An offload that has succeeded already if the peer has all the pages, and failed already if there is no
             room or no peer.
         """
         kv_bytes = len(page_hashes) * self._pool.spec.page_bytes
-        offload = Offload(namespace_digest, page_hashes, slots, after, kv_bytes)
+        offload = Offload(namespace_digest, page_hashes, slots, after, kv_bytes, first_position)
         if self._config.read_only or not self._stored.missing(namespace_digest, page_hashes):
             offload.settle(True)
         elif self._closed.is_set():
@@ -221,16 +230,19 @@ class Publisher:
             self._queue_missing(offload, missing, values)
 
     def _queue_missing(self, offload: Offload, missing: Sequence[int], values: dict[Side, torch.Tensor]) -> None:
-        page_bytes = self._pool.spec.page_bytes
+        spec = self._pool.spec
         hashes = [offload.page_hashes[i] for i in missing]
         present = self._present(offload.namespace_digest, hashes)
-        self._release((len(offload.page_hashes) - len(missing) + sum(present)) * page_bytes)
+        self._release((len(offload.page_hashes) - len(missing) + sum(present)) * spec.page_bytes)
         if any(present):
             metrics.PUBLISHED_PAGES.labels(outcome="already_stored").inc(sum(present))
         for i, page_hash in enumerate(hashes):
             if not present[i]:
                 page_values = {side: tensor[i] for side, tensor in values.items()}
-                self._to_encode.put(_Page(offload.namespace_digest, page_hash, page_values, page_bytes))
+                first_position = offload.first_position + missing[i] * spec.page_tokens
+                self._to_encode.put(
+                    _Page(offload.namespace_digest, page_hash, page_values, spec.page_bytes, first_position)
+                )
 
     def _present(self, namespace_digest: bytes, hashes: list[bytes]) -> Sequence[bool]:
         """Which of the pages the peer has: one RPC, so that no page is coded in vain."""
@@ -257,7 +269,9 @@ class Publisher:
                 if page.namespace_digest not in encoders:
                     encoders = {page.namespace_digest: self._new_encoder(page.namespace_digest)}
                 start_s = time.monotonic()
-                coded = encoders[page.namespace_digest].encode(page.page_hash, page.values)
+                # A calibrated tier packs on the pool's device: not on the stream that the model is launched on.
+                with self._pool.side_stream():
+                    coded = encoders[page.namespace_digest].encode(page.page_hash, page.values, page.first_position)
                 metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
             except KVCodecError as error:
                 logger.error("kvcodec: a page could not be encoded: %s", error)

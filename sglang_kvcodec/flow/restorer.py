@@ -105,6 +105,7 @@ class Restorer:
         new_decoder: Callable[[], GroupDecoder],
         threads: int,
         kernel: KernelRestore | None = None,
+        kernel_profile: str = "",
     ) -> None:
         """Opens nothing yet: a thread opens its decoder when it first needs it.
 
@@ -112,10 +113,12 @@ class Restorer:
             pool: where pages go.
             new_decoder: opens a decoder for one thread.
             threads: how many.
-            kernel: restores on the pool's device; None to restore on the host and copy.
+            kernel: restores on the pool's device; None to restore with the transforms and copy.
+            kernel_profile: the uncalibrated profile whose pages, and no others, it restores.
         """
         self._pool = pool
         self._kernel = kernel
+        self._kernel_profile = kernel_profile
         self._new_decoder = new_decoder
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
@@ -184,11 +187,17 @@ class Restorer:
         packed = decoder.unpack(pages, group.index, side)
         metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
         with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
-            if self._kernel is None or any(page.header.calibration_digest for page in pages):
+            if self._kernel is not None and self._are_of_kernel(pages):
+                self._kernel.restore(packed, slots, layers)
+            else:
                 values = decoder.restore(pages, packed, group.index, side)
                 self._pool.write(layers, values, slots)
-            else:
-                self._kernel.restore(packed, slots, layers)
+
+    def _are_of_kernel(self, pages: Sequence[PageObject]) -> bool:
+        """Whether the kernel understands all of them: calibrated pages, and exact ones among them, it does not."""
+        return all(
+            page.header.profile_name == self._kernel_profile and not page.header.calibration_digest for page in pages
+        )
 
     def _decoder(self) -> GroupDecoder:
         """This thread's."""

@@ -11,7 +11,7 @@ import torch
 
 from sglang_kvcodec.errors import UnsupportedError
 from sglang_kvcodec.format.namespace import Namespace
-from sglang_kvcodec.format.profile import get_profile
+from sglang_kvcodec.format.profile import Profile
 from sglang_kvcodec.format.spec import KVSpec
 
 _CHUNK_WORDS = 1 << 20
@@ -92,8 +92,8 @@ def adapters_digest(lora_paths: Any) -> str:
     return total.hexdigest() if lora_paths else ""
 
 
-def build_namespace(ctx: Any, spec: KVSpec, profile_name: str) -> Namespace:
-    """The namespace of the server that ``ctx`` (SGLang's ``TreeCacheBuildContext``) is being built for.
+def build_namespace(ctx: Any, spec: KVSpec, profile: Profile) -> Namespace:
+    """The namespace of uncalibrated pages of the server that ``ctx`` (SGLang's ``TreeCacheBuildContext``) is built for.
 
     Raises:
         UnsupportedError: see :func:`adapters_digest`.
@@ -111,6 +111,6 @@ def build_namespace(ctx: Any, spec: KVSpec, profile_name: str) -> Namespace:
         pp_size=ctx.params.pp_size,
         page_hash_scheme="sglang-0.5.23/bigram" if ctx.params.is_eagle else "sglang-0.5.23",
         adapters_digest=adapters_digest(ctx.server_args.lora_paths),
-        profile=profile_name,
-        stages=get_profile(profile_name).stages,
+        profile=profile.name,
+        stages=profile.stages,
     )

@@ -6,8 +6,9 @@ SGLang calls every method on the scheduler's thread; none of them waits for the 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self,
         pool: Any,
         num_layers: int,
+        page_tokens: int,
         cache: BitstreamCache,
         restorer: Restorer,
         publisher: Publisher,
@@ -45,6 +47,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         Args:
             pool: SGLang's device pool.
             num_layers: layers of this rank.
+            page_tokens: tokens of a page.
             cache: fetched pages.
             restorer: restores them.
             publisher: publishes new ones.
@@ -55,6 +58,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self.pools = {PoolName.KV: pool}
         self.forward_stream = forward_stream
         self.layer_done_counter = LayerWiseLoadCounter(num_layers)
+        self._page_tokens = page_tokens
         self._cache = cache
         self._restorer = restorer
         self._publisher = publisher
@@ -66,6 +70,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._running: dict[int, Restore] = {}
         self._offloads: collections.deque[Offload] = collections.deque()
         self._bad_pages: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self._pages_before: int | None = None
 
     # ---- read side ----
 
@@ -161,8 +166,23 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     # ---- write side ----
 
+    @contextlib.contextmanager
+    def offload_at(self, pages_before: int) -> Iterator[None]:
+        """Says of what is offloaded inside how many pages of its prompts come before it."""
+        self._pages_before = pages_before
+        try:
+            yield
+        finally:
+            self._pages_before = None
+
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        """Hands pages to the publisher. Always accepted, so that all ranks keep the same list of offloads."""
+        """Hands pages to the publisher. Always accepted, so that all ranks keep the same list of offloads.
+
+        Raises:
+            RuntimeError: outside :meth:`offload_at`.
+        """
+        if self._pages_before is None:
+            raise RuntimeError("kvcodec: pages are offloaded whose place in the prompt is not known")
         digest = self._namespace_digest()
         keys = self._keys(transfers)
         if digest is None or not keys:
@@ -171,7 +191,9 @@ class KVCodecLinker(UnifiedCacheLinker):
             self._offloads.append(refused)
         else:
             slots = transfers[0].device_indices
-            self._offloads.append(self._publisher.offload(digest, keys, slots, self.record_offload_ready()))
+            first_position = self._pages_before * self._page_tokens
+            ready = self.record_offload_ready()
+            self._offloads.append(self._publisher.offload(digest, keys, slots, ready, first_position))
         return True
 
     def num_completed_offloads(self) -> int:

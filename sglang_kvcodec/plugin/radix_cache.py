@@ -7,6 +7,7 @@ request's own under the running forward pass, and offers new nodes for publishin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from array import array
@@ -18,15 +19,23 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
+from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
+from sglang_kvcodec.flow.calibrations import search_calibration, settle_calibration
 from sglang_kvcodec.flow.fetcher import FetchTicket
+from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.format.profile import CALIBRATED_TIERS
 from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.linker import KVCodecLinker
+from sglang_kvcodec.plugin.model_path import calibrated_model_digest
+from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.plugin.settings import server_config
+from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +82,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._linker = KVCodecLinker(
             kv_cache,
             kv_cache.layer_num,
+            self.page_size,
             runtime.cache,
             runtime.restorer,
             runtime.publisher,
@@ -83,6 +93,16 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self.init_cache_linker(self._linker)
         kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
         ctx.tp_worker.register_hicache_layer_transfer_counter(self._linker.layer_done_counter)
+
+    def init_cache_linker(self, cache_linker: Any) -> None:
+        """As SGLang does, with a wrapper that knows where pages are in their prompt."""
+        self.linker = PlacedLinkerWrapper(self, cache_linker)
+
+    def all_ranks(self, mine: bool) -> bool:
+        """Whether ``mine`` is true on all ranks; called by all of them at the same place."""
+        agreed = torch.tensor([int(mine)], dtype=torch.int64)
+        self._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
+        return bool(agreed.item())
 
     # ---- waiting for pages ----
 
@@ -255,10 +275,27 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
             raise UnsupportedError("kvcodec can't code the KV cache of sliding-window or state-space models")
         config = server_config(ctx.server_args)
         pool = wrap_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
-        runtime = Runtime(config, pool, lambda: build_namespace(ctx, pool.spec, config.profile))
+        transforms = PageTransforms(pool.spec, config.profile, device=pool.device)
+        cache: KVCodecRadixCache = create_unified_radix_cache(ctx, cache_class=KVCodecRadixCache)
+        calibration = _calibration(ctx, cache, config, transforms)
+        runtime = Runtime(
+            config, pool, transforms, calibration, lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated)
+        )
     except ConfigurationError as error:
         logger.error("sglang-kvcodec: %s", error)
         raise
-    cache: KVCodecRadixCache = create_unified_radix_cache(ctx, cache_class=KVCodecRadixCache)
     cache.attach(runtime, ctx)
     return cache
+
+
+def _calibration(
+    ctx: Any, cache: KVCodecRadixCache, config: ServerConfig, transforms: PageTransforms
+) -> Calibration | None:
+    """The calibration that this server uses; None if its tier needs none, or for want of one. All ranks agree."""
+    if config.profile not in CALIBRATED_TIERS:
+        return None
+    first_layer = ctx.params.token_to_kv_pool_allocator.get_kvcache().start_layer or 0
+    timeouts = dataclasses.replace(config.timeouts, calibration_s=config.timeouts.start_calibration_s)
+    with contextlib.closing(GrpcPeer(config.remote, timeouts)) as peer:
+        found = search_calibration(peer, lambda: calibrated_model_digest(ctx, transforms.spec, first_layer), transforms)
+    return settle_calibration(found, transforms, cache.all_ranks)

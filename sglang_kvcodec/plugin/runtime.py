@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restore_kernel import restore_kernel
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.namespace import Namespace
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.transform import PageTransforms
@@ -27,25 +29,37 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """The flow of one rank, and the namespace its pages are in."""
 
-    def __init__(self, config: ServerConfig, pool: PagedKVPool, new_namespace: Callable[[], Namespace]) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        pool: PagedKVPool,
+        transforms: PageTransforms,
+        calibration: Calibration | None,
+        new_namespace: Callable[[], Namespace],
+    ) -> None:
         """Connects and starts the threads; does not wait for the peer.
 
         Args:
             config: the operator's settings.
             pool: this rank's pool.
-            new_namespace: computes the namespace from the weights that are loaded now.
+            transforms: of the pool's pages and the profile that was asked for.
+            calibration: to code with, which ``transforms`` know; None to code without. It is kept when new weights are
+                loaded: it then codes them badly, not wrongly.
+            new_namespace: computes the namespace of uncalibrated pages from the weights that are loaded now.
 
         Raises:
-            ConfigurationError: the profile can't code the pool, or a codec or its device's kernel is missing.
+            ConfigurationError: a codec or its device's kernel is missing.
         """
-        transforms = PageTransforms(pool.spec, config.profile, device=pool.device)
-        profile = transforms.uncalibrated
         self.config = config
         self.pool = pool
+        self._transforms = transforms
+        self._calibration_digest = calibration.digest if calibration is not None else b""
         self._new_namespace = new_namespace
-        self._namespace: Namespace | None = new_namespace()
+        self._namespace: Namespace | None = self._coded_namespace()
         self._weights_changed = False
-        kernel = restore_kernel(pool, profile.name)
+        profile = transforms.profile(self._calibration_digest)
+        # Nothing but the transforms restores calibrated pages yet; they do so on the pool's device.
+        kernel = restore_kernel(pool, profile.name) if calibration is None else None
         if profile.has_pictures:
             # Refuses here, at start, rather than on a thread later.
             open_decoder().close()
@@ -64,9 +78,9 @@ class Runtime:
 
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
             encoder = open_encoder() if profile.has_pictures else None
-            return PageEncoder(namespace_digest, transforms, encoder)
+            return PageEncoder(namespace_digest, transforms, encoder, self._calibration_digest)
 
-        self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel)
+        self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel, transforms.uncalibrated.name)
         self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config)
         logger.info(
             "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
@@ -79,12 +93,22 @@ class Runtime:
             self._namespace.digest.hex()[:16] if self._namespace else "none",
         )
 
+    def _coded_namespace(self) -> Namespace:
+        """The namespace of what is published now."""
+        profile = self._transforms.profile(self._calibration_digest)
+        return dataclasses.replace(
+            self._new_namespace(),
+            profile=profile.name,
+            stages=profile.stages,
+            calibration_digest=self._calibration_digest.hex(),
+        )
+
     def namespace_digest(self) -> bytes | None:
         """The namespace of pages computed now; None while pages of old weights may be around."""
         if self._weights_changed:
             return None
         if self._namespace is None:
-            self._namespace = self._new_namespace()
+            self._namespace = self._coded_namespace()
             logger.info("kvcodec: new weights, namespace %s", self._namespace.digest.hex()[:16])
         return self._namespace.digest
 

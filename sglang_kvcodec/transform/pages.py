@@ -103,6 +103,9 @@ class PageTransforms:
         """
         transform = KltTransform(self.spec, calibration, self.profile_name, self._device)
         exact = _Uncalibrated(EXACT, self.spec)
+        if self._device.type == "cuda":
+            # The bases were made on this thread's stream; others will read them on theirs.
+            torch.cuda.synchronize(self._device)
         with self._lock:
             self._transforms.setdefault((EXACT.name, b""), exact)
             self._transforms[self.profile_name, calibration.digest] = transform

@@ -114,6 +114,14 @@ def test_the_same_page_gives_the_same_bytes(profile):
     assert first.encode(page_hash(0), values) == second.encode(page_hash(0), values)
 
 
+@pytest.mark.parametrize("profile", ["raw", "exact", "high"])
+def test_without_a_calibration_the_position_is_no_part_of_the_page(profile):
+    values, encoder = page_values(SPEC, 1), encoder_for(SPEC, profile)
+    coded = encoder.encode(page_hash(0), values, 5 * SPEC.page_tokens)
+    assert coded == encoder.encode(page_hash(0), values)
+    assert PageObject(coded).header.first_position == 0
+
+
 class CountingDecoder:
     """Counts the calls of a real decoder."""
 

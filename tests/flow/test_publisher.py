@@ -29,6 +29,7 @@ class Setup:
         self.values = [self.pool.fill(page, seed=10 * page) for page in range(4)]
         self.stored = StoredPages()
         self.encoded = []
+        self.positions = {}
         self._before_encode = before_encode
         self.publisher = Publisher(self.peer, self.monitor, self.stored, self.pool.wrapped, self._new_encoder, config)
 
@@ -37,16 +38,18 @@ class Setup:
         setup = self
 
         class Encoder:
-            def encode(self, page_hash, values):
+            def encode(self, page_hash, values, first_position):
                 setup._before_encode(page_hash)
                 setup.encoded.append(page_hash)
+                setup.positions[page_hash] = first_position
                 return inner.encode(page_hash, values)
 
         return Encoder()
 
-    def offload(self, pages=range(4), namespace=NAMESPACE):
+    def offload(self, pages=range(4), namespace=NAMESPACE, first_position=0):
         pages = list(pages)
-        return self.publisher.offload(namespace, [hash_of(page) for page in pages], self.pool.slots(pages), ())
+        hashes = [hash_of(page) for page in pages]
+        return self.publisher.offload(namespace, hashes, self.pool.slots(pages), (), first_position)
 
     def publish(self, pages=range(4), namespace=NAMESPACE):
         offload = self.offload(pages, namespace)
@@ -132,6 +135,20 @@ def test_only_what_the_peer_has_not_is_coded_and_sent(engine, local_peer, set_up
     assert delta("kvcodec_published_pages_total", outcome="stored") == 2
     assert setup.offload().succeeded is True
     assert_empty()
+
+
+def test_pages_keep_their_positions_whichever_are_left_out(engine, local_peer, set_up):
+    setup = set_up(local_peer)
+    others = Pages(SMALL, "raw", NAMESPACE)
+    setup.publish([0])
+    engine.put(others.key(2), others.coded(2))
+    setup.offload([0, 1, 2, 3], first_position=5 * SMALL.page_tokens)
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert setup.positions == {
+        hash_of(0): 0,
+        hash_of(1): 6 * SMALL.page_tokens,
+        hash_of(3): 8 * SMALL.page_tokens,
+    }
 
 
 def test_a_page_that_another_server_stores_meanwhile_is_kept_as_it_is(engine, local_peer, set_up, delta):

@@ -6,13 +6,17 @@ from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
 
 from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError, KVCodecError
 from sglang_kvcodec.flow import restorer as restorer_module
+from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.restorer import RestoreJob, Restorer
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.spec import Side, layer_groups
+from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
 from sglang_kvcodec.testing.pages import Pages, hash_of, new_decoder
-from sglang_kvcodec.transform import get_transform
+from sglang_kvcodec.testing.synthetic import page_values
+from sglang_kvcodec.transform import PageTransforms, get_transform
+from sglang_kvcodec.video import open_decoder, open_encoder
 
 GROUPS = layer_groups(GROUPED)
 
@@ -43,10 +47,14 @@ class ScriptedDecoder:
 
     def __init__(self, inner, before):
         self._inner, self._before = inner, before
+        self.restore = inner.restore
+
+    def unpack(self, pages, group_index, side):
+        self._before(pages, group_index, side)
+        return self._inner.unpack(pages, group_index, side)
 
     def decode(self, pages, group_index, side):
-        self._before(pages, group_index, side)
-        return self._inner.decode(pages, group_index, side)
+        return self.restore(pages, self.unpack(pages, group_index, side), group_index, side)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +278,7 @@ class KernelInName:
 def test_with_a_kernel_the_same_pages_come_into_the_same_layers(exact, exact_pages, closing):
     pool, kernel = KnownPool(GROUPED, 4), KernelInName("exact", GROUPED)
     before = pool.bits()
-    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernel)
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernel, "exact")
     closing.callback(restorer.close)
     outcome = Outcome()
     restorer.start([RestoreJob(exact_pages, pool.slots([2, 0, 3]))], outcome.on_layers, outcome.on_failure)
@@ -289,10 +297,40 @@ def test_a_page_that_the_kernel_refuses_is_found(exact_pages, closing):
     sets = exact_pages[1].parameter_sets
     bad = PageObject(build_page_object(header.key, GROUPED, "exact", groups, sets))
     pool = KnownPool(GROUPED, 4)
-    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, KernelInName("exact", GROUPED))
+    kernel = KernelInName("exact", GROUPED)
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernel, "exact")
     closing.callback(restorer.close)
     outcome = Outcome()
     job = RestoreJob([exact_pages[0], bad, exact_pages[2]], pool.slots([2, 0, 3]))
     restore = restorer.start([job], outcome.on_layers, outcome.on_failure)
     assert isinstance(outcome.wait()[-1], FormatError)
     assert restore.bad_pages == [bad]
+
+
+def test_a_kernel_is_kept_from_pages_of_other_profiles_and_of_calibrations(closing):
+    calibration = random_calibration(GROUPED, step=0.01)
+    transforms = PageTransforms(GROUPED, "high", [calibration])
+    values = {name: page_values(GROUPED, seed) for seed, name in enumerate(["plain", "calibrated", "not finite"])}
+    values["not finite"][Side.KEY][4, 1, 2, 3] = float("inf")
+    plain = PageEncoder(NAMESPACE, transforms, open_encoder())
+    calibrated = PageEncoder(NAMESPACE, transforms, open_encoder(), calibration.digest)
+    pages = {
+        name: PageObject((plain if name == "plain" else calibrated).encode(hash_of(name), page, 0))
+        for name, page in values.items()
+    }
+    assert [pages[name].header.profile_name for name in pages] == ["high", "high", "exact"]
+    pool, kernel = KnownPool(GROUPED, 4), KernelInName("high", GROUPED)
+    restorer = Restorer(pool.wrapped, lambda: GroupDecoder(transforms, open_decoder()), 2, kernel, "high")
+    closing.callback(restorer.close)
+    for names, by_kernel in [(["plain"], True), (["calibrated"], False), (["not finite"], False), (list(pages), False)]:
+        kernel.layers.clear()
+        outcome = Outcome()
+        job = RestoreJob([pages[name] for name in names], pool.slots(range(len(names))))
+        restorer.start([job], outcome.on_layers, outcome.on_failure)
+        assert outcome.wait() == [0, 1, 2]
+        assert bool(kernel.layers) is by_kernel
+    assert same_bits(pool.page(2), values["not finite"])
+    for number, name in enumerate(["plain", "calibrated"]):
+        for side in GROUPED.sides:
+            error = pool.page(number)[side].float() - values[name][side].float()
+            assert float(error.abs().max()) < 0.2

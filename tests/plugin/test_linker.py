@@ -14,6 +14,7 @@ from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
 from sglang_kvcodec.plugin.linker import KVCodecLinker
+from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.storage.memory import MemoryEngine
 from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
@@ -45,6 +46,7 @@ class Setup:
         self.held = {}
         self.before_decode = lambda pages, group, side: None
         self.before_encode = lambda: None
+        self.encoded = {}
         self.restorer = Restorer(self.pool.wrapped, self._new_decoder, 2)
         self.publisher = Publisher(peer, monitor, StoredPages(), self.pool.wrapped, self._new_encoder, config)
         for part in (self.publisher, peer, monitor, self.restorer):
@@ -52,6 +54,7 @@ class Setup:
         self.linker = KVCodecLinker(
             None,
             SPEC.layers,
+            SPEC.page_tokens,
             self.cache,
             self.restorer,
             self.publisher,
@@ -63,17 +66,21 @@ class Setup:
     def _new_decoder(self):
         inner = new_decoder(SPEC, "raw")
 
-        def decode(pages, group, side):
+        def unpack(pages, group, side):
             self.before_decode(pages, group, side)
-            return inner.decode(pages, group, side)
+            return inner.unpack(pages, group, side)
 
-        return types.SimpleNamespace(decode=decode)
+        def decode(pages, group, side):
+            return inner.restore(pages, unpack(pages, group, side), group, side)
+
+        return types.SimpleNamespace(unpack=unpack, restore=inner.restore, decode=decode)
 
     def _new_encoder(self, namespace_digest):
         inner = new_encoder(namespace_digest, SPEC, "raw")
 
-        def encode(page_hash, values):
+        def encode(page_hash, values, first_position):
             self.before_encode()
+            self.encoded[page_hash] = first_position
             return inner.encode(page_hash, values)
 
         return types.SimpleNamespace(encode=encode)
@@ -88,8 +95,9 @@ class Setup:
     def load(self, rid, names, numbers):
         return self.linker.load(rid, [transfer(names, self.pool.slots(numbers))])
 
-    def offload(self, names, numbers):
-        return self.linker.offload([transfer(names, self.pool.slots(numbers))])
+    def offload(self, names, numbers, pages_before=0):
+        with self.linker.offload_at(pages_before):
+            return self.linker.offload([transfer(names, self.pool.slots(numbers))])
 
 
 def transfer(names, slots=None):
@@ -255,6 +263,42 @@ def test_offloads_are_completed_in_order(setup):
     stored = setup.engine.get(setup.pages.key(0))
     assert same_bits(setup.pages.decode(PageObject(stored)), setup.pool.page(0))
     assert setup.engine.stat().objects == 1
+
+
+def test_pages_are_published_with_their_place_in_the_prompt(setup):
+    setup.pool.fill(0, 1)
+    setup.offload([0, 1], [2, 0], pages_before=5)
+    setup.offload([2], [1])
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert setup.encoded == {hash_of(0): 5 * SPEC.page_tokens, hash_of(1): 6 * SPEC.page_tokens, hash_of(2): 0}
+
+
+def test_pages_without_a_place_in_the_prompt_are_the_callers_mistake(setup):
+    setup.offload([0], [0], pages_before=3)
+    with pytest.raises(RuntimeError, match="place in the prompt"):
+        setup.linker.offload([transfer([1], setup.pool.slots([1]))])
+
+
+def test_the_wrapper_counts_the_pages_before_a_node(setup):
+    placed = []
+
+    def offload(transfers, session_id=None):
+        placed.append(setup.linker._pages_before)
+        return False
+
+    setup.linker.offload = offload
+    prefixes = {"root's child": [], "deep": ["00"] * 7}
+    cache = types.SimpleNamespace(
+        tree_core=types.SimpleNamespace(get_prefix_hash_values=prefixes.__getitem__),
+        inc_lock_ref=lambda node: types.SimpleNamespace(to_dec_params=lambda: None),
+        dec_lock_ref=lambda node, params: None,
+    )
+    wrapper = PlacedLinkerWrapper.__new__(PlacedLinkerWrapper)
+    wrapper.cache, wrapper.cache_linker, wrapper.pending_offloads = cache, setup.linker, []
+    for node in prefixes:
+        wrapper._offload_node(node, [transfer([0])])
+    assert placed == [0, 7]
+    assert setup.linker._pages_before is None
 
 
 def test_reset_waits_until_no_slot_is_read_or_written(setup):
