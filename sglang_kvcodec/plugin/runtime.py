@@ -77,7 +77,8 @@ class Runtime:
             return GroupDecoder(transforms, open_decoder() if profile.has_pictures else None)
 
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
-            encoder = open_encoder() if profile.has_pictures else None
+            is_calibrated = bool(self._calibration_digest)
+            encoder = open_encoder(uniform_blocks=is_calibrated) if profile.has_pictures else None
             return PageEncoder(namespace_digest, transforms, encoder, self._calibration_digest)
 
         self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel, transforms.uncalibrated.name)
