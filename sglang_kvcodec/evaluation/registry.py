@@ -43,6 +43,7 @@ DEFAULT_METHODS = (
     "cachegen@1",
     "lmcache-cachegen@1",
     "lmcache-cachegen@2",
+    "lmcache-cachegen@4",
     "zstd@3",
     "lz4",
 )
