@@ -265,8 +265,12 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
     try:
         if ctx.disable_radix_cache:
             raise UnsupportedError("kvcodec does not work together with --disable-radix-cache")
-        if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
-            raise UnsupportedError("kvcodec can't code the KV cache of sliding-window or state-space models")
+        kinds = [("sliding-window", ctx.is_hybrid_swa), ("state-space or linear-attention", ctx.is_hybrid_ssm)]
+        if others := [kind for kind, is_there in kinds if is_there]:
+            raise UnsupportedError(
+                f"kvcodec can't code a model with {' and '.join(others)} layers, only one whose layers all have full "
+                "attention"
+            )
         config = server_config(ctx.server_args)
         pool = wrap_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
         transforms = PageTransforms(pool.spec, config.profile, device=pool.device)
