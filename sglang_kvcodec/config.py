@@ -101,6 +101,8 @@ class ServerConfig:
     decode_threads: int = 2
     read_only: bool = False
     """Fetch, but publish nothing."""
+    auto_calibrate: bool = False
+    """Make a calibration from what is published where the peer has none."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
@@ -110,6 +112,10 @@ class ServerConfig:
         for name in ("host_cache_bytes", "publish_queue_bytes", "encode_threads", "decode_threads", "min_fetch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1")
+        if self.auto_calibrate and self.profile in ("raw", "exact"):
+            raise ConfigurationError(f"profile {self.profile!r} needs no calibration; leave auto_calibrate away")
+        if self.auto_calibrate and self.read_only:
+            raise ConfigurationError("auto_calibrate learns from what is published, and read_only publishes nothing")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> ServerConfig:

@@ -22,7 +22,10 @@ HOST_CACHE_BYTES = Gauge("kvcodec_host_cache_bytes", "Page objects held in host 
 PEER_UP = Gauge("kvcodec_peer_up", "1 while the peer answers", multiprocess_mode="livemin")
 PEER_ERRORS = Counter("kvcodec_peer_errors", "Failed RPCs by kind", ["rpc", "reason"])
 
-CALIBRATIONS = Counter("kvcodec_calibrations", "Calibrations asked for at start, by what came of it", ["outcome"])
+CALIBRATIONS = Counter("kvcodec_calibrations", "Calibrations asked for or made, by what came of it", ["outcome"])
+CALIBRATION_TOKENS = Gauge(
+    "kvcodec_calibration_tokens", "Tokens gathered for a calibration of this server's own", multiprocess_mode="livesum"
+)
 
 # ---- an SGLang server's write side ----
 PUBLISHED_PAGES = Counter("kvcodec_published_pages", "Pages offered to the peer, by outcome", ["outcome"])

@@ -78,6 +78,7 @@ def test_environment_names_are_the_fields_without_their_unit():
         "encode_threads": "KVCODEC_ENCODE_THREADS",
         "decode_threads": "KVCODEC_DECODE_THREADS",
         "read_only": "KVCODEC_READ_ONLY",
+        "auto_calibrate": "KVCODEC_AUTO_CALIBRATE",
     }
 
 
@@ -115,7 +116,7 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         ({}, r"kvcodec needs a storage peer: --kvcodec-remote grpc://HOST:PORT \(or KVCODEC_REMOTE\)"),
         ({"KVCODEC_REMOTE": ""}, r"kvcodec needs a storage peer: .*"),
         ({"KVCODEC_REMOTE": "peer"}, r"not a peer's address: 'peer'; write grpc://HOST:PORT"),
-        (REMOTE | {"KVCODEC_PROFILE": "best"}, r"unknown profile 'best'; there are raw, exact, high"),
+        (REMOTE | {"KVCODEC_PROFILE": "best"}, r"unknown profile 'best'; there are .*, compact"),
         (REMOTE | {"KVCODEC_HOST_CACHE": "lots"}, r"not a size: 'lots'; write e\.g\. 50GB or 512MiB"),
         (REMOTE | {"KVCODEC_HOST_CACHE": "0"}, r"host_cache_bytes must be at least 1"),
         (REMOTE | {"KVCODEC_PUBLISH_QUEUE": "0MB"}, r"publish_queue_bytes must be at least 1"),
@@ -123,6 +124,11 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         (REMOTE | {"KVCODEC_DECODE_THREADS": "1.5"}, r"decode_threads must be a whole number, not '1\.5'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "-1"}, r"decode_threads must be at least 1"),
         (REMOTE | {"KVCODEC_MIN_FETCH_TOKENS": "0"}, r"min_fetch_tokens must be at least 1"),
+        (REMOTE | {"KVCODEC_AUTO_CALIBRATE": "true"}, r"profile 'exact' needs no calibration; leave .* away"),
+        (
+            REMOTE | {"KVCODEC_AUTO_CALIBRATE": "1", "KVCODEC_PROFILE": "high", "KVCODEC_READ_ONLY": "1"},
+            r"auto_calibrate learns from what is published, and read_only publishes nothing",
+        ),
         (REMOTE | {"KVCODEC_READ_ONLY": "maybe"}, r"read_only must be true or false, not 'maybe'"),
     ],
 )

@@ -22,7 +22,7 @@ MAY_USE = {
     "calibration": BASE | {"format", "transform"},
     "rpc": BASE | {"format", "storage"},
     "models": BASE | {"format"},
-    "flow": BASE | {"format"} | PARTS | {"kernels", "rpc"},
+    "flow": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration"},
     "evaluation": BASE | {"format"} | PARTS | JOINTS | {"flow"},
     "testing": BASE | {"format"} | PARTS | {"kernels", "rpc", "flow"},
     "plugin": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration", "flow"},

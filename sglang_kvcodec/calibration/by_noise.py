@@ -14,7 +14,7 @@ import torch
 from sglang_kvcodec import __version__
 from sglang_kvcodec.calibration.bases import MIN_TOKENS_PER_VALUE, solve_bases
 from sglang_kvcodec.calibration.statistics import KVStatistics
-from sglang_kvcodec.calibration.tiers import bits_and_noise, build_calibration, concatenated, make_tier, to_components
+from sglang_kvcodec.calibration.tiers import bits_and_noise, build_calibration, make_tier, unrotated_to_components
 from sglang_kvcodec.format.calibration import Calibration, ShardLayout
 from sglang_kvcodec.format.spec import Side
 
@@ -52,7 +52,12 @@ def calibrate_by_noise(
         CalibrationError: too few tokens, or KV that no basis can be made of.
     """
     bases = solve_bases(statistics)
-    components = concatenated([to_components(statistics, bases, kv, first) for kv, first in sample])
+    # All at once: a basis is inverted for each call.
+    kept = {
+        side: torch.cat([statistics.unrotated(side, kv[side], first) for kv, first in sample], dim=1)
+        for side in statistics.layout.sides
+    }
+    components = unrotated_to_components(statistics, bases, kept)
     tiers = {}
     for name, ratio in noise_to_signal.items():
         # Uniform noise within a step has a power of step**2 / 12; components smaller than a step have less.

@@ -48,9 +48,17 @@ def to_components(
     statistics: KVStatistics, bases: SolvedBases, kv: Mapping[Side, torch.Tensor], first_position: int = 0
 ) -> Components:
     """The components of the KV of a run of tokens, as ``KVStatistics.add`` takes it."""
+    unrotated = {side: statistics.unrotated(side, kv[side], first_position) for side in bases.blocks}
+    return unrotated_to_components(statistics, bases, unrotated)
+
+
+def unrotated_to_components(
+    statistics: KVStatistics, bases: SolvedBases, kv: Mapping[Side, torch.Tensor]
+) -> Components:
+    """The components of the KV of any tokens, whose K is as ``KVStatistics.unrotated`` gives it."""
     result: dict[Side, list[torch.Tensor]] = {}
     for side, blocks in bases.blocks.items():
-        values = statistics.unrotated(side, kv[side], first_position).flatten(2)
+        values = kv[side].flatten(2)
         result[side] = []
         first = 0
         for block in blocks:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sglang_kvcodec import metrics
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_TICKETS = 256
 """Requests that may fetch or wait to fetch at once; beyond it they are computed."""
 FETCH_THREADS = 8
+MAX_RUNS = 4
+"""Changes of namespace within one prefix: each costs a Lookup and a Fetch."""
 
 
 class FetchTicket:
@@ -53,6 +56,23 @@ class FetchTicket:
     def wait(self, timeout_s: float) -> bool:
         """Waits for :attr:`is_done`; for tests."""
         return self._done.wait(timeout_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Stored pages that follow each other and lie in one namespace.
+
+    Attributes:
+        namespace_digest: the namespace.
+        first: index of the first of them in the prefix.
+        pages: how many.
+        coded_bytes: their size.
+    """
+
+    namespace_digest: bytes
+    first: int
+    pages: int
+    coded_bytes: int
 
 
 class Fetcher:
@@ -91,8 +111,13 @@ class Fetcher:
         self._lock = threading.Lock()
         self._tickets = 0
 
-    def start(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> FetchTicket:
-        """Begins to fetch; returns at once. The ticket may already be done."""
+    def start(self, namespace_digests: Sequence[bytes], page_hashes: Sequence[bytes]) -> FetchTicket:
+        """Begins to fetch; returns at once. The ticket may already be done.
+
+        Args:
+            namespace_digests: where pages may be, the best first: pages of the others are taken where it has none.
+            page_hashes: of the pages, in prefix order.
+        """
         ticket = FetchTicket(page_hashes)
         reason = ""
         if not self._monitor.is_up:
@@ -108,18 +133,18 @@ class Fetcher:
         if reason:
             self._end(ticket, reason)
         else:
-            self._threads.submit(self._run, ticket, namespace_digest, time.monotonic())
+            self._threads.submit(self._run, ticket, tuple(namespace_digests), time.monotonic())
         return ticket
 
     def close(self) -> None:
         """Ends; the peer is to be closed first, which ends calls under way."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float) -> None:
+    def _run(self, ticket: FetchTicket, namespace_digests: Sequence[bytes], start_s: float) -> None:
         outcome = "error"
-        damaged: list[bytes] = []
+        damaged: list[PageKey] = []
         try:
-            outcome = self._fetch(ticket, namespace_digest, start_s, damaged)
+            outcome = self._fetch(ticket, namespace_digests, start_s, damaged)
         except PeerError as error:
             self._monitor.failed("fetch", error)
             outcome = error.reason
@@ -133,8 +158,8 @@ class Fetcher:
                 metrics.FETCH_SECONDS.observe(time.monotonic() - start_s)
             self._end(ticket, outcome)
         # Last: the request does not wait for it.
-        if damaged:
-            self._drop_damaged(namespace_digest, damaged)
+        for key in damaged:
+            self._drop_damaged(key)
 
     def _end(self, ticket: FetchTicket, outcome: str) -> None:
         metrics.FETCHES.labels(outcome=outcome).inc()
@@ -147,21 +172,23 @@ class Fetcher:
         ticket.finish()
         self._on_done()
 
-    def _fetch(self, ticket: FetchTicket, namespace_digest: bytes, start_s: float, damaged: list[bytes]) -> str:
+    def _fetch(
+        self, ticket: FetchTicket, namespace_digests: Sequence[bytes], start_s: float, damaged: list[PageKey]
+    ) -> str:
         """Fetches what is worth it into the ticket; why it ended. Appends the pages that can't be used."""
         deadline_s = start_s + self._config.timeouts.fetch_s
         if ticket.cancelled.is_set():
             return "cancelled"
         if time.monotonic() > deadline_s:
             return "too_slow"
-        lookup = self._peer.lookup(namespace_digest, ticket.page_hashes)
-        self._stored.update(namespace_digest, ticket.page_hashes, lookup.present)
-        ticket.stored_pages = lookup.covered_pages
-        metrics.LOOKUP_PAGES.labels(outcome="stored").inc(lookup.covered_pages)
-        metrics.LOOKUP_PAGES.labels(outcome="missing").inc(len(ticket.page_hashes) - lookup.covered_pages)
+        runs = self._lookup(namespace_digests, ticket.page_hashes)
+        covered_pages = sum(run.pages for run in runs)
+        ticket.stored_pages = covered_pages
+        metrics.LOOKUP_PAGES.labels(outcome="stored").inc(covered_pages)
+        metrics.LOOKUP_PAGES.labels(outcome="missing").inc(len(ticket.page_hashes) - covered_pages)
         plan = plan_fetch(
-            lookup.covered_pages,
-            lookup.covered_bytes,
+            covered_pages,
+            sum(run.coded_bytes for run in runs),
             self._page_tokens,
             self._config.min_fetch_tokens,
             self._config.host_cache_bytes,
@@ -170,11 +197,13 @@ class Fetcher:
         if plan.pages == 0:
             return plan.reason
         wanted = ticket.page_hashes[: plan.pages]
-        receiver = _Receiver(namespace_digest, wanted, self._transforms, self._config.host_cache_bytes)
+        places = [run.namespace_digest for run in runs for _ in range(run.pages)]
+        keys = [PageKey(*place) for place in zip(places, wanted, strict=False)]
+        receiver = _Receiver(keys, self._transforms, self._config.host_cache_bytes)
         outcome = plan.reason
         try:
-            for event in self._peer.fetch(namespace_digest, wanted, ticket.cancelled):
-                receiver.add(event)
+            for run, event in self._events(runs, wanted, ticket.cancelled):
+                receiver.add(event, run.first)
                 if receiver.is_complete:
                     break
                 if time.monotonic() > deadline_s:
@@ -187,15 +216,46 @@ class Fetcher:
         ticket.pages = receiver.whole_prefix()
         for page_hash, page in reversed(list(zip(wanted, ticket.pages, strict=False))):
             self._cache.put(page_hash, page)
-        self._stored.update(namespace_digest, receiver.gone, [False] * len(receiver.gone))
+        for key in receiver.gone:
+            self._stored.update(key.namespace_digest, [key.page_hash], [False])
         damaged += receiver.damaged
         return receiver.failure or ("cancelled" if ticket.cancelled.is_set() else outcome)
 
-    def _drop_damaged(self, namespace_digest: bytes, page_hashes: list[bytes]) -> None:
+    def _events(
+        self, runs: Sequence[_Run], wanted: Sequence[bytes], cancelled: threading.Event
+    ) -> Iterator[tuple[_Run, FetchEvent]]:
+        """Fetches the pages of one run after another."""
+        for run in runs:
+            of_run = wanted[run.first : run.first + run.pages]
+            if of_run:
+                for event in self._peer.fetch(run.namespace_digest, of_run, cancelled):
+                    yield run, event
+
+    def _lookup(self, namespace_digests: Sequence[bytes], page_hashes: Sequence[bytes]) -> list[_Run]:
+        """The longest stored prefix. Where a namespace has no more of it, the others are asked for what follows."""
+        runs: list[_Run] = []
+        found = True
+        while found and len(runs) < MAX_RUNS:
+            first = runs[-1].first + runs[-1].pages if runs else 0
+            rest = page_hashes[first:]
+            exhausted = runs[-1].namespace_digest if runs else b""
+            found = False
+            for namespace_digest in namespace_digests:
+                if not rest or namespace_digest == exhausted:
+                    continue
+                lookup = self._peer.lookup(namespace_digest, rest)
+                self._stored.update(namespace_digest, rest, lookup.present)
+                if lookup.covered_pages:
+                    runs.append(_Run(namespace_digest, first, lookup.covered_pages, lookup.covered_bytes))
+                    found = True
+                    break
+        return runs
+
+    def _drop_damaged(self, key: PageKey) -> None:
         """A page that can't be read stands in the way of a good copy of it: the peer keeps what it has."""
-        self._stored.update(namespace_digest, page_hashes, [False] * len(page_hashes))
+        self._stored.update(key.namespace_digest, [key.page_hash], [False])
         try:
-            self._peer.delete(namespace_digest, page_hashes)
+            self._peer.delete(key.namespace_digest, [key.page_hash])
         except PeerError as error:
             self._monitor.failed("delete", error)
 
@@ -203,29 +263,28 @@ class Fetcher:
 class _Receiver:
     """Turns the events of one fetch into pages; a bad page ends the prefix there."""
 
-    def __init__(
-        self, namespace_digest: bytes, wanted: Sequence[bytes], transforms: PageTransforms, max_bytes: int
-    ) -> None:
-        self._keys = [PageKey(namespace_digest, page_hash) for page_hash in wanted]
+    def __init__(self, keys: Sequence[PageKey], transforms: PageTransforms, max_bytes: int) -> None:
+        self._keys = keys
         self._transforms = transforms
         self._assemblies: dict[int, PageAssembly] = {}
         self._pages: dict[int, PageObject] = {}
-        self._usable = len(wanted)
+        self._usable = len(keys)
         self._free_bytes = max_bytes
-        self.damaged: list[bytes] = []
-        self.gone: list[bytes] = []
+        self.damaged: list[PageKey] = []
+        self.gone: list[PageKey] = []
         self.failure = ""
 
     @property
     def is_complete(self) -> bool:
         return len(self._pages) >= self._usable
 
-    def add(self, event: FetchEvent) -> None:
-        index = event.page_index
+    def add(self, event: FetchEvent, first: int) -> None:
+        """Takes an event of a fetch of the pages from ``first`` on."""
+        index = first + event.page_index
         if index >= self._usable or index in self._pages:
             return
         if isinstance(event, FetchedMissing):
-            self.gone.append(self._keys[index].page_hash)
+            self.gone.append(self._keys[index])
             self._cut(index, "gone")
             return
         try:
@@ -245,7 +304,7 @@ class _Receiver:
                 page = assembly.add(event)
         except FormatError as error:
             logger.warning("kvcodec: stored page %s can't be used: %s", self._keys[index], error)
-            self.damaged.append(self._keys[index].page_hash)
+            self.damaged.append(self._keys[index])
             self._cut(index, error.reason)
             return
         if page is not None:

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ class Publisher:
         pool: PagedKVPool,
         new_encoder: Callable[[bytes], PageEncoder],
         config: ServerConfig,
+        on_page: Callable[[Mapping[Side, torch.Tensor], int], None] = lambda values, first_position: None,
     ) -> None:
         """Starts the threads.
 
@@ -99,6 +100,8 @@ class Publisher:
             pool: where pages come from.
             new_encoder: opens an encoder for pages of a namespace, for one thread.
             config: bounds.
+            on_page: called on the copying thread with the values ``(layers, page_tokens, kv_heads, head_dim)`` of each
+                side of a page that will be published, and the position of its first token.
         """
         self._peer = peer
         self._monitor = monitor
@@ -106,6 +109,7 @@ class Publisher:
         self._pool = pool
         self._new_encoder = new_encoder
         self._config = config
+        self._on_page = on_page
         self._queue_changed = threading.Condition()
         self._queued_bytes = 0
         self._closed = threading.Event()
@@ -240,6 +244,7 @@ class Publisher:
             if not present[i]:
                 page_values = {side: tensor[i] for side, tensor in values.items()}
                 first_position = offload.first_position + missing[i] * spec.page_tokens
+                self._on_page(page_values, first_position)
                 self._to_encode.put(
                     _Page(offload.namespace_digest, page_hash, page_values, spec.page_bytes, first_position)
                 )

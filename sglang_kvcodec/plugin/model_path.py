@@ -9,9 +9,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.format.calibration import ShardLayout, model_digest
-from sglang_kvcodec.format.model_files import model_files_digest
-from sglang_kvcodec.format.spec import KVSpec
 
 
 def local_model_path(server_args: Any) -> pathlib.Path:
@@ -35,21 +32,3 @@ def local_model_path(server_args: Any) -> pathlib.Path:
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise ConfigurationError(f"the files of model {server_args.model_path!r} are not on this machine") from error
     return pathlib.Path(found)
-
-
-def calibrated_model_digest(ctx: Any, spec: KVSpec, first_layer: int) -> bytes:
-    """Names the model and shard of this rank, as ``kvcodec calibrate`` names it.
-
-    Args:
-        ctx: SGLang's ``TreeCacheBuildContext``.
-        spec: of the rank's pages.
-        first_layer: of its layers.
-
-    Raises:
-        ConfigurationError: the model's files can't be found.
-        OSError: they can't be read.
-    """
-    layout = ShardLayout(
-        spec.layers, spec.kv_heads, spec.head_dim, first_layer, ctx.tp_rank, ctx.tp_size, sides=spec.sides
-    )
-    return model_digest(model_files_digest(local_model_path(ctx.server_args)), layout)

@@ -7,7 +7,6 @@ request's own under the running forward pass, and offers new nodes for publishin
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from array import array
@@ -19,22 +18,17 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
-from sglang_kvcodec.flow.calibrations import search_calibration, settle_calibration
 from sglang_kvcodec.flow.fetcher import FetchTicket
-from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.page_object import PageObject
-from sglang_kvcodec.format.profile import CALIBRATED_TIERS
+from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
 from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.linker import KVCodecLinker
-from sglang_kvcodec.plugin.model_path import calibrated_model_digest
 from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.plugin.settings import server_config
-from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
@@ -124,7 +118,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     ) -> None:
         """Starts to fetch the pages of a queued request that neither device nor host memory has."""
         assert self._runtime is not None
-        digest = self._runtime.namespace_digest()
+        digests = self._runtime.namespace_digests()
         matched = list(matched_prefix_tokens or [])
         start_page = len(matched) // self.page_size
         key = RadixKey(
@@ -133,13 +127,13 @@ class KVCodecRadixCache(UnifiedRadixCache):
             is_bigram=self.tree_core.is_eagle,
             cache_salt=cache_salt,
         ).page_aligned(self.page_size)
-        if digest is None or request.rid not in self.retries or request in self._held:
+        if not digests or request.rid not in self.retries or request in self._held:
             return
         if len(key) // self.page_size <= start_page:
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         wanted = self._linker.without_bad(hashes[start_page:])
-        self._held[request] = _Held(self._runtime.fetcher.start(digest, wanted), start_page, wanted)
+        self._held[request] = _Held(self._runtime.fetcher.start(digests, wanted), start_page, wanted)
 
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether the request may go on: False only while its pages are on their way."""
@@ -271,31 +265,27 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
     try:
         if ctx.disable_radix_cache:
             raise UnsupportedError("kvcodec does not work together with --disable-radix-cache")
-        if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
-            raise UnsupportedError("kvcodec can't code the KV cache of sliding-window or state-space models")
+        kinds = [("sliding-window", ctx.is_hybrid_swa), ("state-space or linear-attention", ctx.is_hybrid_ssm)]
+        if others := [kind for kind, is_there in kinds if is_there]:
+            raise UnsupportedError(
+                f"kvcodec can't code a model with {' and '.join(others)} layers, only one whose layers all have full "
+                "attention"
+            )
         config = server_config(ctx.server_args)
         pool = wrap_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
         transforms = PageTransforms(pool.spec, config.profile, device=pool.device)
         cache: KVCodecRadixCache = create_unified_radix_cache(ctx, cache_class=KVCodecRadixCache)
-        calibration = _calibration(ctx, cache, config, transforms)
+        calibration = calibration_at_start(ctx, config, transforms, cache.all_ranks)
         runtime = Runtime(
-            config, pool, transforms, calibration, lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated)
+            config,
+            pool,
+            transforms,
+            calibration,
+            lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated),
+            auto_calibration(ctx, config, transforms) if calibration is None else None,
         )
     except ConfigurationError as error:
         logger.error("sglang-kvcodec: %s", error)
         raise
     cache.attach(runtime, ctx)
     return cache
-
-
-def _calibration(
-    ctx: Any, cache: KVCodecRadixCache, config: ServerConfig, transforms: PageTransforms
-) -> Calibration | None:
-    """The calibration that this server uses; None if its tier needs none, or for want of one. All ranks agree."""
-    if config.profile not in CALIBRATED_TIERS:
-        return None
-    first_layer = ctx.params.token_to_kv_pool_allocator.get_kvcache().start_layer or 0
-    timeouts = dataclasses.replace(config.timeouts, calibration_s=config.timeouts.start_calibration_s)
-    with contextlib.closing(GrpcPeer(config.remote, timeouts)) as peer:
-        found = search_calibration(peer, lambda: calibrated_model_digest(ctx, transforms.spec, first_layer), transforms)
-    return settle_calibration(found, transforms, cache.all_ranks)

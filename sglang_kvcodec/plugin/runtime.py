@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
@@ -18,12 +19,16 @@ from sglang_kvcodec.flow.restore_kernel import restore_kernel
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.calibration import Calibration
+from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder, open_encoder
 
 logger = logging.getLogger(__name__)
+
+NewAutoCalibration = Callable[[PeerTransport, Callable[[Calibration], None]], AutoCalibration]
+"""Starts one, given where calibrations are kept and what to call with the one to use."""
 
 
 class Runtime:
@@ -36,6 +41,7 @@ class Runtime:
         transforms: PageTransforms,
         calibration: Calibration | None,
         new_namespace: Callable[[], Namespace],
+        new_auto_calibration: NewAutoCalibration | None = None,
     ) -> None:
         """Connects and starts the threads; does not wait for the peer.
 
@@ -46,6 +52,7 @@ class Runtime:
             calibration: to code with, which ``transforms`` know; None to code without. It is kept when new weights are
                 loaded: it then codes them badly, not wrongly.
             new_namespace: computes the namespace of uncalibrated pages from the weights that are loaded now.
+            new_auto_calibration: starts to make a calibration; None to stay as it is.
 
         Raises:
             ConfigurationError: a codec or its device's kernel is missing.
@@ -54,8 +61,12 @@ class Runtime:
         self.pool = pool
         self._transforms = transforms
         self._calibration_digest = calibration.digest if calibration is not None else b""
+        self._calibration_of: dict[bytes, bytes] = {}
+        """Namespace digest -> calibration digest, of old weights as well: pages of them may still be on their way."""
+        self._digests: dict[bytes, bytes] = {}
+        """Calibration digest -> namespace digest, with the weights that are loaded now."""
         self._new_namespace = new_namespace
-        self._namespace: Namespace | None = self._coded_namespace()
+        self._namespace: Namespace | None = new_namespace()
         self._weights_changed = False
         profile = transforms.profile(self._calibration_digest)
         # Nothing but the transforms restores calibrated pages yet; they do so on the pool's device.
@@ -77,12 +88,17 @@ class Runtime:
             return GroupDecoder(transforms, open_decoder() if profile.has_pictures else None)
 
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
-            is_calibrated = bool(self._calibration_digest)
-            encoder = open_encoder(uniform_blocks=is_calibrated) if profile.has_pictures else None
-            return PageEncoder(namespace_digest, transforms, encoder, self._calibration_digest)
+            calibration_digest = self._calibration_of[namespace_digest]
+            has_components = bool(calibration_digest)
+            encoder = open_encoder(uniform_blocks=has_components) if profile.has_pictures else None
+            return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
         self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel, transforms.uncalibrated.name)
-        self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config)
+        self._auto_calibration = (
+            new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
+        )
+        on_page = [self._auto_calibration.offer] if self._auto_calibration is not None else []
+        self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config, *on_page)
         logger.info(
             "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
             config.remote,
@@ -91,37 +107,58 @@ class Runtime:
             pool.spec.layers,
             pool.spec.kv_heads,
             pool.spec.head_dim,
-            self._namespace.digest.hex()[:16] if self._namespace else "none",
-        )
-
-    def _coded_namespace(self) -> Namespace:
-        """The namespace of what is published now."""
-        profile = self._transforms.profile(self._calibration_digest)
-        return dataclasses.replace(
-            self._new_namespace(),
-            profile=profile.name,
-            stages=profile.stages,
-            calibration_digest=self._calibration_digest.hex(),
+            (self.namespace_digest() or b"").hex()[:16],
         )
 
     def namespace_digest(self) -> bytes | None:
         """The namespace of pages computed now; None while pages of old weights may be around."""
+        digests = self.namespace_digests()
+        return digests[0] if digests else None
+
+    def namespace_digests(self) -> list[bytes]:
+        """The namespaces to look for pages in: first that of pages computed now; none while that can't be told.
+
+        A server that makes a calibration has published without one before, and so may others have.
+        """
         if self._weights_changed:
-            return None
+            return []
         if self._namespace is None:
-            self._namespace = self._coded_namespace()
-            logger.info("kvcodec: new weights, namespace %s", self._namespace.digest.hex()[:16])
-        return self._namespace.digest
+            self._namespace = self._new_namespace()
+            logger.info("kvcodec: new weights, namespace %s without a calibration", self._namespace.digest.hex()[:16])
+        # Read once: another thread may set it.
+        calibration_digest = self._calibration_digest
+        digests = [self._digest_of(self._namespace, calibration_digest)]
+        if calibration_digest and self.config.auto_calibrate:
+            digests.append(self._digest_of(self._namespace, b""))
+        return digests
+
+    def _digest_of(self, uncalibrated: Namespace, calibration_digest: bytes) -> bytes:
+        if calibration_digest not in self._digests:
+            profile = self._transforms.profile(calibration_digest)
+            namespace = dataclasses.replace(
+                uncalibrated, profile=profile.name, stages=profile.stages, calibration_digest=calibration_digest.hex()
+            )
+            self._calibration_of[namespace.digest] = calibration_digest
+            self._digests[calibration_digest] = namespace.digest
+        return self._digests[calibration_digest]
+
+    def _now_calibrated(self, calibration: Calibration) -> None:
+        """What is published from now on is coded with it; called on a thread of its own."""
+        self._calibration_digest = calibration.digest
 
     def weights_changing(self) -> None:
         """New weights come in: no page is fetched or published until the tree has been flushed."""
         self._weights_changed = True
+        if self._auto_calibration is not None:
+            # It would be kept under the name of the files that were loaded at start.
+            self._auto_calibration.stop()
 
     def flushed(self) -> None:
         """The tree is empty: what comes now is of the weights that are loaded now."""
         if self._weights_changed:
             # Computed at the next use: at this moment the weights may be offloaded.
             self._namespace = None
+            self._digests.clear()
             self._weights_changed = False
             self.cache.clear()
 
@@ -129,6 +166,8 @@ class Runtime:
         """Ends all threads and the connection."""
         self._monitor.close()
         self._peer.close()
+        if self._auto_calibration is not None:
+            self._auto_calibration.close()
         self.fetcher.close()
         self.publisher.close()
         self.restorer.close()

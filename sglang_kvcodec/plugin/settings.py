@@ -26,6 +26,7 @@ _HELP = {
     "encode_threads": "Threads that encode new pages.",
     "decode_threads": "Threads that decode fetched pages.",
     "read_only": "true: fetch, but publish nothing.",
+    "auto_calibrate": "true: where the peer has no calibration, make one in the background from what is published.",
 }
 
 

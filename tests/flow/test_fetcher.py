@@ -41,11 +41,11 @@ class Setup:
             on_done=on_done,
         )
 
-    def start(self, names=NAMES):
-        return self.fetcher.start(NAMESPACE, [hash_of(name) for name in names])
+    def start(self, names=NAMES, namespaces=(NAMESPACE,)):
+        return self.fetcher.start(namespaces, [hash_of(name) for name in names])
 
-    def fetch(self, names=NAMES):
-        ticket = self.start(names)
+    def fetch(self, names=NAMES, namespaces=(NAMESPACE,)):
+        ticket = self.start(names, namespaces)
         assert ticket.wait(LIMIT_S)
         return ticket
 
@@ -105,6 +105,52 @@ def test_a_partial_prefix(engine, local_peer, set_up, pages, delta):
     assert setup.stored.missing(NAMESPACE, ticket.page_hashes) == [3, 5]
     assert delta("kvcodec_lookup_pages_total", outcome="missing") == 3
     assert delta("kvcodec_misses_total", reason="not_stored") == 3
+
+
+OLD = bytes(range(64, 96))
+"""A namespace whose pages can be read as well."""
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "has", "fetches"),
+    [
+        ([0, 1, 2, 3, 4, 5], [0, 1], "nnnnnn", 1),
+        ([], [0, 1, 3], "oo", 1),
+        ([0, 1], [1, 2, 3, 5], "nnoo", 2),
+        ([3, 4], [0, 1, 2, 4], "ooonn", 2),
+        ([1, 3, 5], [0, 2, 4], "onon", 4),
+        ([1], [2], "", 0),
+    ],
+)
+def test_what_the_best_namespace_has_not_comes_from_the_other(
+    engine, local_peer, set_up, pages, delta, new, old, has, fetches
+):
+    others = Pages(SMALL, "raw", OLD)
+    store(engine, pages, new)
+    store(engine, others, old)
+    setup = set_up(local_peer)
+    ticket = setup.fetch(namespaces=(NAMESPACE, OLD))
+    assert_has(ticket, pages, range(len(has)))
+    digests = {"n": NAMESPACE, "o": OLD}
+    assert [page.header.key.namespace_digest for page in ticket.pages] == [digests[letter] for letter in has]
+    assert setup.connection.peer.calls.count("fetch") == fetches
+    assert delta("kvcodec_lookup_pages_total", outcome="stored") == len(has)
+    assert delta("kvcodec_misses_total", reason="not_stored") == len(NAMES) - len(has)
+
+
+def test_a_damaged_page_of_the_other_namespace_is_deleted_there(engine, local_peer, set_up, pages):
+    others = Pages(SMALL, "raw", OLD)
+    store(engine, pages, [0, 3])
+    store(engine, others, [2])
+    data = others.coded(1)
+    engine.put(others.key(1), data[:-1] + bytes([data[-1] ^ 1]))
+    setup = set_up(local_peer)
+    ticket = setup.fetch(namespaces=(NAMESPACE, OLD))
+    assert_has(ticket, pages, [0])
+    setup.settle()
+    assert engine.get(others.key(1)) is None
+    assert engine.get(others.key(2)) is not None
+    assert engine.get(pages.key(3)) is not None
 
 
 def test_nothing_stored_is_not_fetched(local_peer, set_up, delta):

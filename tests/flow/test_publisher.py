@@ -22,7 +22,7 @@ OTHER_NAMESPACE = bytes(range(32, 64))
 class Setup:
     """A publisher of a pool of four pages, which are called 0 to 3."""
 
-    def __init__(self, connection, config, spec, before_encode=lambda page_hash: None):
+    def __init__(self, connection, config, spec, before_encode=lambda page_hash: None, on_page=lambda *args: None):
         self.peer, self.monitor = connection.peer, connection.monitor
         self.profile = config.profile
         self.pool = KnownPool(spec, 4)
@@ -31,7 +31,9 @@ class Setup:
         self.encoded = []
         self.positions = {}
         self._before_encode = before_encode
-        self.publisher = Publisher(self.peer, self.monitor, self.stored, self.pool.wrapped, self._new_encoder, config)
+        self.publisher = Publisher(
+            self.peer, self.monitor, self.stored, self.pool.wrapped, self._new_encoder, config, on_page
+        )
 
     def _new_encoder(self, namespace_digest):
         inner = new_encoder(namespace_digest, self.pool.spec, self.profile)
@@ -67,9 +69,16 @@ class Setup:
 
 @pytest.fixture
 def set_up(connect, config, closing):
-    def make(peer, spec=SMALL, expect_up=True, before_encode=lambda page_hash: None, **changes):
+    def make(
+        peer,
+        spec=SMALL,
+        expect_up=True,
+        before_encode=lambda page_hash: None,
+        on_page=lambda *args: None,
+        **changes,
+    ):
         connection = connect(peer.remote, expect_up)
-        setup = Setup(connection, dataclasses.replace(config, **changes), spec, before_encode)
+        setup = Setup(connection, dataclasses.replace(config, **changes), spec, before_encode, on_page)
         closing.callback(setup.publisher.close)
         return setup
 
@@ -149,6 +158,17 @@ def test_pages_keep_their_positions_whichever_are_left_out(engine, local_peer, s
         hash_of(1): 6 * SMALL.page_tokens,
         hash_of(3): 8 * SMALL.page_tokens,
     }
+
+
+def test_pages_that_will_be_published_are_shown_with_their_positions(engine, local_peer, set_up):
+    shown = []
+    setup = set_up(local_peer, on_page=lambda values, position: shown.append((position, values)))
+    others = Pages(SMALL, "raw", NAMESPACE)
+    engine.put(others.key(2), others.coded(2))
+    setup.offload([1, 2, 3], first_position=SMALL.page_tokens)
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert [position for position, _ in shown] == [SMALL.page_tokens, 3 * SMALL.page_tokens]
+    assert all(same_bits(values, setup.values[page]) for page, (_, values) in zip([1, 3], shown, strict=True))
 
 
 def test_a_page_that_another_server_stores_meanwhile_is_kept_as_it_is(engine, local_peer, set_up, delta):

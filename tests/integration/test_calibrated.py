@@ -43,16 +43,17 @@ class Site:
     def __init__(self, work_dir, stack):
         self.engine = KeptPages()
         self._peer = LocalPeer(self.engine)
+        self.remote = self._peer.remote
         self._work_dir, self._stack = work_dir, stack
         stack.callback(self._peer.stop)
 
     def put_calibration(self, digest: bytes, artifact: bytes) -> None:
-        with contextlib.closing(GrpcPeer(self._peer.remote)) as client:
+        with contextlib.closing(GrpcPeer(self.remote)) as client:
             client.put_calibration(digest, artifact)
 
     def start(self, name, *extra_args, profile="high", kvcodec_args=(), env=None) -> SGLangProcess:
         """Starts a server, without waiting for it."""
-        args = KVCodecArgs(self._peer.remote, profile, tuple(kvcodec_args))
+        args = KVCodecArgs(self.remote, profile, tuple(kvcodec_args))
         log = self._work_dir / f"{name}.log"
         server = SGLangProcess(name, MODEL, log, args, extra_args=[*CHUNKED, *extra_args], env=env)
         self._stack.callback(server.kill)
@@ -198,3 +199,36 @@ def test_each_rank_has_its_own_calibration(new_site):
     assert stored >= 256
     assert text == answer
     assert metric(server, "kvcodec_calibrations_total", outcome="used") == 2
+
+
+def test_a_server_makes_its_own_calibration_and_reads_pages_of_both_namespaces(new_site):
+    site = new_site()
+    auto = ("--kvcodec-auto-calibrate", "true")
+    a = site.start("auto-a", kvcodec_args=auto)
+    texts = source_slices([2200] * 20, "ast")
+    early, late = encoded(texts[0]), encoded(texts[1])
+    serve(a)
+    generate(a, early)
+    # Bases over three layers of 256 values need 4 tokens for each value, and half as many again.
+    for text in texts[2:]:
+        generate(a, encoded(text))
+        assert a.client.wait_published()
+    wait_for(lambda: metric(a, "kvcodec_calibrations_total", outcome="made") == 1, "calibration", 180)
+    assert metric(a, "kvcodec_calibrations_total", outcome="not_stored") == 1
+    with contextlib.closing(GrpcPeer(site.remote)) as client:
+        (entry,) = client.list_calibrations()
+    generate(a, early + late)
+    assert a.client.wait_published()
+    hashes = hashes_of(early + late)
+    wait_for(lambda: hashes[-1] in {page.header.key.page_hash for page in site.engine.pages}, "the last page")
+    by_hash = {page.header.key.page_hash: page.header for page in site.engine.pages}
+    own, new = len(hashes_of(early)), len(hashes)
+    assert {by_hash[page].calibration_digest for page in hashes[: own - 1]} == {b""}
+    assert {by_hash[page].calibration_digest for page in hashes[own:new]} == {entry.digest}
+
+    fresh = site.start("auto-fresh", kvcodec_args=auto)
+    serve(fresh)
+    assert metric(fresh, "kvcodec_calibrations_total", outcome="used") == 1
+    _, stored = generate(fresh, early + late)
+    assert stored >= (new - 1) * PAGE_TOKENS
+    assert metric(fresh, "kvcodec_restore_failures_total") == 0

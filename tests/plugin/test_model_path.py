@@ -7,7 +7,8 @@ from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.format.calibration import ShardLayout, model_digest
 from sglang_kvcodec.format.model_files import model_files_digest
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
-from sglang_kvcodec.plugin.model_path import calibrated_model_digest, local_model_path
+from sglang_kvcodec.plugin.calibrating import rank_digest
+from sglang_kvcodec.plugin.model_path import local_model_path
 
 MODEL = pathlib.Path(__file__).parents[1] / "models" / "tiny-code-lm"
 SPEC = KVSpec(layers=6, kv_heads=1, head_dim=128, page_tokens=64, dtype=KVDtype.BFLOAT16)
@@ -50,7 +51,11 @@ def test_a_model_that_is_not_here_is_said_to_be_so(tmp_path, name):
 
 
 def test_each_rank_asks_for_what_calibrate_made_for_it():
-    ctx = types.SimpleNamespace(server_args=args(MODEL), tp_rank=1, tp_size=2)
+    def digest(start_layer):
+        pool = types.SimpleNamespace(start_layer=start_layer)
+        params = types.SimpleNamespace(token_to_kv_pool_allocator=types.SimpleNamespace(get_kvcache=lambda: pool))
+        return rank_digest(types.SimpleNamespace(server_args=args(MODEL), params=params, tp_rank=1, tp_size=2), SPEC)
+
     layout = ShardLayout(6, 1, 128, tp_rank=1, tp_size=2)
-    assert calibrated_model_digest(ctx, SPEC, 0) == model_digest(model_files_digest(MODEL), layout)
-    assert calibrated_model_digest(ctx, SPEC, 3) != calibrated_model_digest(ctx, SPEC, 0)
+    assert digest(None) == digest(0) == model_digest(model_files_digest(MODEL), layout)
+    assert digest(3) != digest(0)

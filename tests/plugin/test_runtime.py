@@ -1,0 +1,116 @@
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.format.namespace import Namespace
+from sglang_kvcodec.format.profile import get_profile
+from sglang_kvcodec.format.spec import KVDtype, KVSpec
+from sglang_kvcodec.plugin.runtime import Runtime
+from sglang_kvcodec.testing.calibrations import random_calibration
+from sglang_kvcodec.transform import PageTransforms
+
+SPEC = KVSpec(layers=4, kv_heads=1, head_dim=64, page_tokens=16, dtype=KVDtype.BFLOAT16)
+CALIBRATION = random_calibration(SPEC)
+
+
+def namespace(weights="w"):
+    """As ``build_namespace`` makes it, of an uncalibrated server."""
+    high = get_profile("high")
+    return Namespace(weights, "c", "", SPEC, 0, 0, 1, 0, 1, "sglang-0.5.23", "", high.name, high.stages)
+
+
+CODED_NAMESPACE = dataclasses.replace(
+    namespace(),
+    profile="compact",
+    stages=get_profile("compact", calibrated=True).stages,
+    calibration_digest=CALIBRATION.digest.hex(),
+)
+
+
+class FakeAuto:
+    """Stands for what makes a calibration."""
+
+    def __init__(self, peer, on_calibration):
+        self.on_calibration = on_calibration
+        self.calls = []
+        self.offer = lambda values, first_position: None
+        self.stop = lambda: self.calls.append("stop")
+        self.close = lambda: self.calls.append("close")
+
+
+@pytest.fixture
+def start():
+    """A runtime without a peer."""
+    started = []
+
+    def make(calibration=None, weights=lambda: "w", auto=False):
+        config = ServerConfig("grpc://127.0.0.1:1", profile="compact", auto_calibrate=auto)
+        transforms = PageTransforms(SPEC, config.profile, [calibration] if calibration else [])
+        autos = []
+
+        def new_auto(peer, on_calibration):
+            autos.append(FakeAuto(peer, on_calibration))
+            return autos[0]
+
+        pool = PagedKVPool(SPEC, dict, torch.device("cpu"))
+        runtime = Runtime(
+            config, pool, transforms, calibration, lambda: namespace(weights()), new_auto if auto else None
+        )
+        started.append(runtime)
+        return types.SimpleNamespace(runtime=runtime, transforms=transforms, auto=autos[0] if autos else None)
+
+    yield make
+    for runtime in started:
+        runtime.close()
+
+
+def test_without_a_calibration_pages_are_in_the_namespace_of_the_uncalibrated_profile(start):
+    runtime = start().runtime
+    assert runtime.namespace_digests() == [namespace().digest] == [runtime.namespace_digest()]
+
+
+def test_with_a_calibration_its_digest_tier_and_stages_are_in_the_namespace(start):
+    runtime = start(CALIBRATION).runtime
+    assert runtime.namespace_digests() == [CODED_NAMESPACE.digest] == [runtime.namespace_digest()]
+
+
+def test_a_calibration_made_later_codes_what_comes_and_the_old_pages_stay_readable(start):
+    server = start(auto=True)
+    before = server.runtime.namespace_digest()
+    server.transforms.add(CALIBRATION)
+    server.auto.on_calibration(CALIBRATION)
+    assert server.runtime.namespace_digests() == [CODED_NAMESPACE.digest, before]
+    assert server.runtime.namespace_digest() == CODED_NAMESPACE.digest
+
+
+def test_a_server_that_would_make_one_reads_what_was_published_without_it(start):
+    server = start(CALIBRATION, auto=True)
+    assert server.runtime.namespace_digests() == [CODED_NAMESPACE.digest, namespace().digest]
+
+
+def test_new_weights_are_a_new_namespace_and_no_calibration_is_made_of_their_mixture(start):
+    weights = ["old"]
+    server = start(auto=True, weights=lambda: weights[0])
+    runtime = server.runtime
+    before = runtime.namespace_digests()
+    weights[0] = "new"
+    runtime.weights_changing()
+    assert server.auto.calls == ["stop"]
+    assert runtime.namespace_digests() == []
+    assert runtime.namespace_digest() is None
+    runtime.flushed()
+    assert runtime.namespace_digests() == [namespace("new").digest] != before
+
+
+def test_pages_on_their_way_are_coded_as_their_namespace_says(start):
+    server = start(auto=True)
+    old = server.runtime.namespace_digest()
+    server.transforms.add(CALIBRATION)
+    server.auto.on_calibration(CALIBRATION)
+    new = server.runtime.namespace_digest()
+    coded_with = server.runtime._calibration_of
+    assert (coded_with[old], coded_with[new]) == (b"", CALIBRATION.digest)
