@@ -1,7 +1,7 @@
 """What the calibrated tiers cost on a CPU: pack, encode, decode and restore, against x265 and FFmpeg alone.
 
-Both on the same pictures of a model's KV, in CPU seconds of one thread, in one run. Codec alone is the picture encoder and
-decoder on canvases that are there already; the whole is page values to page objects and back.
+Both on the same pictures of a model's KV, in CPU seconds of one thread, in one run. Codec alone is the picture encoder
+and decoder on canvases that are there already; the whole is page values to page objects and back.
 ``python -m benchmarks.bench_tiers --calibration FILE [--model PATH] [--tokens 2048]``, FILE of ``kvcodec calibrate``.
 """
 

@@ -12,6 +12,8 @@ from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import Side
 from sglang_kvcodec.transform.rope import unrotate
 
+START_TOKENS = 64
+"""The tokens at the start of a prompt that may matter more than others: a page of the usual size."""
 _FINEST_GAIN_LOG2 = 3
 
 
@@ -78,8 +80,12 @@ class KVStatistics:
 
         Their mean outer product is the Fisher information: to second order an error ``e`` in the KV of one token moves
         the distribution of the tokens that follow by a Kullback-Leibler divergence of ``e^T F e / 2`` in all.
+
+        Models that park attention on their first tokens depend on these a hundred times more than on others, and in
+        other directions. They are left out of the mean, where there are enough others: a gain is for them.
         """
         tokens = next(iter(gradients.values())).shape[1]
+        skipped = START_TOKENS if first_position == 0 and tokens > 2 * START_TOKENS else 0
         shares = torch.zeros(tokens, dtype=torch.float64)
         for side, total in self._gradient_products.items():
             turned = self.unrotated(side, gradients[side], first_position)
@@ -87,13 +93,13 @@ class KVStatistics:
             shares += (power / power.mean(1, keepdim=True).clamp(min=1e-300)).mean(0)
             if side is Side.KEY and self.rope is not None:
                 turned[..., : self.rope.rotary_dim] *= self.rope.scale**2
-            by_head = turned.transpose(1, 2)
+            by_head = turned[:, skipped:].transpose(1, 2)
             total += by_head.transpose(2, 3) @ by_head
         if first_position == 0:
             missing = max(0, tokens - len(self._sensitivity))
             self._sensitivity = torch.nn.functional.pad(self._sensitivity, (0, missing))
             self._sensitivity[:tokens] += shares
-        self.gradient_tokens += tokens
+        self.gradient_tokens += tokens - skipped
 
     def start_gain(self, tokens: int) -> float:
         """How much finer the first ``tokens`` tokens of a prompt should be coded: a power of two, at most 1.
@@ -104,7 +110,7 @@ class KVStatistics:
         if len(self._sensitivity) < 3 * tokens:
             return 1.0
         pages = self._sensitivity[: len(self._sensitivity) // tokens * tokens].view(-1, tokens).mean(1)
-        ratio = float(pages[0] / pages[1:].median())
+        ratio = float(pages[0] / pages[1:].mean())
         return 2.0 ** min(0, max(-_FINEST_GAIN_LOG2, round(-math.log2(max(ratio, 1e-9)) / 2)))
 
     def mean(self, side: Side, block: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.evaluation.harness import MethodReport, Size
+from sglang_kvcodec.format.profile import CALIBRATED_TIERS
 
 Row = Mapping[str, Any]
 
@@ -111,6 +112,7 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+_TIERS = "calibrated tiers"
 _YARDSTICKS = ("fp8", "kivi@4")
 """Methods whose divergence others are compared at."""
 
@@ -136,11 +138,17 @@ def equal_divergence(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     }
 
 
+def _family_of(row: Row) -> str:
+    """Methods that differ in a parameter only are one curve, and so are the calibrated tiers."""
+    name = str(row["method"]).partition("@")[0]
+    return _TIERS if name in CALIBRATED_TIERS else name
+
+
 def _curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     """Divergence and ratio of the members of each family, by rising divergence."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        family = str(row["method"]).partition("@")[0]
+        family = _family_of(row)
         curves.setdefault(family, []).append((row["kl_nats"], row["ratio_to_bf16"]))
     return {family: sorted(points) for family, points in curves.items() if len(points) > 1}
 
@@ -206,7 +214,7 @@ def draw(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
 
     families: dict[str, list[Row]] = {}
     for row in rows:
-        families.setdefault(str(row["method"]).partition("@")[0], []).append(row)
+        families.setdefault(_family_of(row), []).append(row)
     positive = [row["kl_nats"] for row in rows if row["kl_nats"] > 0]
     floor = min(positive, default=1e-6) / 5
     figure = Figure(figsize=(8, 5.5), layout="constrained")

@@ -75,7 +75,7 @@ def get_profile(name: str, calibrated: bool = False) -> Profile:
 
 
 def without_calibration(name: str, dtype: KVDtype) -> Profile:
-    """What a pool is coded with where ``name`` was asked for and there is no calibration: never worse than asked.
+    """What a pool is coded with where ``name`` was asked for and there is no calibration: the finest there is without.
 
     Raises:
         UnknownFormatError: there is no such profile at all.
