@@ -36,6 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", type=pathlib.Path, help="texts to run over (default: those that ship)"
     )
+    parser.add_argument(
+        "--profile", metavar="TIERS", help="which tiers, such as high,balanced (default: high,balanced,compact)"
+    )
     parser.add_argument("--documents", metavar="N", type=int, default=32, help="passages (default: %(default)s)")
     parser.add_argument(
         "--gradient-documents", metavar="N", type=int, default=8, help="passages to take gradients of (default: 8)"
@@ -70,6 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from sglang_kvcodec.evaluation.calibrate import CalibrationPlan, calibrate
     from sglang_kvcodec.evaluation.text import cut_documents, read_texts, shipped_texts
     from sglang_kvcodec.format.model_files import model_files_digest
+    from sglang_kvcodec.format.profile import CALIBRATED_TIERS
     from sglang_kvcodec.models import CausalLM
 
     plan = CalibrationPlan(
@@ -79,6 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
         gradient_documents=arguments.gradient_documents,
         layers_per_block=arguments.layers_per_block,
         tp_size=arguments.tp_size,
+        tiers=tuple(arguments.profile.split(",")) if arguments.profile else CALIBRATED_TIERS,
     )
     out = prepare_out(arguments.out)
     set_threads(arguments.threads)

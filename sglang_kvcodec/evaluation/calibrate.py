@@ -54,6 +54,7 @@ class CalibrationPlan:
         gradient_samples: draws of labels for each of them.
         layers_per_block: layers that share a basis: 3 codes smallest, 1 restores fastest.
         tp_size: how many ranks share the KV heads; each gets an artifact of its own.
+        tiers: to search the steps of.
     """
 
     prefix_tokens: int = 1024
@@ -63,11 +64,14 @@ class CalibrationPlan:
     gradient_samples: int = 2
     layers_per_block: int = 3
     tp_size: int = 1
+    tiers: tuple[str, ...] = CALIBRATED_TIERS
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
+            if field.name != "tiers" and getattr(self, field.name) < 1:
                 raise ConfigurationError(f"{field.name} must be at least 1")
+        if not self.tiers or not set(self.tiers) <= set(CALIBRATED_TIERS):
+            raise ConfigurationError(f"there are the tiers {', '.join(CALIBRATED_TIERS)}, not {', '.join(self.tiers)}")
         if self.prefix_tokens % _PAGE_TOKENS:
             raise ConfigurationError(f"{self.prefix_tokens} tokens are no whole number of pages of {_PAGE_TOKENS}")
 
@@ -132,8 +136,8 @@ def calibrate(
         ShardLayout(spec.layers, spec.kv_heads // plan.tp_size, spec.head_dim, tp_rank=rank, tp_size=plan.tp_size)
         for rank in range(plan.tp_size)
     ]
-    rivals = tuple(dict.fromkeys(rival for rival, _ in PROMISES.values()))
-    progress.begin(len(documents) + plan.tp_size + len(rivals) + len(CALIBRATED_TIERS))
+    rivals = tuple(dict.fromkeys(PROMISES[name][0] for name in plan.tiers))
+    progress.begin(len(documents) + plan.tp_size + len(rivals) + len(plan.tiers))
     shards = [KVStatistics(layout, rope, plan.layers_per_block) for layout in layouts]
     generator = generator or torch.Generator(model.device).manual_seed(0)
     for index, document in enumerate(gathered):
@@ -157,7 +161,7 @@ def calibrate(
         allowed[rival] = search.divergence_of(rival)
         progress.step(f"{rival} diverges by {allowed[rival]:.2e} nats")
     tiers: dict[str, list[Tier]] = {}
-    for name in CALIBRATED_TIERS:
+    for name in plan.tiers:
         rival, factor = PROMISES[name]
         tiers[name] = search.tier(name, allowed[rival] * factor)
         progress.step(f"tier {name}")
