@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+pytest.register_assert_rewrite("sglang_kvcodec.testing.storage", "sglang_kvcodec.testing.artifacts")
+
 GPU_IS_REQUIRED = os.environ.get("KVCODEC_REQUIRE_GPU") == "1"
 
 
