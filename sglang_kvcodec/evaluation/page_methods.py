@@ -20,7 +20,7 @@ from sglang_kvcodec.evaluation.methods import (
 )
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.format.page_object import PageObject, SideData
-from sglang_kvcodec.format.profile import get_profile
+from sglang_kvcodec.format.profile import check_supported, get_profile
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups, picture_geometry
 from sglang_kvcodec.transform import PackedSide, PageTransforms
 from sglang_kvcodec.transform.layout import from_canvas
@@ -141,6 +141,7 @@ def make_profile(name: str, profile: str) -> MethodFactory:
 
 def _make_profile(name: str, profile: str, context: MethodContext, parameter: str) -> ProfileMethod:
     refuse_parameter(name, parameter)
+    check_supported(get_profile(profile), context.spec.dtype)
     has_pictures = get_profile(profile).has_pictures
     transforms = PageTransforms(context.spec, profile)
     encoder = PageEncoder(NAMESPACE, transforms, open_encoder("software") if has_pictures else None)

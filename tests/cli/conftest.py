@@ -1,6 +1,7 @@
 """Clients of real peers."""
 
 import contextlib
+import logging
 
 import pytest
 from peer_kit import PATIENT
@@ -19,3 +20,13 @@ def connect():
             return client
 
         yield make
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers_are_left_as_they_were():
+    """``kvcodec serve`` sets up logging on what stderr is then; a later test must not write there."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
