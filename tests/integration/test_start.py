@@ -109,12 +109,14 @@ def main():
     )
     prompt = open(sys.argv[2]).read()
     replies = []
-    for _ in range(2):
+    # Publishing goes on in the background, for as long as a busy machine needs.
+    while not replies or not (replies[-1][1] or {}).get("storage") and len(replies) < 40:
+        if replies:
+            time.sleep(2)
+            engine.flush_cache()
         reply = engine.generate(prompt, {"temperature": 0, "max_new_tokens": 8})
         replies.append([reply["text"], reply["meta_info"]["cached_tokens_details"]])
-        time.sleep(3)
-        engine.flush_cache()
-    print("SAID", json.dumps(replies))
+    print("SAID", json.dumps([replies[0], replies[-1]]))
     engine.shutdown()
 
 
