@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from sglang_kvcodec.config import ENV_NAMES, MIB, ServerConfig, Timeouts, parse_bytes, parse_remote
+from sglang_kvcodec.config import ENV_NAMES, MIB, PROFILES, ServerConfig, Timeouts, parse_bytes, parse_remote
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.format.profile import PROFILE_NAMES
 
 REMOTE = {"KVCODEC_REMOTE": "grpc://peer:50051"}
 
@@ -155,3 +156,7 @@ def test_settings_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.profile = "raw"
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_the_profiles_an_operator_can_ask_for_are_those_of_the_format():
+    assert PROFILES == PROFILE_NAMES

@@ -49,8 +49,8 @@ _UNCALIBRATED = {profile.name: profile for profile in (RAW, EXACT, HIGH)}
 _CALIBRATED = {
     name: Profile(name, _CALIBRATED_STAGES, promise, is_calibrated=True)
     for name, promise in {
-        "high": "the model's output is no worse than with an FP8 (e4m3) KV cache",
-        "balanced": "no worse than with a good 4-bit KV cache (KIVI)",
+        "high": "disturbs the model's output no more than an FP8 (e4m3) KV cache, on the calibration's text",
+        "balanced": "no more than a good 4-bit KV cache (KIVI), on the calibration's text",
         "compact": "the smallest that stays usable",
     }.items()
 }
