@@ -53,7 +53,14 @@ def canvas_bytes_in_order(width, height):
     return [index for part in parts for block in part for index in block]
 
 
-def numbers_of(side, low_bits, tokens, canvas, order):
+def gains_of(stored, blocks, tokens):
+    """The gain of each block and token, and the stored bytes that follow."""
+    row_bytes = -(-tokens // 2)
+    levels = [[stored[b * row_bytes + t // 2] >> 4 * (t % 2) & 15 for t in range(tokens)] for b in range(blocks)]
+    return 2.0 ** ((np.array(levels) - 12) / 2), stored[blocks * row_bytes :]
+
+
+def numbers_of(side, stored, low_bits, tokens, canvas, order):
     """``q`` of each token and component."""
     high = np.array([int(canvas.reshape(-1)[order[i]]) - 128 for i in range(len(low_bits) * tokens)])
     high = high.reshape(len(low_bits), tokens).T.copy()
@@ -66,11 +73,11 @@ def numbers_of(side, low_bits, tokens, canvas, order):
     for component, count in enumerate(int(n) for n in low_bits):
         low = np.zeros(tokens, np.int64)
         for bit in range(count):
-            row = np.frombuffer(side.stored, np.uint8, row_bytes, at)
+            row = np.frombuffer(stored, np.uint8, row_bytes, at)
             at += row_bytes
             low |= np.unpackbits(row, bitorder="little")[:tokens].astype(np.int64) << bit
         codes[:, component] = high[:, component] * 2**count + low - (2 ** (count - 1) if count else 0)
-    assert at == len(side.stored)
+    assert at == len(stored)
     return codes
 
 
@@ -92,7 +99,7 @@ def test_a_golden_page_reads_as_the_document_says(path):
     geometry = header.manifest.geometry
     order = canvas_bytes_in_order(geometry.width, geometry.height)
     assert len(set(order)) == len(order) == geometry.width * geometry.height * 3 // 2
-    escapes = 0
+    escapes, levels_seen = 0, set()
     for group in layer_groups(spec):
         blocks = [
             (index, first, layers)
@@ -106,12 +113,24 @@ def test_a_golden_page_reads_as_the_document_says(path):
             low_bits = [tensors[f"{name}.{index}.low_bits.{tier}"] for index, _, _ in blocks]
             places = by_rank([len(bits) for bits in low_bits])
             merged = [low_bits[block][rank] for block, rank in places]
-            codes = numbers_of(data, merged, spec.page_tokens, canvas, order)
+            low_bytes = int(sum(merged)) * -(-spec.page_tokens // 8)
+            gains, stored = (
+                gains_of(data.stored, len(blocks), spec.page_tokens)
+                if len(data.stored) > low_bytes
+                else (
+                    np.ones((len(blocks), spec.page_tokens)),
+                    data.stored,
+                )
+            )
+            levels_seen |= set(gains.flatten())
+            codes = numbers_of(data, stored, merged, spec.page_tokens, canvas, order)
             parts = []
             for number, (index, _, layers) in enumerate(blocks):
                 columns = [at for at, (block, _) in enumerate(places) if block == number]
                 synthesis = tensors[f"{name}.{index}.synthesis"].astype(np.float64)[: len(columns)]
-                x = tensors[f"{name}.{index}.mean"] + data.picture.steps[number] * (codes[:, columns] @ synthesis)
+                x = tensors[f"{name}.{index}.mean"] + data.picture.steps[number] * gains[number][:, None] * (
+                    codes[:, columns] @ synthesis
+                )
                 parts.append(x.reshape(spec.page_tokens, layers, spec.kv_heads, spec.head_dim))
             values = np.concatenate(parts, axis=1)
             rope = calibration.rope
@@ -128,6 +147,7 @@ def test_a_golden_page_reads_as_the_document_says(path):
             tolerance = 2.0 ** -(spec.dtype.mantissa_bits + 1) * np.abs(expected) + 1e-3
             assert np.all(np.abs(restored - expected) <= tolerance)
     assert escapes > 0
+    assert len(levels_seen) > 4
 
 
 def test_both_are_there():

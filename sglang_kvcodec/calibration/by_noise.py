@@ -13,7 +13,7 @@ import torch
 
 from sglang_kvcodec import __version__
 from sglang_kvcodec.calibration.bases import MIN_TOKENS_PER_VALUE, solve_bases
-from sglang_kvcodec.calibration.statistics import KVStatistics
+from sglang_kvcodec.calibration.statistics import FINEST_START_GAIN_LOG2, START_TOKENS, KVStatistics
 from sglang_kvcodec.calibration.tiers import bits_and_noise, build_calibration, make_tier, unrotated_to_components
 from sglang_kvcodec.format.calibration import Calibration, ShardLayout
 from sglang_kvcodec.format.spec import Side
@@ -22,6 +22,9 @@ NOISE_TO_SIGNAL = {"high": 1e-3, "balanced": 4e-3, "compact": 1.6e-2}
 """Tier -> noise power over the variance of its layer and side; that of ``high`` is an FP8 cache's."""
 _ROUNDING = 0.5
 """To nearest: nothing says that more noise would pay."""
+
+_START_GAINS = ((START_TOKENS, 2.0**FINEST_START_GAIN_LOG2),)
+"""Whether this model parks attention on its first tokens can't be seen from KV. It costs little to suppose so."""
 
 Run = tuple[Mapping[Side, torch.Tensor], int]
 """KV of some tokens that follow each other, as ``KVStatistics.add`` takes it, and the position of the first."""
@@ -64,7 +67,7 @@ def calibrate_by_noise(
         step = math.sqrt(12 * ratio)
         bits, noise = bits_and_noise(components, step, _ROUNDING)
         expected = {"bits_per_value": bits, "noise_to_signal": noise}
-        tiers[name] = make_tier(bases, components, step, _ROUNDING, expected=expected)
+        tiers[name] = make_tier(bases, components, step, _ROUNDING, _START_GAINS, expected)
     return build_calibration(
         model_digest,
         statistics.layout,

@@ -12,9 +12,9 @@ from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import Side
 from sglang_kvcodec.transform.rope import unrotate
 
-START_TOKENS = 64
-"""The tokens at the start of a prompt that may matter more than others: a page of the usual size."""
-_FINEST_GAIN_LOG2 = 3
+START_TOKENS = 4
+"""The tokens at the start of a prompt on which attention parks (Xiao et al., ICLR 2024, find four)."""
+FINEST_START_GAIN_LOG2 = -6
 
 
 class KVStatistics:
@@ -81,18 +81,16 @@ class KVStatistics:
         Their mean outer product is the Fisher information: to second order an error ``e`` in the KV of one token moves
         the distribution of the tokens that follow by a Kullback-Leibler divergence of ``e^T F e / 2`` in all.
 
-        Models that park attention on their first tokens depend on these a hundred times more than on others, and in
-        other directions. They are left out of the mean, where there are enough others: a gain is for them.
+        Models that park attention on their first tokens depend on these hundreds of times more than on others, and in
+        other directions. They are left out of the mean: a gain is for them.
         """
         tokens = next(iter(gradients.values())).shape[1]
-        skipped = START_TOKENS if first_position == 0 and tokens > 2 * START_TOKENS else 0
+        skipped = START_TOKENS if first_position == 0 and tokens > START_TOKENS else 0
         shares = torch.zeros(tokens, dtype=torch.float64)
         for side, total in self._gradient_products.items():
-            turned = self.unrotated(side, gradients[side], first_position)
+            turned = self.unrotated_gradients(side, gradients[side], first_position)
             power = turned.square().sum((2, 3), dtype=torch.float64)
             shares += (power / power.mean(1, keepdim=True).clamp(min=1e-300)).mean(0)
-            if side is Side.KEY and self.rope is not None:
-                turned[..., : self.rope.rotary_dim] *= self.rope.scale**2
             by_head = turned[:, skipped:].transpose(1, 2)
             total += by_head.transpose(2, 3) @ by_head
         if first_position == 0:
@@ -101,17 +99,15 @@ class KVStatistics:
             self._sensitivity[:tokens] += shares
         self.gradient_tokens += tokens - skipped
 
-    def start_gain(self, tokens: int) -> float:
-        """How much finer the first ``tokens`` tokens of a prompt should be coded: a power of two, at most 1.
+    def start_gain(self) -> float:
+        """How much finer each of the first :data:`START_TOKENS` should be coded: a power of two, 2**-6 to 1.
 
-        Models that park attention on their first tokens depend on them more. The best step falls with the square root
-        of what an error costs.
+        The best step falls with the square root of what an error costs; the costliest of them counts.
         """
-        if len(self._sensitivity) < 3 * tokens:
+        if len(self._sensitivity) <= START_TOKENS:
             return 1.0
-        pages = self._sensitivity[: len(self._sensitivity) // tokens * tokens].view(-1, tokens).mean(1)
-        ratio = float(pages[0] / pages[1:].mean())
-        return 2.0 ** min(0, max(-_FINEST_GAIN_LOG2, round(-math.log2(max(ratio, 1e-9)) / 2)))
+        ratio = float(self._sensitivity[:START_TOKENS].max() / self._sensitivity[START_TOKENS:].mean())
+        return 2.0 ** min(0, max(FINEST_START_GAIN_LOG2, math.floor(-math.log2(max(ratio, 1e-9)) / 2)))
 
     def mean(self, side: Side, block: int) -> torch.Tensor:
         """fp64 ``(values of the block,)``."""
@@ -134,3 +130,10 @@ class KVStatistics:
             positions = torch.arange(first_position, first_position + wide.shape[1])
             return unrotate(wide, positions, self.rope)
         return wide.clone()
+
+    def unrotated_gradients(self, side: Side, gradients: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+        """Gradients with respect to what :meth:`unrotated` gives, from those with respect to what it takes; a copy."""
+        turned = self.unrotated(side, gradients, first_position)
+        if side is Side.KEY and self.rope is not None:
+            turned[..., : self.rope.rotary_dim] *= self.rope.scale**2
+        return turned

@@ -11,9 +11,10 @@ import torch
 
 from sglang_kvcodec.calibration.bases import SolvedBases
 from sglang_kvcodec.calibration.statistics import KVStatistics
-from sglang_kvcodec.format.calibration import Basis, Calibration, ShardLayout, Tier
+from sglang_kvcodec.format.calibration import Basis, Calibration, GainModel, ShardLayout, Tier
 from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import Side
+from sglang_kvcodec.transform.klt import analysis_matrix
 from sglang_kvcodec.transform.low_bits import low_bit_counts
 
 ROUNDINGS = (0.5, 0.45, 0.4, 0.35)
@@ -64,7 +65,7 @@ def unrotated_to_components(
         for block in blocks:
             layers = len(block.mean) // statistics.layout.channels
             tokens = values[first : first + layers].transpose(0, 1).flatten(1).double() - block.mean
-            analysis = torch.linalg.solve(block.synthesis, torch.eye(len(block.mean), dtype=torch.float64))
+            analysis = analysis_matrix(bases.metrics[side][first : first + layers], block.synthesis)
             result[side].append((tokens @ analysis / block.unit).float())
             first += layers
     return Components(result)
@@ -113,11 +114,11 @@ def best_rounding(components: Components, step: float) -> float:
     return min(bits, key=bits.__getitem__)
 
 
-def coded_components(block: torch.Tensor, step: float, rounding: float) -> torch.Tensor:
+def coded_components(block: torch.Tensor, step: float, rounding: float, at_least: int = 1) -> torch.Tensor:
     """How many components of a block, the first ones, are worth coding at a step, and the low bits of each: int32."""
     codes = _codes(block, step, rounding)
     worth_it = ((codes != 0).float().mean(0) >= _CUT_SHARE).nonzero()
-    count = int(worth_it.max()) + 1 if worth_it.numel() else 1
+    count = max(int(worth_it.max()) + 1 if worth_it.numel() else 0, at_least)
     return low_bit_counts(codes[:, :count].square().mean(0).sqrt())
 
 
@@ -173,13 +174,30 @@ def make_tier(
     rounding: float,
     gains: tuple[tuple[int, float], ...] = (),
     expected: Mapping[str, float] | None = None,
+    gain_models: Mapping[Side, Sequence[GainModel]] | None = None,
 ) -> Tier:
-    """A tier that codes with one step in the common space."""
-    finest = step * min([1.0, *(gain for _, gain in gains)])
+    """A tier that codes with one step in the common space.
+
+    Args:
+        bases: of the components.
+        components: of tokens that are not among the first, over their gains.
+        step: in the common space.
+        rounding: of the tier.
+        gains: of the first tokens.
+        expected: of the tier.
+        gain_models: look at components, which are not cut then.
+    """
+    looked_at = {
+        side: [len(model.scales) for model in gain_models[side]] if gain_models else [0] * len(blocks)
+        for side, blocks in bases.blocks.items()
+    }
     return Tier(
         steps={side: tuple(step * block.unit for block in blocks) for side, blocks in bases.blocks.items()},
         low_bits={
-            side: tuple(coded_components(block, finest, rounding).numpy().astype(np.uint8) for block in blocks)
+            side: tuple(
+                coded_components(block, step, rounding, max(1, least)).numpy().astype(np.uint8)
+                for block, least in zip(blocks, looked_at[side], strict=True)
+            )
             for side, blocks in components.values.items()
         },
         rounding=rounding,
@@ -196,8 +214,9 @@ def build_calibration(
     bases: SolvedBases,
     tiers: Mapping[str, Tier],
     notes: Mapping[str, object],
+    gain_models: Mapping[Side, tuple[GainModel, ...]] | None = None,
 ) -> Calibration:
-    """The artifact, with the components that some tier codes."""
+    """The artifact, with the components that some tier codes; without models of gains, tokens have none."""
     return Calibration(
         model_digest=model_digest,
         layout=layout,
@@ -216,6 +235,7 @@ def build_calibration(
             for side, blocks in bases.blocks.items()
         },
         metrics={side: metric.numpy().astype(np.float32) for side, metric in bases.metrics.items()},
+        gain_models=gain_models or {side: (GainModel(),) * len(blocks) for side, blocks in bases.blocks.items()},
         tiers=tiers,
         notes=notes,
     )

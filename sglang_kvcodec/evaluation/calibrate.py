@@ -7,11 +7,12 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from sglang_kvcodec import __version__
 from sglang_kvcodec.calibration.bases import SolvedBases, solve_bases
-from sglang_kvcodec.calibration.statistics import KVStatistics
+from sglang_kvcodec.calibration.statistics import START_TOKENS, KVStatistics
 from sglang_kvcodec.calibration.tiers import (
     TARGET_MARGIN,
     Components,
@@ -22,6 +23,14 @@ from sglang_kvcodec.calibration.tiers import (
     make_tier,
     search_step,
     to_components,
+)
+from sglang_kvcodec.calibration.token_gains import (
+    GainModels,
+    fit_gain_models,
+    gains_of,
+    over_gains,
+    token_sample,
+    usual_tokens,
 )
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.evaluation.harness import NoProgress, Progress
@@ -40,6 +49,8 @@ PROMISES = {"high": ("fp8", 1.0), "balanced": ("kivi@4", 1.0), "compact": ("kivi
 """Tier -> the method whose divergence it must not exceed, and how many times over."""
 _PAGE_TOKENS = 64
 """Of the pages in the search. The artifact serves every page size."""
+_TYPICAL_BITS = 2.0
+"""Per value, where models of gains are judged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +90,31 @@ class CalibrationPlan:
     def document_tokens(self) -> int:
         """Tokens that each document must have."""
         return self.prefix_tokens + self.continuation_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Differentiated:
+    """A document that gradients were taken of, in the model's 16-bit type."""
+
+    kv: KV
+    gradients: Sequence[KV]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rank:
+    """What is solved of one rank.
+
+    Attributes:
+        statistics: of the rank.
+        bases: from them.
+        gain_models: for these.
+        components: of the searched documents, without their first tokens, over the gains.
+    """
+
+    statistics: KVStatistics
+    bases: SolvedBases
+    gain_models: GainModels
+    components: Components
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +176,22 @@ def calibrate(
     progress.begin(len(documents) + plan.tp_size + len(rivals) + len(plan.tiers))
     shards = [KVStatistics(layout, rope, plan.layers_per_block) for layout in layouts]
     generator = generator or torch.Generator(model.device).manual_seed(0)
+    differentiated = []
     for index, document in enumerate(gathered):
-        _gather(
-            model, document, shards, plan, plan.gradient_samples if index < plan.gradient_documents else 0, generator
-        )
+        samples = plan.gradient_samples if index < plan.gradient_documents else 0
+        kept_document = _gather(model, document, shards, plan, samples, generator)
+        if samples:
+            differentiated.append(kept_document)
         progress.step(f"statistics: {document.name}")
     searched = []
     for document in kept:
         searched.append(_searched(model, document, plan))
         progress.step(f"reference: {document.name}")
-    bases, components = [], []
+    ranks = []
     for shard in shards:
-        solved = solve_bases(shard)
-        bases.append(solved)
-        components.append(concatenated([to_components(shard, solved, shard.own(item.kv)) for item in searched]))
+        ranks.append(_solve_rank(shard, plan, differentiated, searched))
         progress.step("bases")
-    search = _Search(model, spec, plan, shards, bases, components, searched, files_digest)
+    search = _Search(model, spec, plan, ranks, searched, files_digest)
     allowed = {}
     for rival in rivals:
         allowed[rival] = search.divergence_of(rival)
@@ -179,9 +215,10 @@ def calibrate(
             layouts[rank],
             rope,
             plan.layers_per_block,
-            bases[rank],
+            ranks[rank].bases,
             {name: of_ranks[rank] for name, of_ranks in tiers.items()},
             all_notes,
+            ranks[rank].gain_models,
         )
         for rank in range(plan.tp_size)
     ]
@@ -194,15 +231,51 @@ def _gather(
     plan: CalibrationPlan,
     gradient_samples: int,
     generator: torch.Generator,
-) -> None:
+) -> _Differentiated:
     prefix, continuation = _split(document, plan)
     kv = model.prefill(prefix)
     for shard in shards:
         shard.add(shard.own(kv))
+    kept = []
     if gradient_samples:
         for gradients in model.kv_gradients(kv, continuation, gradient_samples, generator):
             for shard in shards:
                 shard.add_gradients(shard.own(gradients))
+            # Which tokens matter is seen in the space of the bases, which come later. bfloat16 has the range for it.
+            kept.append({side: values.to("cpu", torch.bfloat16) for side, values in gradients.items()})
+    return _Differentiated({side: values.to("cpu") for side, values in kv.items()}, kept)
+
+
+def _solve_rank(
+    shard: KVStatistics,
+    plan: CalibrationPlan,
+    differentiated: Sequence[_Differentiated],
+    searched: Sequence[_Searched],
+) -> _Rank:
+    bases = solve_bases(shard)
+    samples = [
+        token_sample(
+            shard,
+            bases,
+            to_components(shard, bases, shard.own(item.kv)),
+            [shard.own(gradients) for gradients in item.gradients],
+        )
+        for item in differentiated
+    ]
+    components = [usual_tokens(to_components(shard, bases, shard.own(item.kv))) for item in searched]
+    models = fit_gain_models(bases, samples, _typical_step(concatenated(components)))
+    even = [over_gains(each, gains_of(bases, models, each)) for each in components]
+    return _Rank(shard, bases, models, concatenated(even))
+
+
+def _typical_step(components: Components) -> float:
+    """A step at which components take about two bits per value."""
+    step = float(np.mean([float(b.std()) for blocks in components.values.values() for b in blocks]))
+    for _ in range(20):
+        if bits_and_noise(components, step, 0.5)[0] > _TYPICAL_BITS:
+            break
+        step *= 0.7
+    return step
 
 
 def _searched(model: CausalLM, document: Document, plan: CalibrationPlan) -> _Searched:
@@ -225,9 +298,7 @@ class _Search:
         model: CausalLM,
         spec: KVSpec,
         plan: CalibrationPlan,
-        shards: Sequence[KVStatistics],
-        bases: Sequence[SolvedBases],
-        components: Sequence[Components],
+        ranks: Sequence[_Rank],
         searched: Sequence[_Searched],
         files_digest: str,
     ) -> None:
@@ -235,13 +306,11 @@ class _Search:
         self._spec = spec
         self._rank_spec = dataclasses.replace(spec, kv_heads=spec.kv_heads // plan.tp_size)
         self._plan = plan
-        self._shards = shards
-        self._bases = bases
-        self._components = components
+        self._ranks = ranks
         self._searched = searched
         self._files_digest = files_digest
-        gain = min(shard.start_gain(_PAGE_TOKENS) for shard in shards)
-        self._gains: tuple[tuple[int, float], ...] = ((_PAGE_TOKENS, gain),) if gain < 1 else ()
+        gain = min(rank.statistics.start_gain() for rank in ranks)
+        self._gains: tuple[tuple[int, float], ...] = ((START_TOKENS, gain),) if gain < 1 else ()
 
     def divergence_of(self, method_name: str) -> float:
         """Mean divergence of a method on the searched documents, nats."""
@@ -252,37 +321,44 @@ class _Search:
         """A tier of each rank whose divergence is below what is allowed, by a margin."""
         aim = allowed * TARGET_MARGIN
         first = self._predicted_step(aim)
-        rounding = best_rounding(self._components[0], first)
+        rounding = best_rounding(self._ranks[0].components, first)
 
         def tiers(step: float) -> list[Tier]:
             return [
-                make_tier(bases, components, step, rounding, self._gains)
-                for bases, components in zip(self._bases, self._components, strict=True)
+                make_tier(rank.bases, rank.components, step, rounding, self._gains, gain_models=rank.gain_models)
+                for rank in self._ranks
             ]
 
         step, found = search_step(lambda trial: self._divergence_of_tiers(name, tiers(trial)), aim, first)
-        bits = statistics.fmean(bits_and_noise(part, step, rounding)[0] for part in self._components)
+        bits = statistics.fmean(bits_and_noise(rank.components, step, rounding)[0] for rank in self._ranks)
         expected = {"bits_per_value": bits, "divergence_nats": found, "allowed_divergence_nats": allowed}
         return [dataclasses.replace(tier, expected=expected) for tier in tiers(step)]
 
     def _predicted_step(self, aim: float) -> float:
         """The step whose noise, ``step**2 / 12`` per component, gives a divergence of ``aim`` to second order."""
-        widths = sum(len(b.mean) for bases in self._bases for blocks in bases.blocks.values() for b in blocks)
+        widths = sum(len(b.mean) for r in self._ranks for blocks in r.bases.blocks.values() for b in blocks)
         return math.sqrt(24 * aim * self._plan.continuation_tokens / (self._plan.prefix_tokens * widths))
 
     def _divergence_of_tiers(self, name: str, tiers: Sequence[Tier]) -> float:
         transforms = []
-        for shard, bases, tier in zip(self._shards, self._bases, tiers, strict=True):
-            digest = model_digest(self._files_digest, shard.layout)
+        for rank, tier in zip(self._ranks, tiers, strict=True):
+            shard = rank.statistics
             calibration = build_calibration(
-                digest, shard.layout, shard.rope, shard.layers_per_block, bases, {name: tier}, {}
+                model_digest(self._files_digest, shard.layout),
+                shard.layout,
+                shard.rope,
+                shard.layers_per_block,
+                rank.bases,
+                {name: tier},
+                {},
+                rank.gain_models,
             )
             transforms.append(KltTransform(self._rank_spec, calibration, name))
 
         def restored(kv: KV) -> KV:
             parts = [
-                _through(transform, self._rank_spec, shard.own(kv))
-                for shard, transform in zip(self._shards, transforms, strict=True)
+                _through(transform, self._rank_spec, rank.statistics.own(kv))
+                for rank, transform in zip(self._ranks, transforms, strict=True)
             ]
             return {side: torch.cat([part[side] for part in parts], dim=2) for side in kv}
 

@@ -26,13 +26,15 @@ from sglang_kvcodec.format.profile import CALIBRATED_TIERS
 from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import KVSpec, Side
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 _METADATA_KEY = "kvcodec"
 _HEADER_SIZE_BYTES = 8
 _MAX_LAYERS_PER_BLOCK = 12
 _MAX_JSON_BYTES = 16 << 20
 MAX_LOW_BITS = 15
 """A number of more than 8 + 15 bits has no meaning in fp32."""
+GAIN_LOG_OFFSET = 0.1
+"""What is added to the magnitude of a scaled component before its logarithm is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,45 @@ class Basis:
 
 
 @dataclasses.dataclass(frozen=True)
+class GainModel:
+    """How finely a writer codes a token, seen from its components in one block: a log-linear model of the gain.
+
+    With the scaled components ``z = y / scales``, of the first ones, the binary logarithm of what the token's steps are
+    multiplied with is ``bias + z . linear + log(abs(z) + 0.1) . logarithmic``. Readers do not need it.
+
+    Attributes:
+        bias: all there is of a model that looks at no component.
+        scales: fp32 ``(n,)``, positive, in the units of the components.
+        linear: fp32 ``(n,)``.
+        logarithmic: fp32 ``(n,)``.
+    """
+
+    bias: float = 0.0
+    scales: npt.NDArray[np.float32] = dataclasses.field(default_factory=lambda: np.empty(0, np.float32))
+    linear: npt.NDArray[np.float32] = dataclasses.field(default_factory=lambda: np.empty(0, np.float32))
+    logarithmic: npt.NDArray[np.float32] = dataclasses.field(default_factory=lambda: np.empty(0, np.float32))
+
+    def to_array(self) -> npt.NDArray[np.float32]:
+        """fp32 ``(1 + 3 n,)``: the bias, then the others one after another."""
+        return np.concatenate([np.array([self.bias], np.float32), self.scales, self.linear, self.logarithmic])
+
+    @classmethod
+    def from_array(cls, array: npt.NDArray[np.float32]) -> GainModel:
+        """Inverse of :meth:`to_array`.
+
+        Raises:
+            FormatError: not such an array.
+        """
+        if array.ndim != 1 or array.shape[0] % 3 != 1:
+            raise FormatError(f"a model of gains of shape {array.shape}")
+        _check_array(array, np.float32, array.shape)
+        scales, linear, logarithmic = array[1:].reshape(3, -1)
+        if not (scales > 0).all():
+            raise FormatError("a model of gains with a scale that is none")
+        return cls(float(array[0]), scales, linear, logarithmic)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tier:
     """How finely one tier codes.
 
@@ -105,8 +146,8 @@ class Tier:
             and how many low bits of each are kept out of the pictures, see ``transform/low_bits.py``.
         rounding: what is added to a magnitude in steps before it is cut to a whole number: 0.5 rounds to nearest, less
             rounds towards zero. A writer's choice, like the gains.
-        gains: ``(tokens, gain)`` pairs in rising order of tokens: a page that starts before ``tokens`` is coded with
-            steps times ``gain``, a power of two.
+        gains: ``(tokens, gain)`` pairs in rising order of tokens: a token at a position before ``tokens`` is coded with
+            steps times ``gain``, a power of two, whatever the model of gains says.
         expected: what calibration measured, for people: ``bits_per_value``, ``divergence``, ….
     """
 
@@ -120,9 +161,9 @@ class Tier:
         """How many components of each block are coded."""
         return tuple(len(bits) for bits in self.low_bits[side])
 
-    def gain(self, first_position: int) -> float:
-        """What the steps of a page whose first token is at ``first_position`` are multiplied with."""
-        return next((gain for tokens, gain in self.gains if first_position < tokens), 1.0)
+    def gain(self, position: int) -> float | None:
+        """What the steps of the token at ``position`` are multiplied with; None to leave it to the model of gains."""
+        return next((gain for tokens, gain in self.gains if position < tokens), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +178,7 @@ class Calibration:
         bases: of each side, of each block.
         metrics: of each side fp32 ``(layers, kv_heads, head_dim, head_dim)``: symmetric positive definite, how much an
             error of a head's values changes the model's output. A writer needs it, a reader does not.
+        gain_models: of each side, of each block. A writer's, too.
         tiers: by name.
         notes: for people: the model, the text, versions; plain JSON.
     """
@@ -147,6 +189,7 @@ class Calibration:
     layers_per_block: int
     bases: Mapping[Side, tuple[Basis, ...]]
     metrics: Mapping[Side, npt.NDArray[np.float32]]
+    gain_models: Mapping[Side, tuple[GainModel, ...]]
     tiers: Mapping[str, Tier]
     notes: Mapping[str, Any]
 
@@ -167,6 +210,7 @@ class Calibration:
             for index, basis in enumerate(self.bases[side]):
                 tensors[f"{side.value}.{index}.mean"] = basis.mean
                 tensors[f"{side.value}.{index}.synthesis"] = basis.synthesis
+                tensors[f"{side.value}.{index}.gain"] = self.gain_models[side][index].to_array()
                 for name, tier in self.tiers.items():
                     tensors[f"{side.value}.{index}.low_bits.{name}"] = tier.low_bits[side][index]
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -230,6 +274,10 @@ class Calibration:
                     for side in layout.sides
                 },
                 metrics={side: tensors.pop(f"{side.value}.metric") for side in layout.sides},
+                gain_models={
+                    side: tuple(GainModel.from_array(tensors.pop(f"{side.value}.{i}.gain")) for i in range(blocks))
+                    for side in layout.sides
+                },
                 tiers={
                     name: _tier_from_dict(
                         tier,
@@ -326,7 +374,8 @@ def _check(calibration: Calibration) -> None:
             if not 1 <= components <= width:
                 raise FormatError(f"{components} components of {width} values")
             _check_array(basis.synthesis, np.float16, (components, width))
-    if set(calibration.bases) != set(layout.sides) or set(calibration.metrics) != set(layout.sides):
+    of_sides: tuple[Mapping[Side, Any], ...] = (calibration.bases, calibration.metrics, calibration.gain_models)
+    if any(set(each) != set(layout.sides) for each in of_sides):
         raise FormatError("a side too many or too few")
     if not calibration.tiers or not set(calibration.tiers) <= set(CALIBRATED_TIERS):
         raise UnknownFormatError(f"a calibration for tiers {sorted(calibration.tiers)}")
@@ -347,21 +396,25 @@ def _check_tier(tier: Tier, calibration: Calibration) -> None:
         raise FormatError("a tier without steps for a side")
     for side in sides:
         bases = calibration.bases[side]
+        if len(calibration.gain_models[side]) != len(bases):
+            raise FormatError("a model of gains too many or too few")
         if len(tier.steps[side]) != len(bases) or len(tier.low_bits[side]) != len(bases):
             raise FormatError("a tier with a step too many or too few")
         if not all(type(step) is float and 0 < step < math.inf for step in tier.steps[side]):
             raise FormatError("a step that is none")
-        for bits, basis in zip(tier.low_bits[side], bases, strict=True):
+        for bits, basis, model in zip(tier.low_bits[side], bases, calibration.gain_models[side], strict=True):
             if bits.dtype != np.uint8 or bits.ndim != 1 or not 1 <= len(bits) <= len(basis.synthesis):
                 raise FormatError(f"low bits {bits.shape} for {len(basis.synthesis)} components")
             if bits.max() > MAX_LOW_BITS:
                 raise FormatError("a component of which too many bits are kept out of the pictures")
+            if len(model.scales) > len(bits):
+                raise FormatError("a model of gains that looks at components which are cut")
     if type(tier.rounding) is not float or not 0 < tier.rounding <= 0.5:
         raise FormatError(f"rounding with {tier.rounding!r}")
     tokens = [limit for limit, _ in tier.gains]
     if not all(type(limit) is int and limit > 0 for limit in tokens) or sorted(set(tokens)) != tokens:
         raise FormatError("gains out of order")
-    if not all(type(gain) is float and 2**-8 <= gain <= 2**8 and math.frexp(gain)[0] == 0.5 for _, gain in tier.gains):
+    if not all(type(gain) is float and 2**-6 <= gain <= 2 and math.frexp(gain)[0] == 0.5 for _, gain in tier.gains):
         raise FormatError("a gain that is no power of two")
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in tier.expected.values()):
         raise FormatError("an expectation that is no number")

@@ -43,7 +43,7 @@ HIGH = Profile(
     frozenset({KVDtype.BFLOAT16, KVDtype.FLOAT16}),
 )
 
-_CALIBRATED_STAGES = ("rope/1", "klt/1", "component-canvas/1", HEVC_STAGE)
+_CALIBRATED_STAGES = ("rope/1", "klt/1", "token-gain/1", "component-canvas/1", HEVC_STAGE)
 
 _UNCALIBRATED = {profile.name: profile for profile in (RAW, EXACT, HIGH)}
 _CALIBRATED = {

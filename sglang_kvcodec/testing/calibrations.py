@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sglang_kvcodec.format.calibration import Basis, Calibration, ShardLayout, Tier
+from sglang_kvcodec.format.calibration import Basis, Calibration, GainModel, ShardLayout, Tier
 from sglang_kvcodec.format.profile import CALIBRATED_TIERS
 from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import KVSpec
@@ -28,6 +28,7 @@ def random_calibration(
     kept: float = 1.0,
     step: float = 0.02,
     rope: RopeSpec | None = None,
+    gain_components: int = 0,
     model_digest: bytes = MODEL_DIGEST,
 ) -> Calibration:
     """A calibration for pages of ``spec`` whose transform loses nothing but what steps and cut components lose.
@@ -39,6 +40,7 @@ def random_calibration(
         kept: part of the components that the tiers code.
         step: of the finest tier, in a component's units; each tier doubles it.
         rope: the rotation to undo.
+        gain_components: how many components tell the gains of tokens that are not among the first.
         model_digest: of the model that it is for.
     """
     generator = np.random.default_rng(seed)
@@ -62,12 +64,16 @@ def random_calibration(
                 side: tuple(generator.integers(0, 4, count).astype(np.uint8) for count in counts) for side in spec.sides
             },
             rounding=0.5,
-            gains=((spec.page_tokens, 0.5),),
+            gains=((3, 0.25), (5, 0.5)),
             expected={},
         )
         for rank, name in enumerate(CALIBRATED_TIERS)
     }
-    return Calibration(model_digest, layout, rope, layers_per_block, bases, metrics, tiers, {"seed": seed})
+    gain_models = {
+        side: tuple(_random_gain_model(generator, min(gain_components, count)) for count in counts)
+        for side in spec.sides
+    }
+    return Calibration(model_digest, layout, rope, layers_per_block, bases, metrics, gain_models, tiers, {"seed": seed})
 
 
 def _random_metric(generator: np.random.Generator, layout: ShardLayout) -> npt.NDArray[np.float64]:
@@ -75,6 +81,13 @@ def _random_metric(generator: np.random.Generator, layout: ShardLayout) -> npt.N
     roots = generator.normal(size=(layout.layers, layout.kv_heads, dim, dim)) / np.sqrt(dim)
     metric: npt.NDArray[np.float64] = roots @ np.swapaxes(roots, -1, -2) + 0.3 * np.eye(dim)
     return metric
+
+
+def _random_gain_model(generator: np.random.Generator, count: int) -> GainModel:
+    if not count:
+        return GainModel()
+    linear, logarithmic = (generator.normal(size=count).astype(np.float32) / np.float32(count**0.5) for _ in range(2))
+    return GainModel(-0.5, generator.uniform(0.5, 2, count).astype(np.float32), linear, logarithmic)
 
 
 def _random_basis(generator: np.random.Generator, metric: npt.NDArray[np.float64], width: int) -> Basis:

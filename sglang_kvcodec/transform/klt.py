@@ -6,11 +6,10 @@ taken in a space in which errors count by what they do to the model's output: wi
 ``e`` changes the distribution of the next token by ``e^T M e``, up to a factor. One step for all components, layers and
 sides then spends every bit where it saves most of that (reverse water-filling).
 
-Writing: components ``y = (x - mean) M S^T``, ``q = y / step`` rounded, one byte each on the canvas and, of the few wide
-ones, low bits beside it. Reading:
-``x = mean + step * (q S)``, which is all that a GPU has to do: a product of small whole numbers with the fp16 matrix
-``S`` that accumulates in fp32, then one multiplication and addition, then the rotation. ``S M S^T = 1``, so writing
-inverts reading.
+Writing: components ``y = (x - mean) M S^T``, ``q = y / (step * gain)`` rounded, with the gain of the token; one byte
+each on the canvas and, of the few wide ones, low bits beside it. Reading: ``x = mean + step * gain * (q S)``, which
+is all that a GPU has to do: a product of small whole numbers with the fp16 matrix ``S`` that accumulates in fp32,
+then one multiplication and addition, then the rotation. ``S M S^T = 1``, so writing inverts reading.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_kvcodec.errors import ForeignPageError, FormatError
-from sglang_kvcodec.format.calibration import Basis, Calibration
+from sglang_kvcodec.format.calibration import Basis, Calibration, GainModel
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, component_geometry, layer_groups, picture_geometry
 from sglang_kvcodec.transform.base import PackedSide
 from sglang_kvcodec.transform.checks import check_fields, stack_canvases
@@ -32,6 +31,13 @@ from sglang_kvcodec.transform.floats import stack_bytes, to_bytes, torch_dtype
 from sglang_kvcodec.transform.layout import CANVAS_FILL
 from sglang_kvcodec.transform.low_bits import join_low_bits, low_bits_bytes, split_low_bits
 from sglang_kvcodec.transform.rope import rotate, unrotate
+from sglang_kvcodec.transform.token_gains import (
+    gains_of_levels,
+    level_of_gain,
+    pack_levels,
+    predicted_levels,
+    unpack_levels,
+)
 
 LARGEST_CODE = 127
 """The largest magnitude that the canvas holds."""
@@ -49,6 +55,7 @@ class _Block:
         synthesis: fp32 ``(components, values)``, whole fp16 numbers.
         low_bits: int32 ``(components,)``.
         step: of the tier.
+        gain_model: predicts the gains of tokens.
     """
 
     start: int
@@ -58,6 +65,7 @@ class _Block:
     synthesis: torch.Tensor
     low_bits: torch.Tensor
     step: float
+    gain_model: GainModel
 
 
 class KltTransform:
@@ -145,13 +153,12 @@ class KltTransform:
             wide = unrotate(wide, positions, self._rope)
         tokens = wide.transpose(1, 2).flatten(2)
         blocks = self._blocks[group.index, side]
-        gains = torch.tensor([self._tier.gain(first) for first in first_positions], device=self._device)
-        steps = gains[:, None] * torch.tensor([block.step for block in blocks], device=self._device)
+        components = [(tokens[..., block.start : block.stop] - block.mean) @ block.analysis for block in blocks]
+        levels = self._levels(components, blocks, first_positions)
+        steps = torch.tensor([block.step for block in blocks], dtype=torch.float32, device=self._device)
+        sizes = steps[:, None] * gains_of_levels(levels)
         codes = _interleave(
-            [
-                self._quantise((tokens[..., block.start : block.stop] - block.mean) @ block.analysis, step)
-                for block, step in zip(blocks, steps.unbind(1), strict=True)
-            ]
+            [self._quantise(part, size) for part, size in zip(components, sizes.unbind(1), strict=True)]
         )
         if not bool((codes.abs() <= LARGEST_ESCAPE).all()):
             return None
@@ -160,8 +167,13 @@ class KltTransform:
         bytes_ = (torch.where(escaped, 0, high) + CANVAS_FILL).to(torch.uint8)
         canvases = components_to_canvas(bytes_, self.geometry, self._layout)
         return [
-            PackedSide(canvas, to_bytes(low[index]), pack_component_escapes(high[index], escaped[index]), tuple(step))
-            for index, (canvas, step) in enumerate(zip(canvases, steps.tolist(), strict=True))
+            PackedSide(
+                canvas,
+                pack_levels(levels[index]) + to_bytes(low[index]),
+                pack_component_escapes(high[index], escaped[index]),
+                tuple(steps.tolist()),
+            )
+            for index, canvas in enumerate(canvases)
         ]
 
     def restore(
@@ -178,11 +190,11 @@ class KltTransform:
         spec = self._spec
         blocks = self._blocks[group.index, side]
         codes = self.codes(group, side, packed).to(torch.float32)
-        steps = torch.tensor([page.steps for page in packed], dtype=torch.float32, device=self._device)
+        steps = self.steps(group, side, packed)
         counts = [len(block.synthesis) for block in blocks]
         tokens = torch.cat(
             [
-                part @ block.synthesis * steps[:, index, None, None] + block.mean
+                part @ block.synthesis * steps[:, index, :, None] + block.mean
                 for index, (part, block) in enumerate(zip(_deinterleave(codes, counts), blocks, strict=True))
             ],
             dim=-1,
@@ -203,13 +215,10 @@ class KltTransform:
             FormatError: side bytes that do not fit the spec. Never writes or reads outside its own tensors.
         """
         spec = self._spec
-        blocks = self._blocks[group.index, side]
         low_bits = self._low_bits[group.index, side]
         low_bytes = low_bits_bytes(low_bits, spec.page_tokens)
         for page in packed:
-            check_fields(page, canvas=True, stored=low_bytes > 0, escapes=True, steps=len(blocks))
-            if not all(math.isfinite(step) and step > 0 for step in page.steps):
-                raise FormatError("a quantiser step that is none")
+            check_fields(page, canvas=True, stored=bool(page.stored), escapes=True, steps=len(page.steps))
         count = self.components(group, side)
         canvases = stack_canvases(packed).to(self._device)
         codes = components_from_canvas(canvases, self.geometry, self._layout, count)
@@ -219,12 +228,42 @@ class KltTransform:
                 where, numbers = unpack_component_escapes(page.escapes, spec.page_tokens * count)
                 places = torch.from_numpy(where).to(self._device)
                 high[index].view(-1)[places] = torch.from_numpy(numbers).to(self._device)
-        stored = stack_bytes([page.stored for page in packed], low_bytes).to(self._device)
-        return join_low_bits(high, stored, low_bits)
+        stored = stack_bytes([page.stored[max(0, len(page.stored) - low_bytes) :] for page in packed], low_bytes)
+        return join_low_bits(high, stored.to(self._device), low_bits)
+
+    def steps(self, group: LayerGroup, side: Side, packed: Sequence[PackedSide]) -> torch.Tensor:
+        """What the whole numbers of packed sides are multiplied with: fp32 ``(pages, blocks, page_tokens)``.
+
+        Raises:
+            FormatError: side bytes that do not fit the spec.
+        """
+        blocks, tokens = len(self._blocks[group.index, side]), self._spec.page_tokens
+        for page in packed:
+            if len(page.steps) != blocks or not all(math.isfinite(step) and step > 0 for step in page.steps):
+                raise FormatError("quantiser steps that are none, or too many or too few")
+        low_bytes = low_bits_bytes(self._low_bits[group.index, side], tokens)
+        levels = unpack_levels([page.stored[: max(0, len(page.stored) - low_bytes)] for page in packed], blocks, tokens)
+        steps = torch.tensor([page.steps for page in packed], dtype=torch.float32)
+        return (steps[..., None] * gains_of_levels(levels)).to(self._device)
+
+    def _levels(
+        self, components: Sequence[torch.Tensor], blocks: Sequence[_Block], first_positions: Sequence[int]
+    ) -> torch.Tensor:
+        """The gain of each token as a level: uint8 ``(pages, blocks, page_tokens)``."""
+        levels = torch.stack(
+            [predicted_levels(part, block.gain_model) for part, block in zip(components, blocks, strict=True)], dim=1
+        )
+        for page, first in enumerate(first_positions):
+            for token in range(self._spec.page_tokens):
+                gain = self._tier.gain(first + token)
+                if gain is None:
+                    break  # Later ones have none either.
+                levels[page, :, token] = level_of_gain(gain)
+        return levels
 
     def _quantise(self, components: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """fp32 ``(pages, page_tokens, components)`` in steps ``(pages,)``, whole numbers."""
-        scaled = components / steps[:, None, None]
+        """fp32 ``(pages, page_tokens, components)`` in steps ``(pages, page_tokens)``, whole numbers."""
+        scaled = components / steps[..., None]
         return torch.sign(scaled) * torch.floor(scaled.abs() + self._tier.rounding)
 
     def _positions(self, first_positions: Sequence[int]) -> torch.Tensor:
@@ -251,6 +290,7 @@ class KltTransform:
                     synthesis=synthesis.to(self._device),
                     low_bits=torch.from_numpy(low_bits).to(self._device, torch.int32),
                     step=self._tier.steps[side][index],
+                    gain_model=calibration.gain_models[side][index],
                 )
             )
         return blocks

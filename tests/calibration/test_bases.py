@@ -1,10 +1,8 @@
-import dataclasses
-
 import pytest
 import torch
 
 from sglang_kvcodec.calibration.bases import SHRINKAGE, solve_bases
-from sglang_kvcodec.calibration.statistics import KVStatistics
+from sglang_kvcodec.calibration.statistics import START_TOKENS, KVStatistics
 from sglang_kvcodec.errors import CalibrationError
 from sglang_kvcodec.format.calibration import ShardLayout
 from sglang_kvcodec.format.spec import Side
@@ -67,10 +65,8 @@ def test_a_gradient_turns_back_so_that_it_predicts_the_same_change():
     generator = torch.Generator().manual_seed(3)
     change, gradient = (torch.randn((1, 9, 1, 8), generator=generator) for _ in range(2))
     layout = ShardLayout(1, 1, 8)
-    statistics = KVStatistics(dataclasses.replace(layout), ROPE, 1)
-    positions = torch.arange(9)
+    positions = torch.arange(100, 109)
     plain_change = unrotate(change, positions, ROPE)
-    statistics.add_gradients({Side.KEY: gradient, Side.VALUE: gradient})
     expected = (gradient * change).sum((0, 2, 3))
     # What was accumulated is the outer product of the turned gradients: rebuild them token by token.
     for token in range(9):
@@ -78,7 +74,7 @@ def test_a_gradient_turns_back_so_that_it_predicts_the_same_change():
         part = gradient.clone()
         part[:, :token] = 0
         part[:, token + 1 :] = 0
-        one.add_gradients({Side.KEY: part, Side.VALUE: part})
+        one.add_gradients({Side.KEY: part, Side.VALUE: part}, first_position=100)
         delta = plain_change[0, token, 0].double()
         assert float(delta @ (one.fisher(Side.KEY)[0, 0] * 9) @ delta) == pytest.approx(
             float(expected[token]) ** 2, rel=1e-4
@@ -134,12 +130,24 @@ def test_values_without_spread_are_refused():
 
 
 def test_first_tokens_that_matter_more_are_coded_finer():
+    """A first token whose gradients are eleven times as large: steps of an eleventh, or the power of two below."""
     statistics, kv = gathered(gradients=False)
     weight = torch.ones(1, 1000, 1, 1)
-    weight[:, :64] = 4.0
+    weight[:, 0] = 11
     noise = torch.randn((5, 1000, 2, 8), generator=torch.Generator().manual_seed(1))
     statistics.add_gradients({side: noise * weight for side in kv})
-    assert statistics.start_gain(64) == 0.25
+    assert statistics.start_gain() == 2.0**-4
     even = KVStatistics(LAYOUT, ROPE, 3)
     even.add_gradients(dict.fromkeys(kv, noise))
-    assert even.start_gain(64) == 1.0
+    assert even.start_gain() >= 0.5
+
+
+def test_the_first_tokens_are_not_in_the_metric():
+    statistics, kv = gathered(gradients=False)
+    noise = torch.randn((5, 1000, 2, 8), generator=torch.Generator().manual_seed(1))
+    loud = noise.clone()
+    loud[:, :START_TOKENS] *= 1e3
+    statistics.add_gradients(dict.fromkeys(kv, loud))
+    even = KVStatistics(LAYOUT, ROPE, 3)
+    even.add_gradients(dict.fromkeys(kv, noise))
+    assert torch.equal(statistics.fisher(Side.VALUE), even.fisher(Side.VALUE))

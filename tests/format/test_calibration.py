@@ -14,7 +14,7 @@ from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side
 from sglang_kvcodec.testing.calibrations import MODEL_DIGEST, neox_rope, random_calibration
 
 SPEC = KVSpec(layers=5, kv_heads=3, head_dim=8, page_tokens=16, dtype=KVDtype.BFLOAT16)
-CALIBRATION = random_calibration(SPEC, rope=neox_rope(8))
+CALIBRATION = random_calibration(SPEC, rope=neox_rope(8), gain_components=4)
 
 
 def rewritten(change, data=CALIBRATION.encoded):
@@ -36,7 +36,7 @@ def rewritten(change, data=CALIBRATION.encoded):
 )
 def test_what_is_written_is_read_again_and_has_the_same_name(layers, per_block, kept, sides):
     spec = dataclasses.replace(SPEC, layers=layers, sides=sides)
-    written = random_calibration(spec, layers_per_block=per_block, kept=kept)
+    written = random_calibration(spec, layers_per_block=per_block, kept=kept, gain_components=5)
     read = Calibration.from_bytes(written.encoded, MODEL_DIGEST)
     assert read.digest == written.digest
     assert read.layout == written.layout
@@ -45,13 +45,15 @@ def test_what_is_written_is_read_again_and_has_the_same_name(layers, per_block, 
         for basis, other in zip(read.bases[side], written.bases[side], strict=True):
             assert np.array_equal(basis.synthesis, other.synthesis)
             assert np.array_equal(basis.mean, other.mean)
+        for model, other in zip(read.gain_models[side], written.gain_models[side], strict=True):
+            assert np.array_equal(model.to_array(), other.to_array())
         assert read.tiers["compact"].components(side) == written.tiers["compact"].components(side)
 
 
 def test_the_name_depends_on_every_number():
-    changed = random_calibration(SPEC, rope=neox_rope(8), step=0.0201)
+    changed = random_calibration(SPEC, rope=neox_rope(8), gain_components=4, step=0.0201)
     assert changed.digest != CALIBRATION.digest
-    assert random_calibration(SPEC, rope=neox_rope(8)).digest == CALIBRATION.digest
+    assert random_calibration(SPEC, rope=neox_rope(8), gain_components=4).digest == CALIBRATION.digest
 
 
 def test_another_model_or_shard_is_refused():
@@ -84,7 +86,7 @@ def _tensor(name, value):
 @pytest.mark.parametrize(
     "change",
     [
-        _set("version", 2),
+        _set("version", 1),
         _set("more", 1),
         _set("model_digest", "aa"),
         _set("model_digest", 5),
@@ -106,6 +108,8 @@ def _tensor(name, value):
         _set_in("tiers", "high", "rounding", "0.5"),
         _set_in("tiers", "high", "gains", [[16, 0.3]]),
         _set_in("tiers", "high", "gains", [[32, 0.5], [16, 0.5]]),
+        _set_in("tiers", "high", "gains", [[4, 2.0**-7]]),
+        _set_in("tiers", "high", "gains", [[4, 4.0]]),
         _set_in("tiers", "high", "expected", {"bits": "few"}),
         _set_in("tiers", "high", "steps", {"key": [0.1, 0.1]}),
         _set_in("tiers", "high", "steps", "key", [0.1]),
@@ -119,6 +123,13 @@ def _tensor(name, value):
         _tensor("key.0.low_bits.high", np.zeros(73, np.uint8)),
         _tensor("key.0.low_bits.high", np.full(72, 16, np.uint8)),
         _tensor("key.0.low_bits.high", np.zeros(72, np.int8)),
+        _tensor("key.0.gain", np.ones(0, np.float32)),
+        _tensor("key.0.gain", np.ones(12, np.float32)),
+        _tensor("key.0.gain", np.ones((13, 1), np.float32)),
+        _tensor("key.0.gain", np.ones(13, np.float64)),
+        _tensor("key.0.gain", np.full(13, np.inf, np.float32)),
+        _tensor("key.0.gain", np.zeros(13, np.float32)),
+        _tensor("key.0.gain", np.ones(1 + 3 * 73, np.float32)),
         _tensor("key.metric", np.zeros((5, 3, 8, 7), np.float32)),
         _tensor("key.9.mean", np.zeros(72, np.float32)),
     ],
@@ -167,8 +178,8 @@ def test_a_flipped_bit_is_refused_or_another_artifact(position, bit):
 
 
 def test_an_unknown_version_says_so():
-    with pytest.raises(UnknownFormatError, match="version 2"):
-        Calibration.from_bytes(rewritten(_set("version", 2)))
+    with pytest.raises(UnknownFormatError, match="version 3"):
+        Calibration.from_bytes(rewritten(_set("version", 3)))
 
 
 def test_a_calibration_that_does_not_fit_can_not_be_made():

@@ -1,12 +1,14 @@
 import dataclasses
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kvcodec.errors import ForeignPageError, FormatError
+from sglang_kvcodec.format.calibration import GainModel
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
@@ -35,7 +37,7 @@ def test_what_is_restored_is_within_the_steps_on_any_shape(data):
     )
     rope = data.draw(st.sampled_from([None, neox_rope(spec.head_dim), neox_rope(spec.head_dim, 4, 1.3)]), "rope")
     per_block = data.draw(st.sampled_from([1, 3]), "layers_per_block")
-    calibration = random_calibration(spec, layers_per_block=per_block, step=0.01, rope=rope)
+    calibration = random_calibration(spec, layers_per_block=per_block, step=0.01, rope=rope, gain_components=3)
     group = data.draw(st.sampled_from(layer_groups(spec)), "group")
     side = data.draw(st.sampled_from(spec.sides), "side")
     pages = data.draw(st.integers(1, 3), "pages")
@@ -44,9 +46,10 @@ def test_what_is_restored_is_within_the_steps_on_any_shape(data):
     restored, packed = round_trip(spec, calibration, values, group, side, positions)
     assert restored.shape == values.shape
     assert restored.dtype == values.dtype
-    # An error of half a step in each component, through the widest row of the basis, and the type's own rounding.
+    # Half a step, doubled by the largest gain, in each component, through the widest row of the basis; and the type's
+    # own rounding.
     width = group.layers * spec.channels
-    bound = 0.01 * (0.5 * width**0.5) * 4 + 2.0**-spec.dtype.mantissa_bits * values.float().abs()
+    bound = 2 * 0.01 * (0.5 * width**0.5) * 4 + 2.0**-spec.dtype.mantissa_bits * values.float().abs()
     assert bool(((restored.float() - values.float()).abs() <= bound).all())
     assert all(side.canvas.shape == KltTransform(spec, calibration, "high").canvas_shape for side in packed)
 
@@ -86,13 +89,41 @@ def test_k_is_transformed_with_its_rotation_undone():
     assert spread(Side.VALUE) > 3
 
 
-def test_first_pages_are_coded_finer_where_the_calibration_says_so():
+def test_first_tokens_are_coded_finer_where_the_calibration_says_so():
     calibration = random_calibration(SPEC, step=0.04)
     group = layer_groups(SPEC)[0]
     values = kv_like(SPEC, 2, group.layers, seed=5)
-    packed = KltTransform(SPEC, calibration, "high").pack(group, Side.KEY, values, [0, 16])
-    assert [max(page.steps) for page in packed] == pytest.approx([0.02, 0.04])
-    assert [min(page.steps) for page in packed] == pytest.approx([0.02, 0.04])
+    transform = KltTransform(SPEC, calibration, "high")
+    packed = transform.pack(group, Side.KEY, values, [0, 16])
+    steps = transform.steps(group, Side.KEY, packed)
+    assert steps[0, :, :6].tolist() == [pytest.approx([0.01] * 3 + [0.02] * 2 + [0.04])] * steps.shape[1]
+    assert steps[1].unique().tolist() == pytest.approx([0.04])
+
+
+def test_tokens_that_look_important_are_coded_finer():
+    """A model that looks at the widest component: a token with a large one has an error as much smaller."""
+    spec = dataclasses.replace(SPEC, layers=3, page_tokens=64, dtype=KVDtype.FLOAT16)
+    plain = random_calibration(spec, step=0.05)
+    steep = GainModel(1.0, *(np.array([number], np.float32) for number in (1.0, 0.0, -1.0)))
+    calibration = dataclasses.replace(plain, gain_models=dict.fromkeys(spec.sides, (steep,)))
+    group = layer_groups(spec)[0]
+    values = kv_like(spec, 2, 3, seed=5)
+    direction = torch.from_numpy(plain.bases[Side.VALUE][0].synthesis[0]).view(3, 1, 2, 16)
+    values[:, :, 7:8] += 50 * direction
+    restored, packed = round_trip(spec, calibration, values, group, Side.VALUE, [64, 128])
+    steps = KltTransform(spec, calibration, "high").steps(group, Side.VALUE, packed)
+    assert float(steps[:, 0, 7].max()) < 0.3 * float(steps.median())
+    error = (restored.float() - values.float()).square().mean((0, 1, 3, 4))
+    assert float(error[7]) < 0.3 * float(error.median())
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b"\xcc" + data])
+def test_stored_bytes_of_another_length_are_refused(change):
+    transform = KltTransform(SPEC, random_calibration(SPEC), "high")
+    group = layer_groups(SPEC)[0]
+    page = transform.pack(group, Side.KEY, kv_like(SPEC, 1, group.layers, seed=1), [0])[0]
+    with pytest.raises(FormatError):
+        transform.restore(group, Side.KEY, [dataclasses.replace(page, stored=change(page.stored))], [0])
 
 
 def test_values_beyond_the_canvas_are_escaped_exactly():
