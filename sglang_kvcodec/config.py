@@ -103,6 +103,8 @@ class ServerConfig:
     """Fetch, but publish nothing."""
     auto_calibrate: bool = False
     """Make a calibration from what is published where the peer has none."""
+    encoder_processes: int = 1
+    """Processes that run libx265, each with a thread that feeds it; 0 to run it on ``encode_threads`` threads."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
@@ -112,6 +114,8 @@ class ServerConfig:
         for name in ("host_cache_bytes", "publish_queue_bytes", "encode_threads", "decode_threads", "min_fetch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1")
+        if self.encoder_processes < 0:
+            raise ConfigurationError("encoder_processes must be at least 0")
         if self.auto_calibrate and self.profile in ("raw", "exact"):
             raise ConfigurationError(f"profile {self.profile!r} needs no calibration; leave auto_calibrate away")
         if self.auto_calibrate and self.read_only:

@@ -35,4 +35,7 @@ PUBLISH_DROPS = Counter("kvcodec_publish_drops", "Pages not published, by reason
 PUBLISH_QUEUE_BYTES = Gauge(
     "kvcodec_publish_queue_bytes", "Uncoded KV waiting to be encoded", multiprocess_mode="livesum"
 )
+ENCODER_PROCESSES_LOST = Counter(
+    "kvcodec_encoder_processes_lost", "Encoder processes that died or hung and were replaced"
+)
 ENCODE_SECONDS = Histogram("kvcodec_encode_seconds", "Time to encode one page")

@@ -80,6 +80,7 @@ def test_environment_names_are_the_fields_without_their_unit():
         "decode_threads": "KVCODEC_DECODE_THREADS",
         "read_only": "KVCODEC_READ_ONLY",
         "auto_calibrate": "KVCODEC_AUTO_CALIBRATE",
+        "encoder_processes": "KVCODEC_ENCODER_PROCESSES",
     }
 
 

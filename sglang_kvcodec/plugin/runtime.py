@@ -23,7 +23,7 @@ from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.transform import PageTransforms
-from sglang_kvcodec.video import open_decoder, open_encoder
+from sglang_kvcodec.video import open_decoder, open_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,12 @@ class Runtime:
         profile = transforms.profile(self._calibration_digest)
         # Nothing but the transforms restores calibrated pages yet; they do so on the pool's device.
         kernel = restore_kernel(pool, profile.name) if calibration is None else None
+        encoders = None
         if profile.has_pictures:
             # Refuses here, at start, rather than on a thread later.
             open_decoder().close()
-            open_encoder().close()
+            encoders = None if config.read_only else open_encoders(processes=config.encoder_processes)
+        self._encoders = encoders
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
         self._peer = GrpcPeer(config.remote, config.timeouts)
@@ -90,7 +92,7 @@ class Runtime:
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
             calibration_digest = self._calibration_of[namespace_digest]
             has_components = bool(calibration_digest)
-            encoder = open_encoder(uniform_blocks=has_components) if profile.has_pictures else None
+            encoder = encoders.encoder(uniform_blocks=has_components) if encoders is not None else None
             return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
         self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel, transforms.uncalibrated.name)
@@ -170,4 +172,6 @@ class Runtime:
             self._auto_calibration.close()
         self.fetcher.close()
         self.publisher.close()
+        if self._encoders is not None:
+            self._encoders.close()
         self.restorer.close()

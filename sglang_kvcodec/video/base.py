@@ -44,6 +44,24 @@ class PictureEncoder(Protocol):
         ...
 
 
+class EncoderSource(Protocol):
+    """Gives each thread an encoder. Thread-safe."""
+
+    name: str
+
+    def encoder(self, *, uniform_blocks: bool = False) -> PictureEncoder:
+        """An encoder for one thread.
+
+        Args:
+            uniform_blocks: for pictures of components, whose statistics do not change within a block of 32 x 32.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases what the encoders share; a call of one that is under way fails."""
+        ...
+
+
 class PictureDecoder(Protocol):
     """Decodes pictures of one size. Used by one thread at a time."""
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import av
 
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.video.base import PictureDecoder, PictureEncoder
-from sglang_kvcodec.video.software import SoftwareDecoder, SoftwareEncoder
+from sglang_kvcodec.video.base import EncoderSource, PictureDecoder, PictureEncoder
+from sglang_kvcodec.video.encoder_processes import EncoderProcesses
+from sglang_kvcodec.video.software import SoftwareDecoder, SoftwareEncoder, SoftwareEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,19 @@ def open_encoder(name: str = AUTO, *, uniform_blocks: bool = False) -> PictureEn
         ConfigurationError: unknown, or not available here.
     """
     return _ENCODERS[_choose(name, "encode")][1](uniform_blocks=uniform_blocks)
+
+
+def open_encoders(*, processes: int) -> EncoderSource:
+    """What a server encodes with.
+
+    Args:
+        processes: that run libx265; 0 to run it on the threads that ask.
+
+    Raises:
+        ConfigurationError: not available here.
+    """
+    _choose(AUTO, "encode")
+    return EncoderProcesses(processes) if processes else SoftwareEncoders()
 
 
 def open_decoder(name: str = AUTO) -> PictureDecoder:

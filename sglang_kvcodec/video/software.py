@@ -118,6 +118,19 @@ class SoftwareEncoder:
         return picture
 
 
+class SoftwareEncoders:
+    """libx265 on the threads that ask for it."""
+
+    name = "x265"
+
+    def encoder(self, *, uniform_blocks: bool = False) -> SoftwareEncoder:
+        """See ``EncoderSource.encoder``."""
+        return SoftwareEncoder(uniform_blocks=uniform_blocks)
+
+    def close(self) -> None:
+        """Nothing is shared."""
+
+
 class SoftwareDecoder:
     """FFmpeg's HEVC decoder on one thread. Every call starts afresh: nothing damaged outlives its segment."""
 
