@@ -24,6 +24,8 @@ _HELP = {
     "publish_queue_bytes": "Bound of the KV that waits to be encoded, e.g. 512MiB; what does not fit is dropped.",
     "min_fetch_tokens": "A shorter stored prefix is computed rather than fetched.",
     "encode_threads": "Threads that pack new pages, and encode them without encoder processes.",
+    "decoder": "What decodes pictures: nvdec (the GPU's video engines), software, or auto: the best there is.",
+    "encoder": "What encodes pictures: nvenc (where the GPU has it), x265, or auto: the best there is.",
     "encoder_processes": "Processes that run libx265; 0 to run it on threads of the server.",
     "decode_threads": "Threads that decode fetched pages.",
     "read_only": "true: fetch, but publish nothing.",

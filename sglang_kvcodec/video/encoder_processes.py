@@ -29,6 +29,8 @@ START_TIMEOUT_S = 60.0
 ENCODE_TIMEOUT_S = 120.0
 """Silence after which a process counts as hung."""
 _END_TIMEOUT_S = 2.0
+_PROGRAM = f"import sys; from {encoder_worker.__name__} import main; main(sys.argv[1:])"
+"""Not ``-m``: the package has imported the module by the time it would run."""
 _PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
 
 
@@ -165,7 +167,7 @@ class _Worker:
             descriptors = (theirs.fileno(), self._memory_fd)
             paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", encoder_worker.__name__, *map(str, descriptors), str(os.getpid())],
+                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=descriptors,

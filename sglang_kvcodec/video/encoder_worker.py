@@ -1,4 +1,4 @@
-"""A process that encodes pictures for another: ``python -m sglang_kvcodec.video.encoder_worker``.
+"""A process that encodes pictures for another, which starts it with :func:`main` as its program.
 
 Canvases come in memory that both share, a request and its answer over a socket. The process ends when the other end of
 the socket is closed or the process that started it is gone, whatever it does at that moment. It holds neither torch nor
@@ -15,7 +15,6 @@ import os
 import select
 import socket
 import struct
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -123,7 +122,3 @@ def main(arguments: Sequence[str]) -> None:
     threading.Thread(target=_end_with_parent, args=(connection_fd, parent_pid), daemon=True).start()
     connection.sendall(ANSWER.pack(SUCCEEDED, 0))
     serve(connection, memory_fd)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
