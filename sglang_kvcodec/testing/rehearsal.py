@@ -107,12 +107,13 @@ class RehearsalDecoder:
         stream = ctypes.string_at(packet.bsl_data, packet.bsl)
         parameter_sets, pictures = _access_units(stream)
         size = picture_size(parameter_sets)
+        whole = _predicted(stream)
         if self._size is None:
             self._size = size
         if size[0] > self._max_size[0] or size[1] > self._max_size[1]:
             raise PyNvVCException("Reconfigure Not supported when width/height > maxwidth/maxheight")
-        frames = []
-        for number, picture in enumerate(pictures):
+        frames = [self._frame(number, _scaled(canvas, self._size)) for number, canvas in enumerate(whole)]
+        for number, picture in enumerate([] if whole else pictures):
             try:
                 canvas = SoftwareDecoder().decode(parameter_sets, [picture])[0]
             except CodecError:
@@ -296,6 +297,27 @@ def _access_units(stream: bytes) -> tuple[bytes, list[bytes]]:
         elif len(sets) < 3 and not pictures:
             sets.append(unit)
     return to_annexb(sets), pictures
+
+
+def _predicted(stream: bytes) -> list[Canvases]:
+    """The pictures of a stream that has others than IDRs, in output order; none of a stream that has not."""
+    kinds = {nal_type(unit) for unit in nal_units(stream) if unit}
+    if not any(kind < NAL_IDR_W_RADL for kind in kinds):
+        return []
+    context = av.VideoCodecContext.create("hevc", "r")
+    canvases = []
+    for frame in [*(f for packet in context.parse(stream) for f in context.decode(packet)), *_flushed(context)]:
+        luma, *chroma = (
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+            for plane in frame.planes
+        )
+        canvases.append(np.concatenate([luma, np.stack(chroma, -1).reshape(len(chroma[0]), -1)]))
+    return canvases
+
+
+def _flushed(context: Any) -> list[Any]:
+    """What the decoder still held, and what the parser did."""
+    return [*(frame for packet in context.parse(None) for frame in context.decode(packet)), *context.decode(None)]
 
 
 def _concealed(parameter_sets: bytes, picture: bytes, size: tuple[int, int]) -> Canvases:
