@@ -3,7 +3,7 @@
 Needs torch, triton, grpcio, prometheus_client, protobuf, safetensors, PyAV, NumPy and PyNvVideoCodec; no SGLang, no
 network, no model. Each part is tried by itself: one that fails is a row that says so, and the exit status is 1. On a
 machine without a GPU ``--small`` rehearses every part on the CPU, in Triton's interpreter and with a stand-in for the
-video library. What that prints is marked as a rehearsal, is no figure of a GPU, and is stored only where ``--out`` says.
+video library. What that prints is marked, is no figure of a GPU, and is stored only where ``--out`` says.
 """
 
 from __future__ import annotations
