@@ -156,9 +156,11 @@ class RehearsalEncoder:
         if self._has_ended:
             raise PyNvVCException("the session has been flushed")
         width, height = self._size
-        if frame.shape != (height * 3 // 2, width) or flags != 6:
+        if frame.size != height * 3 // 2 * width or flags != 6:
             raise PyNvVCException(f"frame of shape {frame.shape}, flags {flags}")
-        canvas = frame + np.uint8(1) if self._library.encodes_wrongly else frame
+        canvas = frame.reshape(-1, width)
+        if self._library.encodes_wrongly:
+            canvas = canvas + np.uint8(1)
         encoded = self._x265.encode(canvas[None])
         self._held.append({"data": encoded.parameter_sets + encoded.pictures[0], "timestamp": 0, "picture_type": 3})
         ready, self._held = self._held[: -self.DELAY], self._held[-self.DELAY :]

@@ -82,7 +82,7 @@ class NvencEncoder:
         )
         kinds = self._library.NV_ENC_PIC_FLAGS
         flags = int(kinds.FORCEIDR.value) | int(kinds.OUTPUT_SPSPPS.value)
-        units = [unit for canvas in canvases for unit in encoder.Encode(np.ascontiguousarray(canvas), flags)]
+        units = [unit for canvas in canvases for unit in encoder.Encode(np.ascontiguousarray(canvas).ravel(), flags)]
         units += encoder.EndEncode()
         return [bytes(unit["data"]) for unit in units]
 
