@@ -6,7 +6,6 @@ import contextlib
 import logging
 import mmap
 import os
-import pathlib
 import queue
 import signal
 import socket
@@ -21,6 +20,7 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import ConfigurationError, EncoderDiedError
 from sglang_kvcodec.video import encoder_worker
 from sglang_kvcodec.video.base import Canvases, EncodedPictures
+from sglang_kvcodec.video.child_environment import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ ENCODE_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 2.0
 _PROGRAM = f"import sys; from {encoder_worker.__name__} import main; main(sys.argv[1:])"
 """Not ``-m``: the package has imported the module by the time it would run."""
-_PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
 
 
 class EncoderProcesses:
@@ -165,13 +164,12 @@ class _Worker:
         self._is_lost = False
         with theirs:
             descriptors = (theirs.fileno(), self._memory_fd)
-            paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, *map(str, descriptors), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=descriptors,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+                env=child_environment(),
                 # Ctrl-C in a terminal is for the server, which ends its workers itself.
                 process_group=0,
             )

@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from sglang_kvcodec.errors import CodecError
+from sglang_kvcodec.video.child_environment import child_environment
 from sglang_kvcodec.video.cuda_driver import LIBRARY, CudaDriver
 from sglang_kvcodec.video.nvdec import Driver, NvdecDecoder
 from sglang_kvcodec.video.nvenc import NvencEncoder
@@ -30,7 +30,6 @@ from sglang_kvcodec.video.software import SoftwareEncoder
 PROBE_TIMEOUT_S = 90.0
 """The first CUDA context on a machine with many GPUs may take tens of seconds."""
 PACKAGE = "PyNvVideoCodec"
-_PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
 _TEST_SIZE = (256, 192)
 _TEST_PICTURES = 5
 
@@ -85,7 +84,6 @@ def child_command(device: int) -> list[str]:
 
 def ask_child(command: Sequence[str], timeout_s: float) -> NvidiaFacts:
     """Facts that a process prints as its last line; what it was doing is the problem if it does not get there."""
-    paths = filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")])
     try:
         child = subprocess.run(
             command,
@@ -94,7 +92,7 @@ def ask_child(command: Sequence[str], timeout_s: float) -> NvidiaFacts:
             text=True,
             errors="replace",
             timeout=timeout_s,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=child_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired:

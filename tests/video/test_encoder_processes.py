@@ -84,6 +84,26 @@ def test_workers_are_nice_and_hold_neither_torch_nor_sglang(processes):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_workers_leave_the_metrics_of_the_server_alone(tmp_path):
+    """A gauge of theirs would be the least of all that SGLang collects: ``kvcodec_peer_up`` would be 0 for ever."""
+    code = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from sglang_kvcodec import metrics
+from sglang_kvcodec.testing.picture_codec import noise
+from sglang_kvcodec.video.encoder_processes import EncoderProcesses
+metrics.PEER_UP.set(1)
+processes = EncoderProcesses(2)
+processes.encoder().encode(noise(1, 192, 192, 3.0))
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(registry.get_sample_value("kvcodec_peer_up"))
+processes.close()
+"""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout == "1.0\n"
+
+
 def test_a_worker_killed_amid_a_picture_is_an_error_and_is_replaced(processes):
     (pid,) = processes.process_ids
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
