@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 from sglang_kvcodec.errors import ConfigurationError
 
+DECODERS = ("auto", "nvdec", "software")
+ENCODERS = ("auto", "nvenc", "x265")
 PROFILES = ("raw", "exact", "high", "balanced", "compact")
 MIB = 1 << 20
 MAX_OBJECT_BYTES = 256 * MIB
@@ -103,15 +105,28 @@ class ServerConfig:
     """Fetch, but publish nothing."""
     auto_calibrate: bool = False
     """Make a calibration from what is published where the peer has none."""
+    encoder_processes: int = 1
+    """Processes that run libx265, each with a thread that feeds it; 0 to run it on ``encode_threads`` threads."""
+    decoder: str = "auto"
+    """What decodes pictures, one of :data:`DECODERS`."""
+    encoder: str = "auto"
+    """What encodes pictures, one of :data:`ENCODERS`."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         parse_remote(self.remote)
         if self.profile not in PROFILES:
             raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
+        for direction, known in (("decoder", DECODERS), ("encoder", ENCODERS)):
+            if getattr(self, direction) not in known:
+                raise ConfigurationError(
+                    f"unknown {direction} {getattr(self, direction)!r}; there are {', '.join(known)}"
+                )
         for name in ("host_cache_bytes", "publish_queue_bytes", "encode_threads", "decode_threads", "min_fetch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1")
+        if self.encoder_processes < 0:
+            raise ConfigurationError("encoder_processes must be at least 0")
         if self.auto_calibrate and self.profile in ("raw", "exact"):
             raise ConfigurationError(f"profile {self.profile!r} needs no calibration; leave auto_calibrate away")
         if self.auto_calibrate and self.read_only:

@@ -11,6 +11,7 @@ KVCodecError
 │   └── UnknownFormatError                          a version, stage or field this version does not know
 ├── NotFoundError                 (LookupError)     what was asked for by its name is not there
 ├── CodecError                    (RuntimeError)    an encoder or decoder failed
+│   └── EncoderDiedError                            the process that was encoding is gone
 ├── StorageError                  (RuntimeError)
 │   ├── CapacityError                               the object can't fit; nothing was stored
 │   └── StorageUnavailableError                     disk full, read-only, engine gone
@@ -71,6 +72,10 @@ class NotFoundError(KVCodecError, LookupError):
 
 class CodecError(KVCodecError, RuntimeError):
     """An encoder or decoder failed."""
+
+
+class EncoderDiedError(CodecError):
+    """The process that was encoding is gone."""
 
 
 class StorageError(KVCodecError, RuntimeError):

@@ -17,6 +17,13 @@ MISSES = Counter("kvcodec_misses", "Pages that were not used although asked for,
 RESTORED_TOKENS = Counter("kvcodec_restored_tokens", "Tokens restored into the KV pool")
 RESTORED_BYTES = Counter("kvcodec_restored_bytes", "Bytes of KV written into the pool by restoring")
 DECODE_SECONDS = Histogram("kvcodec_decode_seconds", "Time to decode one segment")
+DECODERS_REPLACED = Counter("kvcodec_decoders_replaced", "Hardware decoders given up because they failed")
+DECODER_BYTES = Gauge(
+    "kvcodec_decoder_bytes", "GPU memory taken by hardware decoders at start", multiprocess_mode="livesum"
+)
+BACKEND = Gauge(
+    "kvcodec_backend", "1 for what pictures are coded with", ["direction", "name"], multiprocess_mode="livemax"
+)
 RESTORE_FAILURES = Counter("kvcodec_restore_failures", "Restores that failed after admission; recomputed", ["reason"])
 HOST_CACHE_BYTES = Gauge("kvcodec_host_cache_bytes", "Page objects held in host memory", multiprocess_mode="livesum")
 PEER_UP = Gauge("kvcodec_peer_up", "1 while the peer answers", multiprocess_mode="livemin")
@@ -34,5 +41,8 @@ PUBLISHED_KV_BYTES = Counter("kvcodec_published_kv_bytes", "The same pages as un
 PUBLISH_DROPS = Counter("kvcodec_publish_drops", "Pages not published, by reason", ["reason"])
 PUBLISH_QUEUE_BYTES = Gauge(
     "kvcodec_publish_queue_bytes", "Uncoded KV waiting to be encoded", multiprocess_mode="livesum"
+)
+ENCODER_PROCESSES_LOST = Counter(
+    "kvcodec_encoder_processes_lost", "Encoder processes that died or hung and were replaced"
 )
 ENCODE_SECONDS = Histogram("kvcodec_encode_seconds", "Time to encode one page")

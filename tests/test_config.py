@@ -80,6 +80,9 @@ def test_environment_names_are_the_fields_without_their_unit():
         "decode_threads": "KVCODEC_DECODE_THREADS",
         "read_only": "KVCODEC_READ_ONLY",
         "auto_calibrate": "KVCODEC_AUTO_CALIBRATE",
+        "encoder_processes": "KVCODEC_ENCODER_PROCESSES",
+        "decoder": "KVCODEC_DECODER",
+        "encoder": "KVCODEC_ENCODER",
     }
 
 
@@ -124,6 +127,9 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         (REMOTE | {"KVCODEC_ENCODE_THREADS": "two"}, r"encode_threads must be a whole number, not 'two'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "1.5"}, r"decode_threads must be a whole number, not '1\.5'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "-1"}, r"decode_threads must be at least 1"),
+        (REMOTE | {"KVCODEC_ENCODER_PROCESSES": "-1"}, r"encoder_processes must be at least 0"),
+        (REMOTE | {"KVCODEC_DECODER": "x265"}, r"unknown decoder 'x265'; there are auto, nvdec, software"),
+        (REMOTE | {"KVCODEC_ENCODER": "best"}, r"unknown encoder 'best'; there are auto, nvenc, x265"),
         (REMOTE | {"KVCODEC_MIN_FETCH_TOKENS": "0"}, r"min_fetch_tokens must be at least 1"),
         (REMOTE | {"KVCODEC_AUTO_CALIBRATE": "true"}, r"profile 'exact' needs no calibration; leave .* away"),
         (

@@ -31,7 +31,8 @@ MAY_USE = {
 """Layer -> the layers it may import besides itself. Nobody may import plugin or cli."""
 
 HOMES = {
-    "av": {"video"},
+    "PyNvVideoCodec": {"video"},
+    "av": {"video", "testing"},
     "google": {"format", "rpc"},
     "grpc": {"rpc"},
     "grpc_health": {"rpc"},

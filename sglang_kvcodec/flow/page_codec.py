@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -13,7 +14,7 @@ from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart
 from sglang_kvcodec.format.profile import EXACT
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
-from sglang_kvcodec.video import PictureDecoder, PictureEncoder
+from sglang_kvcodec.video import DecodedFrames, FrameDecoder, PictureEncoder
 
 
 class PageEncoder:
@@ -120,10 +121,25 @@ class PageEncoder:
         return encoded.parameter_sets, pictures
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodedSegment:
+    """Pictures of one side of one layer group that were decoded in one call, where the decoder left them.
+
+    Attributes:
+        members: indices of their pages.
+        frames: their planes, in that order. **Unchecked**: whoever uses them compares the digests that ``data`` states.
+        data: their coded data; the picture, with its digest and steps, and the side bytes.
+    """
+
+    members: Sequence[int]
+    frames: DecodedFrames
+    data: Sequence[SideData]
+
+
 class GroupDecoder:
     """Reads layer groups out of page objects."""
 
-    def __init__(self, transforms: PageTransforms, decoder: PictureDecoder | None) -> None:
+    def __init__(self, transforms: PageTransforms, decoder: FrameDecoder | None) -> None:
         """Prepares.
 
         Args:
@@ -168,6 +184,34 @@ class GroupDecoder:
             for canvas, item in zip(canvases, data, strict=True)
         ]
 
+    def decode_frames(self, pages: Sequence[PageObject], group_index: int, side: Side) -> Iterator[DecodedSegment]:
+        """As :meth:`unpack`, without copying planes off the decoder's device and without checking them.
+
+        Yields:
+            Segments with pictures of one size each; one for most calls. Each is valid until the next is asked for, and
+            the last until the next call of any method here; see ``DecodedFrames``.
+
+        Raises:
+            ForeignPageError, FormatError, CodecError: as :meth:`unpack`.
+        """
+        if self._decoder is None:
+            raise ValueError(f"profile {self._transforms.profile_name!r} has no pictures")
+        for page in pages:
+            self._transforms.check(page.header)
+        data = [page.side_data(group_index, side) for page in pages]
+        for (canvas_shape, parameter_sets), members in self._segments(pages).items():
+            pictures = [_picture_of(pages[index], data[index]) for index in members]
+            frames = self._decoder.decode_frames(parameter_sets, [picture.data for picture in pictures])
+            if frames.canvas_shape != canvas_shape:
+                raise CodecError(f"pictures of {frames.canvas_shape} came out, not of {canvas_shape}")
+            yield DecodedSegment(members, frames, [data[index] for index in members])
+
+    def digest_mismatch(self, page: PageObject) -> ChecksumError:
+        """The error for a picture of ``page`` that decoded to other planes; gives its decoder up, which may be why."""
+        if self._decoder is not None:
+            self._decoder.replace()
+        return ChecksumError(f"page {page.header.key}: a picture decoded to other planes")
+
     def restore(
         self, pages: Sequence[PageObject], packed: Sequence[PackedSide], group_index: int, side: Side
     ) -> torch.Tensor:
@@ -199,12 +243,8 @@ class GroupDecoder:
         """A checked canvas for each page; one decode call for all pages with the same parameter sets."""
         if self._decoder is None:
             return [None] * len(pages)
-        segments: dict[tuple[tuple[int, int], bytes], list[int]] = {}
-        for index, page in enumerate(pages):
-            transform = self._transforms.get(page.header.profile_name, page.header.calibration_digest)
-            segments.setdefault((transform.canvas_shape, page.parameter_sets), []).append(index)
         canvases: list[torch.Tensor | None] = [None] * len(pages)
-        for (canvas_shape, parameter_sets), members in segments.items():
+        for (canvas_shape, parameter_sets), members in self._segments(pages).items():
             pictures = [_picture_of(pages[index], data[index]) for index in members]
             decoded = self._decoder.decode(parameter_sets, [picture.data for picture in pictures])
             if decoded.shape != (len(members), *canvas_shape):
@@ -213,10 +253,18 @@ class GroupDecoder:
             kept = torch.from_numpy(decoded.copy())
             for index, picture, canvas in zip(members, pictures, decoded, strict=True):
                 if plane_digest(canvas) != picture.plane_digest:
-                    raise ChecksumError(f"page {pages[index].header.key}: a picture decoded to other planes")
+                    raise self.digest_mismatch(pages[index])
             for index, canvas in zip(members, kept, strict=True):
                 canvases[index] = canvas
         return canvases
+
+    def _segments(self, pages: Sequence[PageObject]) -> dict[tuple[tuple[int, int], bytes], list[int]]:
+        """Canvas shape and parameter sets -> the pages whose pictures decode together."""
+        segments: dict[tuple[tuple[int, int], bytes], list[int]] = {}
+        for index, page in enumerate(pages):
+            transform = self._transforms.get(page.header.profile_name, page.header.calibration_digest)
+            segments.setdefault((transform.canvas_shape, page.parameter_sets), []).append(index)
+        return segments
 
 
 def _picture_of(page: PageObject, data: SideData) -> PicturePart:

@@ -120,7 +120,7 @@ class Publisher:
             threading.Thread(target=self._copy_loop, name="kvcodec-copy", daemon=True),
             *(
                 threading.Thread(target=self._encode_loop, name=f"kvcodec-encode-{i}", daemon=True)
-                for i in range(config.encode_threads)
+                for i in range(max(config.encode_threads, config.encoder_processes))
             ),
             threading.Thread(target=self._send_loop, name="kvcodec-send", daemon=True),
         ]

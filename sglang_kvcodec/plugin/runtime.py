@@ -7,6 +7,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+import torch
+
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
@@ -16,14 +18,15 @@ from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restore_kernel import restore_kernel
-from sglang_kvcodec.flow.restorer import Restorer
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
+from sglang_kvcodec.format.profile import EXACT
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.transform import PageTransforms
-from sglang_kvcodec.video import open_decoder, open_encoder
+from sglang_kvcodec.video import DecoderSource, EncoderSource, open_decoders, open_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +74,16 @@ class Runtime:
         profile = transforms.profile(self._calibration_digest)
         # Nothing but the transforms restores calibrated pages yet; they do so on the pool's device.
         kernel = restore_kernel(pool, profile.name) if calibration is None else None
+        decoders: DecoderSource | None = None
+        encoders: EncoderSource | None = None
         if profile.has_pictures:
             # Refuses here, at start, rather than on a thread later.
-            open_decoder().close()
-            open_encoder().close()
+            device = _cuda_device(pool)
+            decoders = open_decoders(config.decoder, threads=config.decode_threads, device=device)
+            decoders.prepare(_picture_sizes(transforms, self._calibration_digest), SEGMENT_PAGES)
+            if not config.read_only:
+                encoders = open_encoders(config.encoder, processes=config.encoder_processes, device=device)
+        self._decoders, self._encoders = decoders, encoders
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
         self._peer = GrpcPeer(config.remote, config.timeouts)
@@ -85,15 +94,16 @@ class Runtime:
         )
 
         def new_decoder() -> GroupDecoder:
-            return GroupDecoder(transforms, open_decoder() if profile.has_pictures else None)
+            return GroupDecoder(transforms, decoders.decoder() if decoders is not None else None)
 
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
             calibration_digest = self._calibration_of[namespace_digest]
             has_components = bool(calibration_digest)
-            encoder = open_encoder(uniform_blocks=has_components) if profile.has_pictures else None
+            encoder = encoders.encoder(uniform_blocks=has_components) if encoders is not None else None
             return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
-        self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel, transforms.uncalibrated.name)
+        decode_threads = decoders.threads if decoders is not None else config.decode_threads
+        self.restorer = Restorer(pool, new_decoder, decode_threads, kernel, transforms.uncalibrated.name)
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )
@@ -170,4 +180,24 @@ class Runtime:
             self._auto_calibration.close()
         self.fetcher.close()
         self.publisher.close()
+        if self._encoders is not None:
+            self._encoders.close()
         self.restorer.close()
+        if self._decoders is not None:
+            self._decoders.close()
+
+
+def _cuda_device(pool: PagedKVPool) -> int | None:
+    """Ordinal of the pool's CUDA device; None for a pool elsewhere."""
+    if pool.device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if pool.device.index is None else pool.device.index
+
+
+def _picture_sizes(transforms: PageTransforms, calibration_digest: bytes) -> list[tuple[int, int]]:
+    """Width and height of the pictures that will be decoded; those of calibrations to come are not known yet."""
+    codings = [(transforms.uncalibrated.name, b"")]
+    if calibration_digest:
+        codings += [(transforms.profile_name, calibration_digest), (EXACT.name, b"")]
+    shapes = {transforms.get(*coding).canvas_shape for coding in codings}
+    return [(width, rows * 2 // 3) for rows, width in sorted(shapes)]

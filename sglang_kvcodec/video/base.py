@@ -44,6 +44,59 @@ class PictureEncoder(Protocol):
         ...
 
 
+class EncoderSource(Protocol):
+    """Gives each thread an encoder. Thread-safe."""
+
+    name: str
+
+    def encoder(self, *, uniform_blocks: bool = False) -> PictureEncoder:
+        """An encoder for one thread.
+
+        Args:
+            uniform_blocks: for pictures of components, whose statistics do not change within a block of 32 x 32.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases what the encoders share; a call of one that is under way fails."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedFrames:
+    """Where the planes of decoded pictures lie: NV12, one luma and one chroma plane each, all of one size and pitch.
+
+    They are the decoder's own, and valid until its next call: after that it writes other pictures there. On a
+    device they are written in the order of ``stream``: who reads them does so on that stream, or after an event
+    recorded on it. Reading on that stream alone makes it safe to call the decoder again without waiting for the reader.
+
+    Attributes:
+        luma_addresses: int64 ``(pictures,)``: of ``height`` rows of ``width`` bytes.
+        chroma_addresses: int64 ``(pictures,)``: of ``height // 2`` rows of ``width`` bytes, U and V interleaved.
+        pitch_bytes: from one row to the next, in both planes.
+        width: luma samples of a row.
+        height: luma rows.
+        device: ordinal of the CUDA device; None in host memory.
+        stream: CUDA stream handle; 0 in host memory, where the planes are written when the call returns.
+    """
+
+    luma_addresses: npt.NDArray[np.int64]
+    chroma_addresses: npt.NDArray[np.int64]
+    pitch_bytes: int
+    width: int
+    height: int
+    device: int | None = None
+    stream: int = 0
+
+    def __len__(self) -> int:
+        return len(self.luma_addresses)
+
+    @property
+    def canvas_shape(self) -> tuple[int, int]:
+        """Of each picture, as in ``PictureGeometry``."""
+        return (self.height * 3 // 2, self.width)
+
+
 class PictureDecoder(Protocol):
     """Decodes pictures of one size. Used by one thread at a time."""
 
@@ -61,4 +114,48 @@ class PictureDecoder(Protocol):
 
     def close(self) -> None:
         """Releases the decoder."""
+        ...
+
+
+class FrameDecoder(PictureDecoder, Protocol):
+    """A decoder that can leave pictures where it decoded them."""
+
+    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
+        """As ``decode``, without a copy; see ``DecodedFrames`` for how long it is valid.
+
+        Raises:
+            CodecError: as ``decode``.
+        """
+        ...
+
+    def replace(self) -> None:
+        """Forgets all state, because what came out was wrong: the next call decodes with a fresh decoder."""
+        ...
+
+
+class DecoderSource(Protocol):
+    """Gives each thread a decoder. Thread-safe."""
+
+    name: str
+    threads: int
+    """How many decoders should work at once."""
+
+    def prepare(self, sizes: Sequence[tuple[int, int]], pictures: int) -> None:
+        """Opens and warms ``threads`` decoders, so that no request waits for it.
+
+        Args:
+            sizes: width and height of the pictures to come.
+            pictures: the most of one call.
+
+        Raises:
+            ConfigurationError: what a decoder gives is not what was encoded.
+        """
+        ...
+
+    def decoder(self) -> FrameDecoder:
+        """A decoder for one thread."""
+        ...
+
+    def close(self) -> None:
+        """Releases all decoders; no thread may use one any more."""
         ...

@@ -46,6 +46,64 @@ def with_level(unit: bytes, level_idc: int) -> bytes:
     return re.sub(rb"\x00\x00(?=[\x00-\x03])", b"\0\0\3", bytes(raw))
 
 
+class _Bits:
+    """Reads the fields of a NAL unit without emulation prevention (7.2, 9.2)."""
+
+    def __init__(self, raw: bytes, first_byte: int) -> None:
+        self._value = int.from_bytes(raw[first_byte:], "big")
+        self._left = 8 * max(0, len(raw) - first_byte)
+
+    def take(self, count: int) -> int:
+        self._left -= count
+        if self._left < 0:
+            raise CodecError("a parameter set ends early")
+        return self._value >> self._left & (1 << count) - 1
+
+    def exp_golomb(self) -> int:
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+        return (1 << zeros | self.take(zeros)) - 1
+
+
+def picture_size(parameter_sets: bytes) -> tuple[int, int]:
+    """Width and height that the SPS states, in luma samples.
+
+    A hardware decoder has to be made for a size, and would scale pictures of another one to it without a word.
+
+    Raises:
+        CodecError: not VPS, SPS and PPS of 8-bit 4:2:0 pictures without a conformance window.
+    """
+    units = nal_units(parameter_sets)
+    if [nal_type(unit) for unit in units if unit] != [NAL_VPS, NAL_SPS, NAL_PPS]:
+        raise CodecError("parameter sets that are not VPS, SPS and PPS")
+    raw = re.sub(rb"\x00\x00\x03", b"\0\0", units[1])
+    start = _Bits(raw, _NAL_HEADER_BYTES)
+    start.take(4)
+    if start.take(3):
+        raise CodecError("an SPS of several temporal layers")
+    bits = _Bits(raw, _NAL_HEADER_BYTES + 1 + 12)
+    bits.exp_golomb()
+    chroma_format, width, height = (bits.exp_golomb() for _ in range(3))
+    if chroma_format != 1 or bits.take(1) or bits.exp_golomb() or bits.exp_golomb():
+        raise CodecError("pictures that are not plain 8-bit 4:2:0, or are cropped")
+    return width, height
+
+
+def check_idr(picture: bytes) -> None:
+    """Refuses what does not begin as a picture alone does; reads no further, for the digest judges what comes out.
+
+    Raises:
+        CodecError: not an IDR slice behind a start code.
+    """
+    header = len(START_CODE)
+    if picture[:header] != START_CODE or nal_type(picture[header : header + 1] or b"\0") not in (
+        NAL_IDR_W_RADL,
+        NAL_IDR_N_LP,
+    ):
+        raise CodecError("a picture that does not begin with an IDR slice")
+
+
 def split_access_unit(stream: bytes) -> tuple[bytes, bytes]:
     """One coded IDR picture as an encoder gives it, split.
 

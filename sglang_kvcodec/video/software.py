@@ -15,7 +15,7 @@ from av.error import FFmpegError
 from av.video.frame import PictureType
 
 from sglang_kvcodec.errors import CodecError
-from sglang_kvcodec.video.base import Canvases, EncodedPictures
+from sglang_kvcodec.video.base import Canvases, DecodedFrames, EncodedPictures
 from sglang_kvcodec.video.bitstream import split_access_unit
 
 # What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, blocks of 32 (levels from 5 on
@@ -118,6 +118,19 @@ class SoftwareEncoder:
         return picture
 
 
+class SoftwareEncoders:
+    """libx265 on the threads that ask for it."""
+
+    name = "x265"
+
+    def encoder(self, *, uniform_blocks: bool = False) -> SoftwareEncoder:
+        """See ``EncoderSource.encoder``."""
+        return SoftwareEncoder(uniform_blocks=uniform_blocks)
+
+    def close(self) -> None:
+        """Nothing is shared."""
+
+
 class SoftwareDecoder:
     """FFmpeg's HEVC decoder on one thread. Every call starts afresh: nothing damaged outlives its segment."""
 
@@ -125,6 +138,18 @@ class SoftwareDecoder:
 
     def __init__(self) -> None:
         _silence()
+        self._canvases: Canvases | None = None
+
+    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
+        """See ``FrameDecoder.decode_frames``: planes in host memory."""
+        self._canvases = canvases = self.decode(parameter_sets, pictures)
+        count, rows, width = canvases.shape
+        height = rows * 2 // 3
+        luma = canvases.ctypes.data + np.arange(count, dtype=np.int64) * (rows * width)
+        return DecodedFrames(luma, luma + height * width, width, width, height)
+
+    def replace(self) -> None:
+        """See ``FrameDecoder.replace``; there is no state."""
 
     def decode(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> Canvases:
         """See ``PictureDecoder.decode``."""
@@ -151,6 +176,26 @@ class SoftwareDecoder:
 
     def close(self) -> None:
         """See ``PictureDecoder.close``."""
+        self._canvases = None
+
+
+class SoftwareDecoders:
+    """FFmpeg's decoder on the threads that ask for it."""
+
+    name = "software"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def prepare(self, sizes: Sequence[tuple[int, int]], pictures: int) -> None:
+        """See ``DecoderSource.prepare``; a decoder opens in no time."""
+
+    def decoder(self) -> SoftwareDecoder:
+        """See ``DecoderSource.decoder``."""
+        return SoftwareDecoder()
+
+    def close(self) -> None:
+        """Nothing is shared."""
 
 
 def _decode_frames(

@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 
 from sglang_kvcodec.errors import ChecksumError, CodecError, ForeignPageError, FormatError, UnsupportedError
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
+from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
+from sglang_kvcodec.testing.rehearsal import RehearsalDriver, RehearsalLibrary, addresses_to_canvases
 from sglang_kvcodec.testing.synthetic import page_values, random_bits
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.transform.floats import to_bits
 from sglang_kvcodec.video import open_decoder, open_encoder
+from sglang_kvcodec.video.nvdec import NvdecDecoder
 
 NAMESPACE = hashlib.sha256(b"namespace").digest()
 MOST_VALUES = 250_000
@@ -315,3 +318,35 @@ def test_a_coded_profile_without_codec_is_the_callers_mistake():
         PageEncoder(NAMESPACE, PageTransforms(SPEC, "exact"), None)
     with pytest.raises(ValueError, match="needs a decoder"):
         GroupDecoder(PageTransforms(SPEC, "high"), None)
+
+
+FRAMED = KVSpec(layers=4, kv_heads=3, head_dim=64, page_tokens=43, dtype=KVDtype.BFLOAT16)
+
+
+@pytest.mark.parametrize("profile", ["exact", "high"])
+def test_frames_are_left_where_an_engine_decoded_them(profile):
+    """With an engine as it is rehearsed: what lies at the addresses is what the digests in the pages say."""
+    library, driver = RehearsalLibrary(pitch_padding=16), RehearsalDriver()
+    pages = encode_pages(FRAMED, profile, [page_values(FRAMED, seed=n) for n in range(5)])
+    decoder = GroupDecoder(PageTransforms(FRAMED, profile), NvdecDecoder(library, driver))
+    (segment,) = decoder.decode_frames(pages, 0, Side.KEY)
+    frames = segment.frames
+    assert list(segment.members) == [0, 1, 2, 3, 4]
+    canvases = addresses_to_canvases(
+        frames.luma_addresses, frames.chroma_addresses, frames.pitch_bytes, frames.width, frames.height
+    )
+    assert [plane_digest(canvas) for canvas in canvases] == [data.picture.plane_digest for data in segment.data]
+    values = decoder.decode(pages, 0, Side.KEY)
+    assert torch.equal(to_bits(values), to_bits(decoder_for(FRAMED, profile).decode(pages, 0, Side.KEY)))
+
+
+def test_a_decoder_that_gave_wrong_planes_is_replaced(monkeypatch):
+    library, driver = RehearsalLibrary(), RehearsalDriver()
+    (page,) = encode_pages(FRAMED, "exact", [page_values(FRAMED, seed=0)])
+    decoder = GroupDecoder(PageTransforms(FRAMED, "exact"), NvdecDecoder(library, driver))
+    with monkeypatch.context() as broken:
+        broken.setattr(driver, "copy_to_host", lambda target, *rest: target.fill(7))
+        with pytest.raises(ChecksumError):
+            decoder.decode([page], 0, Side.KEY)
+    decoder.decode([page], 0, Side.KEY)
+    assert len(library.created) == 2

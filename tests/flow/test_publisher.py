@@ -1,10 +1,13 @@
 import dataclasses
+import os
+import signal
 import threading
 
 import pytest
 from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, counted
 
 from sglang_kvcodec.errors import CodecError, PeerRejectedError, PeerUnavailableError
+from sglang_kvcodec.flow.page_codec import PageEncoder
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import PutOutcome, PutResult
@@ -13,6 +16,8 @@ from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
 from sglang_kvcodec.testing.local_peer import LocalPeer
 from sglang_kvcodec.testing.pages import Pages, hash_of, new_encoder
 from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.transform import PageTransforms
+from sglang_kvcodec.video.encoder_processes import EncoderProcesses
 
 PATIENT = dataclasses.replace(TIMEOUTS, retry_s=LIMIT_S / 2)
 """Of the publisher alone: time to restart a peer before pages are dropped."""
@@ -130,6 +135,29 @@ def test_the_same_pages_of_another_namespace_are_other_pages(engine, local_peer,
     setup.publish(namespace=OTHER_NAMESPACE)
     setup.assert_stored(engine, namespace=OTHER_NAMESPACE)
     assert engine.stat().objects == 8
+
+
+def test_a_killed_encoder_process_costs_the_page_it_was_coding(engine, local_peer, set_up, delta, closing, monkeypatch):
+    processes = EncoderProcesses(1)
+    closing.callback(processes.close)
+
+    def in_process(namespace_digest, spec, profile):
+        return PageEncoder(namespace_digest, PageTransforms(spec, profile), processes.encoder())
+
+    def kill_amid_page_1(page_hash):
+        if page_hash == hash_of(1):
+            (pid,) = processes.process_ids
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+
+    monkeypatch.setattr("test_publisher.new_encoder", in_process)
+    setup = set_up(local_peer, profile="exact", before_encode=kill_amid_page_1)
+    assert setup.publish().succeeded is True
+    setup.assert_stored(engine, [0, 2, 3])
+    assert engine.stat().objects == 3
+    assert delta("kvcodec_publish_drops_total", reason="encoder_died") == 1
+    assert delta("kvcodec_encoder_processes_lost_total") == 1
+    assert_empty()
 
 
 def test_only_what_the_peer_has_not_is_coded_and_sent(engine, local_peer, set_up, delta):

@@ -1,0 +1,1 @@
+"""Everything about the GPU path in one command: ``python -m benchmarks.gpu``."""
