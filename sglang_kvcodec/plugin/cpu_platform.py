@@ -28,8 +28,8 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """Has models with latent attention attend in the latent space.
 
-        SGLang's default for a backend that these models don't know (``attention_backend_handler.py``) prefills with keys
-        and values beside the pool, and ``torch_native`` looks at nothing but the pool.
+        What SGLang does for a backend that these models don't know (``attention_backend_handler.py``) prefills with
+        keys and values beside the pool, and ``torch_native`` looks at nothing but the pool.
         """
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
         from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod

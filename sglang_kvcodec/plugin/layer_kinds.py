@@ -10,9 +10,13 @@ from sglang_kvcodec.plugin.settings import BACKEND_NAME
 
 logger = logging.getLogger(__name__)
 
-SLIDING_LAYERS_KEPT = (
-    "kvcodec: --disable-hybrid-swa-memory set, so that a stored prefix is whole: the %s layers of this model that have a "
-    "sliding window keep the KV of every token, as the others do, and the KV cache holds fewer tokens for it"
+_SLIDING_LAYERS_KEPT = (
+    "kvcodec: --disable-hybrid-swa-memory set, so that a stored prefix is whole: the %s layers of this model that have "
+    "a sliding window keep the KV of every token, as the others do, and the KV cache holds fewer tokens for it"
+)
+_STATE_REFUSED = (
+    "kvcodec can't code a model with state-space or linear-attention layers: a prefix can't be taken up again without "
+    "their state, which is not stored, so that nothing would be saved"
 )
 
 
@@ -42,7 +46,7 @@ def suit_layer_kinds(server_args: Any) -> None:
     declare_resolution(server_args, "kvcodec", disable_hybrid_swa_memory=True)
     # It was read with the flag as it was.
     server_args._model_config = None
-    logger.info(SLIDING_LAYERS_KEPT, len(model.swa_attention_layer_ids or ()) or "many")
+    logger.warning(_SLIDING_LAYERS_KEPT, len(model.swa_attention_layer_ids or ()) or "many")
 
 
 def check_layer_kinds(model: Any, has_state: bool) -> None:
@@ -56,10 +60,7 @@ def check_layer_kinds(model: Any, has_state: bool) -> None:
         UnsupportedError: in one sentence.
     """
     if has_state:
-        raise UnsupportedError(
-            "kvcodec can't code a model with state-space or linear-attention layers: a prefix can't be taken up again "
-            "without their state, which is not stored, so that nothing would be saved"
-        )
+        raise UnsupportedError(_STATE_REFUSED)
     if not model.is_hybrid_swa:
         return
     kinds_differ = (
@@ -72,4 +73,23 @@ def check_layer_kinds(model: Any, has_state: bool) -> None:
     if kinds_differ:
         raise UnsupportedError(
             "kvcodec can't code a model whose sliding-window layers have KV of another shape than its other layers"
+        )
+
+
+def check_built_kinds(is_hybrid_swa: bool, is_hybrid_ssm: bool) -> None:
+    """Refuses what SGLang has built after all, whatever the configuration said.
+
+    Args:
+        is_hybrid_swa: layers with a sliding window have a pool of their own.
+        is_hybrid_ssm: layers have a state.
+
+    Raises:
+        UnsupportedError: in one sentence.
+    """
+    if is_hybrid_ssm:
+        raise UnsupportedError(_STATE_REFUSED)
+    if is_hybrid_swa:
+        raise UnsupportedError(
+            "kvcodec can't code sliding-window layers that have a KV pool of their own, only with "
+            "--disable-hybrid-swa-memory"
         )

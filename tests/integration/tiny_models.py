@@ -1,7 +1,7 @@
 """Small random models of kinds that the trained test model is not: latent attention, sliding windows.
 
-Their weights are drawn, so their words mean nothing, but they hang on all of the prompt: attention is made to look at few
-tokens, and only a few words can be said, so that the likeliest stands out from the rounding of a differently cut prefill.
+Their weights are drawn, so their words mean nothing, but they hang on all of the prompt: attention is made to look at
+few tokens, and only a few words can be said, so that the likeliest stands out from the rounding of a prefill.
 """
 
 import pathlib
