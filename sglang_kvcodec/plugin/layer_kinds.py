@@ -37,8 +37,13 @@ def suit_layer_kinds(server_args: Any) -> None:
         return
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.connector import ConnectorType
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+    from sglang.srt.utils import parse_connector_type
 
+    if parse_connector_type(server_args.model_path) == ConnectorType.INSTANCE:
+        # Another server has the configuration; what is built is looked at later.
+        return
     model = model_config_of(server_args)
     check_layer_kinds(model, has_state=uses_ssm_state(model))
     if not model.is_hybrid_swa:
@@ -63,10 +68,13 @@ def check_layer_kinds(model: Any, has_state: bool) -> None:
         raise UnsupportedError(_STATE_REFUSED)
     if not model.is_hybrid_swa:
         return
+    from sglang.srt.configs.model_config import AttentionArch
+
     kinds_differ = (
         # Compressed caches, and families whose kinds of layers SGLang can't put into one pool.
         getattr(model, "is_deepseek_v4_arch", False)
         or model.is_hybrid_swa_compress
+        or model.attention_arch is AttentionArch.MLA
         or (model.swa_head_dim, model.swa_v_head_dim) != (model.head_dim, model.v_head_dim)
         or model.get_swa_num_kv_heads(1) != model.get_num_kv_heads(1)
     )

@@ -13,6 +13,7 @@ import pytest
 from integration import tiny_models
 from integration.cluster import PAGE_TOKENS, forget, metric, wait_for, wait_up
 
+from sglang_kvcodec.cli.main import main
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import Side
 from sglang_kvcodec.storage.memory import MemoryEngine
@@ -68,12 +69,13 @@ class Site:
         self.engine = KeptPages()
         self.model = kind.make(work_dir / "model")
         self._peer = LocalPeer(self.engine)
+        self.remote = self._peer.remote
         self._work_dir, self._stack = work_dir, stack
         stack.callback(self._peer.stop)
 
     def start(self, name, *extra_args, profile=None, kvcodec_args=(), env=None) -> SGLangProcess:
         """A server that is ready; without kvcodec if it has no profile."""
-        args = KVCodecArgs(self._peer.remote, profile, tuple(kvcodec_args)) if profile else None
+        args = KVCodecArgs(self.remote, profile, tuple(kvcodec_args)) if profile else None
         log = self._work_dir / f"{name}.log"
         server = SGLangProcess(name, self.model, log, args, extra_args=[*CHUNKED, *extra_args], env=env)
         self._stack.callback(server.kill)
@@ -153,28 +155,44 @@ def test_each_rank_stores_the_latents_that_it_holds(new_site):
     assert metric(server, "kvcodec_restore_failures_total") == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_server_makes_its_own_calibration(new_site, kind):
-    site = new_site(kind)
+def code_with_a_calibration(site: Site, server: SGLangProcess, prompt: list[int]) -> None:
+    """Has a server code a prompt, and restore it."""
+    words, _ = generate(server, prompt)
+    assert server.client.wait_published()
+    headers = [page.header for page in site.engine.pages if page.header.calibration_digest]
+    assert len(headers) >= STORED_PAGES
+    assert {header.profile_name for header in headers} == {"high"}
+    forget(server)
+    found, stored = generate(server, prompt)
+    assert stored == STORED_PAGES * PAGE_TOKENS
+    assert len(found) == len(words)
+    assert metric(server, "kvcodec_restore_failures_total") == 0
+
+
+def test_a_server_calibrates_latents_itself(new_site):
+    site = new_site("latent")
     server = site.start("auto", profile="high", kvcodec_args=("--kvcodec-auto-calibrate", "true"))
-    *prompts, last = drawn_prompts(13)
+    *prompts, last = drawn_prompts(9)
     for tokens in prompts:
         generate(server, tokens)
         assert server.client.wait_published()
     wait_for(lambda: metric(server, "kvcodec_calibrations_total", outcome="made") == 1, "calibration", 180)
-    words, _ = generate(server, last)
-    assert server.client.wait_published()
-    wait_for(lambda: any(page.header.calibration_digest for page in site.engine.pages), "a calibrated page")
-    calibrated = [page for page in site.engine.pages if page.header.calibration_digest]
-    assert {page.header.profile_name for page in calibrated} == {"high"}
-    assert len(calibrated) >= STORED_PAGES
-    forget(server)
-    found, stored = generate(server, last)
-    assert stored == STORED_PAGES * PAGE_TOKENS
-    assert len(found) == len(words)
-    assert metric(server, "kvcodec_restore_failures_total") == 0
-    # Of a latent only the end is rotated; the layers with a window turn K otherwise than the others.
+    code_with_a_calibration(site, server, last)
+    # Only the end of a latent is rotated.
     assert "K will be coded with its rotation" in server.log_text()
+
+
+def test_a_model_with_sliding_windows_is_calibrated_by_the_command(new_site, capfd):
+    site = new_site("sliding")
+    few = ["--documents", "16", "--gradient-documents", "2", "--search-documents", "2", "--threads", "1"]
+    few += ["--prefix-tokens", "256", "--continuation-tokens", "64", "--layers-per-block", "1", "--profile", "high"]
+    assert main(["calibrate", "--model", site.model, "--remote", site.remote, *few]) == 0
+    # The layers with a window turn K with another base than the others.
+    assert "K is coded as it is" in capfd.readouterr().out
+    server = site.start("calibrated", profile="high")
+    assert metric(server, "kvcodec_calibrations_total", outcome="used") == 1
+    (tokens,) = drawn_prompts(1)
+    code_with_a_calibration(site, server, tokens)
 
 
 _RESOLVE = """

@@ -1,6 +1,7 @@
 import types
 
 import pytest
+from sglang.srt.configs.model_config import AttentionArch
 
 from sglang_kvcodec.errors import UnsupportedError
 from sglang_kvcodec.plugin.layer_kinds import check_layer_kinds, suit_layer_kinds
@@ -11,6 +12,7 @@ def model(**changes):
     fields = {
         "is_hybrid_swa": True,
         "is_hybrid_swa_compress": False,
+        "attention_arch": AttentionArch.MHA,
         "head_dim": 80,
         "v_head_dim": 80,
         "swa_head_dim": 80,
@@ -32,6 +34,7 @@ def test_layers_whose_kv_has_one_shape_can_be_coded(is_hybrid):
         ({}, True, "state-space or linear-attention layers.*without their state"),
         ({"is_hybrid_swa": False}, True, "without their state"),
         ({"is_deepseek_v4_arch": True}, False, "another shape"),
+        ({"attention_arch": AttentionArch.MLA}, False, "another shape"),
         ({"is_hybrid_swa_compress": True}, False, "another shape"),
         ({"swa_head_dim": 40}, False, "another shape"),
         ({"swa_v_head_dim": 40}, False, "another shape"),
