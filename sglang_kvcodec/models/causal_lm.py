@@ -2,6 +2,9 @@
 
 Nothing here is about one architecture: keys and values are those of transformers' ``DynamicCache``, which every decoder
 with plain attention fills after rotating the keys. Models for which that says too little are refused.
+
+Layers with a sliding window get a cache of all tokens, too, as a server with kvcodec keeps it: transformers would keep
+the window alone if the cache knew of it. What is outside the window is masked either way (``masking_utils.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side
@@ -22,6 +25,8 @@ KV = dict[Side, torch.Tensor]
 
 _SIDES = (Side.KEY, Side.VALUE)
 _POOL_DTYPES = (torch.bfloat16, torch.float16)
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Kinds of cache, as transformers plans them, whose layers can keep all keys and values instead."""
 
 
 class CausalLM:
@@ -254,19 +259,22 @@ def _stack(layers: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def _plain_layer_shape(model: Any, text_config: Any) -> tuple[int, int]:
-    """KV heads and head dim of a model all of whose layers attend to all tokens; found by running one token.
+    """KV heads and head dim of a model all of whose layers attend to keys and values; found by running one token.
 
     Raises:
         UnsupportedError: another kind of model.
     """
     name = text_config.model_type
     if getattr(text_config, "kv_lora_rank", None):
-        raise UnsupportedError(f"{name} models cache a latent (MLA), which is not supported")
-    planned = DynamicCache(config=text_config).layers
-    if any(type(layer) is not DynamicLayer for layer in planned):
         raise UnsupportedError(
-            f"this {name} model has layers with a sliding window, linear attention or another state than keys and "
-            "values of all tokens, which are not supported"
+            f"{name} models cache a latent (MLA) in a server and keys and values here, so nothing can be learnt of the "
+            "latent here; a server makes a calibration for it itself, with --kvcodec-auto-calibrate true"
+        )
+    planned = DynamicCache(config=text_config).layers
+    if any(type(layer) not in _PLAIN_LAYERS for layer in planned):
+        raise UnsupportedError(
+            f"this {name} model has layers with linear attention or another state than keys and values, which are not "
+            "supported"
         )
     cache = DynamicCache()
     token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)

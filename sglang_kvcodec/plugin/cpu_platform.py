@@ -25,6 +25,17 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """The only backend that needs no native kernels."""
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """Has models with latent attention attend in the latent space.
+
+        What SGLang does for a backend that these models don't know (``attention_backend_handler.py``) prefills with
+        keys and values beside the pool, and ``torch_native`` looks at nothing but the pool.
+        """
+        from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+        AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
+
     def is_pin_memory_available(self, device: object = None) -> bool:
         """There is no device to pin for."""
         return False

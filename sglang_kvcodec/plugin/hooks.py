@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.plugin.layer_kinds import suit_layer_kinds
 from sglang_kvcodec.plugin.settings import BACKEND_NAME, add_flags, prepare, take_flags
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
@@ -30,6 +32,8 @@ def register() -> None:
     HookRegistry.register("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolve_once, HookType.BEFORE)
+    # The first step that reads the model's configuration.
+    register_resolution_hook("handle_model_specific_adjustments")(_around_model_specific)
     if _SCHEDULER in sys.modules:
         # Only where a scheduler may run: naming a module in a hook imports it.
         from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
@@ -80,6 +84,17 @@ def _after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> An
 def _before_resolve_once(server_args: Any) -> None:
     if not getattr(server_args, "_resolution_finished", False):
         prepare(server_args)
+
+
+def _around_model_specific(server_args: Any, previous: Callable[[Any], None]) -> None:
+    try:
+        suit_layer_kinds(server_args)
+    except ConfigurationError as error:
+        if hasattr(server_args, "_kvcodec_settings"):
+            # Asked for on the command line.
+            raise SystemExit(f"sglang-kvcodec: {error}") from None
+        raise
+    previous(server_args)
 
 
 # ---- scheduler ----

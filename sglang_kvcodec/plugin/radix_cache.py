@@ -23,6 +23,7 @@ from sglang_kvcodec.flow.fetcher import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
 from sglang_kvcodec.plugin.identity import build_namespace
+from sglang_kvcodec.plugin.layer_kinds import check_built_kinds
 from sglang_kvcodec.plugin.linker import KVCodecLinker
 from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
@@ -265,12 +266,7 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
     try:
         if ctx.disable_radix_cache:
             raise UnsupportedError("kvcodec does not work together with --disable-radix-cache")
-        kinds = [("sliding-window", ctx.is_hybrid_swa), ("state-space or linear-attention", ctx.is_hybrid_ssm)]
-        if others := [kind for kind, is_there in kinds if is_there]:
-            raise UnsupportedError(
-                f"kvcodec can't code a model with {' and '.join(others)} layers, only one whose layers all have full "
-                "attention"
-            )
+        check_built_kinds(ctx.is_hybrid_swa, ctx.is_hybrid_ssm)
         config = server_config(ctx.server_args)
         pool = wrap_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
         transforms = PageTransforms(pool.spec, config.profile, device=pool.device)

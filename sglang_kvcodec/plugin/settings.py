@@ -115,5 +115,7 @@ def _check_conflicts(server_args: Any) -> None:
             raise UnsupportedError(f"kvcodec does not work together with {flag}")
     if getattr(server_args, "disaggregation_mode", "null") not in (None, "null"):
         raise UnsupportedError("kvcodec does not work together with --disaggregation-mode")
+    if (getattr(server_args, "dcp_size", 1) or 1) > 1:
+        raise UnsupportedError("kvcodec does not work with decode context parallelism")
     if (getattr(server_args, "pp_size", 1) or 1) > 1:
         raise UnsupportedError("kvcodec does not work with pipeline parallelism")

@@ -262,21 +262,61 @@ def test_a_gguf_file_gives_what_the_directory_gives(tmp_path):
     )
 
 
+SLIDING = {
+    "vocab_size": 4096,
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "sliding_window": 13,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MistralConfig(**SLIDING),
+        transformers.Gemma3TextConfig(**SLIDING, **KINDS, query_pre_attn_scalar=16),
+        transformers.Cohere2Config(**SLIDING, **KINDS),
+        transformers.MellumConfig(**SLIDING, **KINDS, mlp_layer_types=["dense"] * 3),
+        transformers.GptOssConfig(**SLIDING, **KINDS, num_local_experts=2, num_experts_per_tok=1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_sliding_window_is_looked_through_from_kv_of_all_tokens(tmp_path, config):
+    config.initializer_range = 0.3
+    path = make_model(tmp_path, config)
+    model = CausalLM.load(path, dtype=torch.float32)
+    tokens = model.encode(TEXT * 2)[:61]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        # Its own cache, which keeps the window alone.
+        whole = reference(tokens[None], use_cache=True)
+    kept = whole.past_key_values.layers[0]
+    assert kept.keys.shape[2] < 13
+    kv = model.prefill(tokens)
+    assert {tuple(tensor.shape) for tensor in kv.values()} == {(3, 61, 1, 16)}
+    torch.testing.assert_close(kv[Side.KEY][0, -kept.keys.shape[2] :], kept.keys[0].transpose(0, 1))
+    for cut in (1, 12, 13, 37, 60):
+        logits = model.continue_from(head(kv, cut), tokens[:cut], tokens[cut:])
+        torch.testing.assert_close(logits, whole.logits[0, cut:], rtol=1e-3, atol=1e-3)
+    # The first layer has a window: a token far behind it is never looked at there, one within it is.
+    for token, is_seen in ((20, False), (35, True)):
+        disturbed = {side: tensor.clone() for side, tensor in head(kv, 40).items()}
+        disturbed[Side.VALUE][0, token] += 100
+        logits = model.continue_from(disturbed, tokens[:40], tokens[40:41])
+        assert bool((logits[0] - whole.logits[0, 40]).abs().max() > 1e-2) is is_seen
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (
-            transformers.MistralConfig(
-                vocab_size=99,
-                hidden_size=32,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                sliding_window=16,
-            ),
-            "sliding window",
-        ),
         (
             transformers.DeepseekV2Config(
                 vocab_size=99,
@@ -293,7 +333,7 @@ def test_a_gguf_file_gives_what_the_directory_gives(tmp_path):
                 qk_rope_head_dim=8,
                 v_head_dim=8,
             ),
-            "MLA",
+            "MLA.*--kvcodec-auto-calibrate",
         ),
         (
             transformers.Qwen3NextConfig(

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sglang_kvcodec.plugin import hooks
-from sglang_kvcodec.plugin.cpu_platform import resolve
+from sglang_kvcodec.plugin.cpu_platform import PlainCpuPlatform, resolve
 
 
 @pytest.mark.parametrize(("selected", "found"), [("kvcodec_cpu", True), ("another", False), ("", False)])
@@ -32,3 +32,13 @@ def test_plugins_are_loaded_early_only_for_the_help_of_serve(monkeypatch, argume
     monkeypatch.setattr(sys, "argv", ["sglang", *arguments])
     resolve()
     assert len(calls) == loads
+
+
+def test_models_with_latent_attention_look_at_the_pool_alone(monkeypatch):
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    monkeypatch.setattr(AttentionBackendRegistry, "_handlers", {})
+    PlainCpuPlatform().init_backend()
+    method = AttentionBackendRegistry.get_handler("torch_native")
+    assert method(None, None) is AttnForwardMethod.MLA

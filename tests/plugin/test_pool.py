@@ -43,6 +43,44 @@ def test_wraps_sglangs_own_pool(dtype):
     assert not kv_cache.v_buffer[0].view(torch.uint8).any()
 
 
+def mla_pool(dtype=torch.bfloat16, **changes):
+    arguments = {
+        "size": 64,
+        "page_size": 16,
+        "dtype": dtype,
+        "kv_lora_rank": 37,
+        "qk_rope_head_dim": 6,
+        "layer_num": 3,
+        "device": "cpu",
+        "enable_memory_saver": False,
+    }
+    return memory_pool.MLATokenToKVPool(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("dtype", KVDtype)
+def test_wraps_a_pool_of_latents_as_one_plane(dtype):
+    kv_cache = mla_pool(TORCH_DTYPES[dtype])
+    pool = wrap_pool(kv_cache, 16)
+    assert pool.spec == KVSpec(3, 1, 43, 16, dtype, (Side.LATENT,))
+    slots = torch.tensor([40, *range(16, 31)])
+    latents, others = (random_bits(dtype, (16, 1, 43), seed) for seed in (1, 2))
+    kv_cache.kv_buffer[1][slots] = latents.view(kv_cache.kv_buffer[1].dtype)
+    with pool.writing(Side.LATENT, 2, 1) as layers:
+        pool.write(layers, others[None, None], slots)
+    gathered = pool.gather(slots)
+    assert gathered.keys() == {Side.LATENT}
+    assert torch.equal(gathered[Side.LATENT][0, 1].view(torch.uint8), latents.view(torch.uint8))
+    # As the model reads them: compressed values, and with the rotated key at their end.
+    whole = kv_cache.get_key_buffer(2)[slots].contiguous()
+    assert torch.equal(whole.view(torch.uint8), others.view(torch.uint8))
+    compressed = kv_cache.get_value_buffer(2)[slots].contiguous()
+    assert torch.equal(compressed.view(torch.uint8), others[..., :37].contiguous().view(torch.uint8))
+    untouched = torch.ones(len(kv_cache.kv_buffer[2]), dtype=torch.bool)
+    untouched[slots] = False
+    assert not kv_cache.kv_buffer[2][untouched].view(torch.uint8).any()
+    assert not kv_cache.kv_buffer[0].view(torch.uint8).any()
+
+
 def test_a_pool_whose_buffers_are_replaced_later_is_still_read():
     kv_cache = mha_pool()
     pool = wrap_pool(kv_cache, 16)
@@ -60,7 +98,8 @@ def refusal(kv_cache):
 @pytest.mark.parametrize(
     "name",
     [
-        "MLATokenToKVPool",
+        "DSATokenToKVPool",
+        "MLATokenToKVPoolFP4",
         "MHATokenToKVPoolFP4",
         "MHATokenToKVPoolMXFP8",
         "NoOpMHATokenToKVPool",
@@ -94,5 +133,16 @@ def test_other_layouts_shapes_and_scales_are_refused():
     assert "scales" in refusal(with_scales)
 
 
+def test_latents_with_scales_of_sparse_attention_or_spread_over_ranks_are_refused():
+    with_scales = mla_pool()
+    with_scales.kv_scale_buffer = [torch.ones(1)]
+    assert "scales" in refusal(with_scales)
+    assert "sparse" in refusal(mla_pool(use_dsa=True))
+    spread = mla_pool()
+    spread.layer_shard_enabled = True
+    assert "spread over ranks" in refusal(spread)
+
+
 def test_a_dtype_that_can_not_be_coded_is_refused():
     assert "float32" in refusal(mha_pool(torch.float32))
+    assert "float32" in refusal(mla_pool(torch.float32))

@@ -10,9 +10,9 @@ from sglang_kvcodec.plugin.radix_cache import build_radix_cache
 @pytest.mark.parametrize(
     ("swa", "ssm", "named"),
     [
-        (True, False, "sliding-window layers"),
+        (True, False, "sliding-window layers that have a KV pool of their own"),
         (False, True, "state-space or linear-attention layers"),
-        (True, True, "sliding-window and state-space or linear-attention layers"),
+        (True, True, "state-space or linear-attention layers"),
     ],
 )
 def test_a_model_with_layers_of_other_kinds_is_refused_by_their_names(swa, ssm, named, caplog):

@@ -114,6 +114,7 @@ def test_a_page_size_out_of_bounds_is_refused(page_size):
         ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
         ("disaggregation_mode", "prefill", "--disaggregation-mode"),
         ("pp_size", 2, "pipeline parallelism"),
+        ("dcp_size", 2, "decode context parallelism"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_one_sentence(field, value, named):
