@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--gradient-documents", metavar="N", type=int, default=8, help="passages to take gradients of (default: 8)"
     )
     parser.add_argument(
-        "--search-documents", metavar="N", type=int, default=4, help="passages to search the steps on (default: 4)"
+        "--search-documents", metavar="N", type=int, default=8, help="passages to search the steps on (default: 8)"
     )
     parser.add_argument("--prefix-tokens", metavar="N", type=int, default=1024, help="coded of each passage")
     parser.add_argument("--continuation-tokens", metavar="N", type=int, default=512, help="compared after each")
