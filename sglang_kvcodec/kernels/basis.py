@@ -31,8 +31,8 @@ DIGIT = 2048
 PLAIN, LOW_DIGIT, HIGH_DIGIT = 0, 1, 2
 """What a column holds of its component's code."""
 TILE_FIELDS = 6
-"""Of a tile: first column, first column that is no high digit, column behind the last, block, layer in the group, first
-pair in the layer."""
+"""Of a tile: first column, first column that is no high digit, column behind the last, all three in units of a column
+block; block; layer in the group; number of the tile in the layer. Units, since a compiler then knows what divides them."""
 _RUN = 16
 """Values of a canvas that follow each other in a 4 x 4 group of one plane."""
 
@@ -50,7 +50,7 @@ class GroupBasis:
         low_rows: rows of stored bits in a page.
         blocks: number of bases, each with a step.
         tiles: ``(tiles, TILE_FIELDS)``.
-        synthesis_start: int64 ``(tiles,)``: where a tile's part of ``synthesis`` begins.
+        synthesis_start: where a tile's part of ``synthesis`` begins, in units of ``column_block * tile_values``.
         synthesis: fp16, for each tile ``(columns of its block, tile_values)``.
         means: fp32 ``(tiles, tile_values)``.
         bits: low bits of each component in order.
@@ -167,12 +167,12 @@ def group_basis(
         component = np.where(rank >= 0, place[np.maximum(rank, 0)], -1)
         columns.append(np.stack([component, run_bits[component], low_row[component], kind]))
         rows = np.where(rank[:, None] >= 0, basis.synthesis[np.maximum(rank, 0)], np.float16(0))
-        bounds = (first_column, first_column + len(digits), first_column + len(rank))
+        bounds = [at // column_block for at in (first_column, first_column + len(digits), first_column + len(rank))]
         for layer in range(layers):
             for tile, channel in enumerate(values):
                 there = channel >= 0
                 at = layer * spec.channels + np.maximum(channel, 0)
-                tiles.append((*bounds, block, first_layer + layer, tile * tile_values // 2))
+                tiles.append((*bounds, block, first_layer + layer, tile))
                 synthesis.append(np.where(there, rows[:, at], np.float16(0)))
                 means.append(np.where(there, basis.mean[at], np.float32(0)))
         first_column += len(rank)
@@ -191,7 +191,7 @@ def group_basis(
         low_rows=int(run_bits.sum()),
         blocks=len(members),
         tiles=ints(tiles),
-        synthesis_start=torch.from_numpy(starts.astype(np.int64)).to(device),
+        synthesis_start=ints(starts // (column_block * tile_values)),
         synthesis=torch.from_numpy(np.concatenate([part.ravel() for part in synthesis])).to(device),
         means=torch.from_numpy(np.stack(means)).to(device),
         bits=ints(run_bits),

@@ -102,7 +102,7 @@ def _read_codes(
     code = (high << bits) - ((1 << bits) >> 1)
     row_bytes: tl.constexpr = (TOKENS + 7) // 8
     low = stored + page * stored_bytes + low_bytes_at + tl.load(column_low_row + column)[:, None] * row_bytes
-    for bit in range(0, tl.max(bits)):
+    for bit in range(tl.max(bits)):
         byte = tl.load(low + bit * row_bytes + token // 8, mask=exists & (bit < bits), other=0)
         code += (byte.to(tl.int32) >> (token % 8) & 1) << bit
     digit = tl.load(column_digit + column)[:, None]
@@ -178,35 +178,36 @@ def _restore_klt_tile(
     TILE_PAIRS: tl.constexpr = TILE_VALUES // 2
     tile = tl.program_id(1)
     fields = tiles + tile * TILE_FIELDS
-    first_column = tl.load(fields)
-    first_code = tl.load(fields + 1)
-    end_column = tl.load(fields + 2)
+    first_block = tl.load(fields)
+    first_code_block = tl.load(fields + 1)
+    end_block = tl.load(fields + 2)
     block = tl.load(fields + 3)
     layer = tl.load(fields + 4)
-    first_pair = tl.load(fields + 5)
+    first_pair = tl.load(fields + 5) * TILE_PAIRS
 
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < rows
     inner = tl.arange(0, BLOCK_COLUMNS)
     value = tl.arange(0, TILE_VALUES)
     code_rows = codes + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * columns
-    basis = synthesis + tl.load(synthesis_start + tile)
+    BLOCK_VALUES: tl.constexpr = BLOCK_COLUMNS * TILE_VALUES
+    basis = synthesis + tl.load(synthesis_start + tile).to(tl.int64) * BLOCK_VALUES
+    code_tile = code_rows + inner[None, :]
+    basis_tile = basis + inner[:, None] * TILE_VALUES + value[None, :]
     acc = tl.zeros((BLOCK_ROWS, TILE_VALUES), tl.float32)
-    for k in range(first_column, first_code, BLOCK_COLUMNS):
-        k = tl.multiple_of(k, BLOCK_COLUMNS)
-        a = tl.load(code_rows + (k + inner)[None, :])
-        b = tl.load(basis + (k - first_column + inner)[:, None] * TILE_VALUES + value[None, :])
+    for index in range(first_block, first_code_block):
+        a = tl.load(code_tile + index * BLOCK_COLUMNS)
+        b = tl.load(basis_tile + (index - first_block) * BLOCK_VALUES)
         acc = tl.dot(a, b, acc)
     acc *= DIGIT
-    for k in range(first_code, end_column, BLOCK_COLUMNS):
-        k = tl.multiple_of(k, BLOCK_COLUMNS)
-        a = tl.load(code_rows + (k + inner)[None, :])
-        b = tl.load(basis + (k - first_column + inner)[:, None] * TILE_VALUES + value[None, :])
+    for index in range(first_code_block, end_block):
+        a = tl.load(code_tile + index * BLOCK_COLUMNS)
+        b = tl.load(basis_tile + (index - first_block) * BLOCK_VALUES)
         acc = tl.dot(a, b, acc)
     for escape in range(tl.load(first_escape + tl.program_id(0)), tl.load(first_escape + tl.program_id(0) + 1)):
         column = tl.load(escape_column + escape)
-        if (column >= first_code) & (column < end_column):
-            b = tl.load(basis + (column - first_column) * TILE_VALUES + value).to(tl.float32)
+        if (column >= first_code_block * BLOCK_COLUMNS) & (column < end_block * BLOCK_COLUMNS):
+            b = tl.load(basis + (column - first_block * BLOCK_COLUMNS) * TILE_VALUES + value).to(tl.float32)
             a = tl.where(row == tl.load(escape_row + escape), tl.load(excess + escape), 0.0)
             acc += a[:, None] * b[None, :]
 
@@ -224,12 +225,12 @@ def _restore_klt_tile(
         a, b = a * c - b * s, b * c + a * s
 
     address = tl.load(layers + layer)
-    if IS_ALIGNED:
-        address = tl.multiple_of(address, 16)
     if EXPONENT_BITS + MANTISSA_BITS == 7:
         layer_start = address.to(tl.pointer_type(tl.uint8))
     else:
         layer_start = address.to(tl.pointer_type(tl.int16))
+    if IS_ALIGNED:
+        layer_start = tl.multiple_of(layer_start, 16)
     slot = tl.load(slots + row, mask=is_row, other=0)
     slot_starts = layer_start + (slot * slot_stride)[:, None]
     if IS_INTERLEAVED and 2 * PAIRS == HEAD_DIM:
@@ -243,6 +244,10 @@ def _restore_klt_tile(
         if IS_INTERLEAVED:
             dim_a = 2 * pair_in_head
             dim_b = dim_a + 1
+        elif ROTARY_PAIRS == PAIRS:
+            # What the compiler sees to be runs: each half is stored in wide words.
+            dim_a = pair_in_head
+            dim_b = dim_a + PAIRS
         else:
             dim_a = tl.where(pair_in_head < ROTARY_PAIRS, pair_in_head, pair_in_head + ROTARY_PAIRS)
             dim_b = dim_a + tl.where(pair_in_head < ROTARY_PAIRS, ROTARY_PAIRS, PAIRS - ROTARY_PAIRS)
@@ -438,7 +443,7 @@ class KltRestore:
         }
 
     def _turns(self, side: Side, first_positions: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin ``(pages * page_tokens, rotary pairs)`` on the device; those of the thread's last call are kept.
+        """Cos and sin ``(pages * page_tokens, rotary pairs)`` on the device; those of the thread's last call are kept.
 
         A segment has as many calls as layer groups, all with the same positions.
         """

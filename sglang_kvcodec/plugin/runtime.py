@@ -15,7 +15,7 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
-from sglang_kvcodec.flow.restore_kernel import restore_kernel
+from sglang_kvcodec.flow.restore_kernel import restore_kernels
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.calibration import Calibration
@@ -69,8 +69,7 @@ class Runtime:
         self._namespace: Namespace | None = new_namespace()
         self._weights_changed = False
         profile = transforms.profile(self._calibration_digest)
-        # Nothing but the transforms restores calibrated pages yet; they do so on the pool's device.
-        kernel = restore_kernel(pool, profile.name) if calibration is None else None
+        kernels = restore_kernels(pool, transforms, self._calibration_digest)
         if profile.has_pictures:
             # Refuses here, at start, rather than on a thread later.
             open_decoder().close()
@@ -93,7 +92,7 @@ class Runtime:
             encoder = open_encoder(uniform_blocks=has_components) if profile.has_pictures else None
             return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
-        self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernel, transforms.uncalibrated.name)
+        self.restorer = Restorer(pool, new_decoder, config.decode_threads, kernels)
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )

@@ -107,6 +107,11 @@ class KltTransform:
         }
 
     @property
+    def spec(self) -> KVSpec:
+        """Of the pages."""
+        return self._spec
+
+    @property
     def canvas_shape(self) -> tuple[int, int]:
         """Shape of the uint8 NV12 canvases."""
         return self.geometry.canvas_shape

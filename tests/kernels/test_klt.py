@@ -1,19 +1,14 @@
 """Calibrated pages: what the kernels restore is the reference's to the rounding of fp32 sums, and lies in its slots."""
 
 import dataclasses
-import struct
 
 import numpy as np
 import pytest
 import torch
 from kernel_kit import ScatteredPool
 
-from sglang_kvcodec.errors import FormatError
-from sglang_kvcodec.format.calibration import Tier
-from sglang_kvcodec.format.rope import RopeSpec
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
 from sglang_kvcodec.kernels.klt import KltRestore
-from sglang_kvcodec.kernels.planes import Planes
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
 from sglang_kvcodec.transform.floats import from_bits
