@@ -32,7 +32,7 @@ PLAIN, LOW_DIGIT, HIGH_DIGIT = 0, 1, 2
 """What a column holds of its component's code."""
 TILE_FIELDS = 6
 """Of a tile: first column, first column that is no high digit, column behind the last, all three in units of a column
-block; block; layer in the group; number of the tile in the layer. Units, since a compiler then knows what divides them."""
+block; block; layer in the group; number of the tile in the layer. Units tell the compiler what divides them."""
 _RUN = 16
 """Values of a canvas that follow each other in a 4 x 4 group of one plane."""
 

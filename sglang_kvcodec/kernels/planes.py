@@ -24,12 +24,14 @@ class Planes:
         chroma: the same of the first row of its interleaved chroma.
         pitch_bytes: from a row to the next, in both planes.
         owner: keeps the memory; None if the caller sees to that.
+        is_word_aligned: whether all rows begin at a multiple of four bytes, as those of decoders do.
     """
 
     luma: torch.Tensor
     chroma: torch.Tensor
     pitch_bytes: int
     owner: object = None
+    is_word_aligned: bool = False
 
     def __post_init__(self) -> None:
         for plane in (self.luma, self.chroma):
@@ -55,7 +57,7 @@ def planes_of(canvases: torch.Tensor) -> Planes:
     """The planes of canvases ``(pages, height * 3 // 2, width)`` of uint8, contiguous, where they lie."""
     pages, rows, width = canvases.shape
     luma = canvases.data_ptr() + torch.arange(pages, device=canvases.device) * (rows * width)
-    return Planes(luma, luma + rows * 2 // 3 * width, width, canvases)
+    return Planes(luma, luma + rows * 2 // 3 * width, width, canvases, width % 4 == 0 and canvases.data_ptr() % 4 == 0)
 
 
 def planes_to_read(

@@ -1,18 +1,28 @@
 """Calibrated pages: what the kernels restore is the reference's to the rounding of fp32 sums, and lies in its slots."""
 
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
 import torch
-from kernel_kit import ScatteredPool
+import triton
+import triton.language as tl
+from kernel_kit import ScatteredPool, hard_values, surfaces
 
+from sglang_kvcodec.errors import ConfigurationError, FormatError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
+from sglang_kvcodec.kernels import check_calibrated, open_restore
+from sglang_kvcodec.kernels.floats import narrow_bits
 from sglang_kvcodec.kernels.klt import KltRestore
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
-from sglang_kvcodec.transform.floats import from_bits
+from sglang_kvcodec.transform import get_transform
+from sglang_kvcodec.transform.floats import from_bits, to_bits, torch_dtype
 from sglang_kvcodec.transform.klt import KltTransform
+
+# NumPy, which interprets the kernels, warns where a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 STEP = 0.02
 SUM_BOUND = 0.01
@@ -94,3 +104,143 @@ def test_the_pool_is_the_references_to_rounding(shape, device):
         for side in spec.sides:
             pool, expected, _ = restore_both(spec, calibration, group, side, values, positions, device)
             assert_close(pool, expected, spec, SUM_BOUND * STEP)
+
+
+def small(dtype=KVDtype.BFLOAT16, layers=2, tokens=17):
+    spec = KVSpec(layers, 1, 48, tokens, dtype)
+    return spec, random_calibration(spec, layers_per_block=1, step=STEP, rope=neox_rope(48)), layer_groups(spec)[0]
+
+
+def test_escapes_come_back_over_whatever_the_canvas_holds(device):
+    spec, calibration, group = small()
+    values = kv_like(spec, 3, group.layers, seed=2)
+    values[0, :, 4] *= 40
+    values[2, :, [0, 16]] *= 60
+
+    def spoil(packed):
+        canvases = [torch.where(page.canvas == 128, 131, page.canvas).to(torch.uint8) for page in packed]
+        return [dataclasses.replace(page, canvas=canvas) for page, canvas in zip(packed, canvases, strict=True)]
+
+    for change in (lambda packed: packed, spoil):
+        pool, expected, packed = restore_both(spec, calibration, group, Side.KEY, values, [17, 0, 34], device, change)
+        assert packed[0].escapes
+        assert packed[2].escapes
+        assert_close(pool, expected, spec, 40 * SUM_BOUND * STEP)
+
+
+def test_pictures_are_read_where_a_decoder_leaves_them(device):
+    spec, calibration, group = small()
+    values = kv_like(spec, 2, group.layers, seed=3)
+    transform = KltTransform(spec, calibration, "high")
+    packed = transform.pack(group, Side.VALUE, values, [0, 17])
+    kernel = KltRestore(spec, calibration, "high", device)
+    planes = surfaces(torch.stack([page.canvas for page in packed]), transform.geometry.width + 37, device)
+    bare = [dataclasses.replace(page, canvas=None) for page in packed]
+    pools = [ScatteredPool(spec, 2, group.layers, device) for _ in range(2)]
+    kernel.restore(group, Side.VALUE, packed, [0, 17], pools[0].slots, pools[0].buffers)
+    kernel.restore(group, Side.VALUE, bare, [0, 17], pools[1].slots, pools[1].buffers, planes)
+    assert torch.equal(pools[0].bits(), pools[1].bits())
+
+
+@pytest.mark.parametrize("profile", ["exact", "high"])
+def test_so_are_those_of_profiles_without_a_calibration(profile, device):
+    spec = KVSpec(2, 2, 64, 16, KVDtype.BFLOAT16)
+    packed = get_transform(profile, spec).pack(hard_values(profile, spec, 2, 2))
+    planes = surfaces(torch.stack([page.canvas for page in packed]), 333, device)
+    pool = ScatteredPool(spec, 2, 2, device)
+    bare = [dataclasses.replace(page, canvas=None) for page in packed]
+    open_restore(profile, spec).restore(bare, pool.slots, pool.buffers, planes)
+    assert torch.equal(pool.bits(), pool.bits_with(get_transform(profile, spec).restore(2, packed)))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(device):
+    spec, calibration, group = small()
+    positions = [0, 17]
+    good = KltTransform(spec, calibration, "high").pack(group, Side.KEY, kv_like(spec, 2, group.layers, 0), positions)
+    kernel = KltRestore(spec, calibration, "high", device)
+    pool = ScatteredPool(spec, 2, group.layers, device)
+    slots, buffers = pool.slots, pool.buffers
+    outside = slots.clone()
+    outside[-1] = len(buffers[0])
+    gap = torch.zeros((len(buffers[1]), 2, 48), dtype=torch.bfloat16, device=device)[:, :1]
+    for bad_slots, bad_buffers, bad_positions in (
+        (slots[:-1], buffers, positions),
+        (outside, buffers, positions),
+        (slots, buffers[:1], positions),
+        (slots, [buffers[0], gap], positions),
+        (slots, buffers, [0]),
+        (slots, buffers, [0, -17]),
+    ):
+        with pytest.raises(ValueError, match=r"slot|layer|position"):
+            kernel.restore(group, Side.KEY, good, bad_positions, bad_slots, bad_buffers)
+    for change in (
+        {"canvas": None},
+        {"canvas": good[1].canvas.to(torch.int16)},
+        {"stored": good[1].stored[:-1]},
+        {"stored": good[1].stored + b"\0"},
+        {"escapes": b"\1"},
+        {"escapes": struct.pack("<Ii", 17 * 96, 5)},
+        {"steps": (1.0,)},
+        {"steps": (1.0, float("nan"))},
+        {"steps": (1.0, 0.0)},
+    ):
+        sides = [dataclasses.replace(good[0], **change) if "canvas" in change else good[0]]
+        sides.append(dataclasses.replace(good[1], **change))
+        with pytest.raises(FormatError):
+            kernel.restore(group, Side.KEY, sides, positions, slots, buffers)
+    assert torch.equal(pool.bits(), pool.bits_before())
+
+
+@pytest.mark.parametrize("dtype", KVDtype)
+def test_every_value_is_rounded_as_torch_rounds(dtype, device):
+    """All values of the type, their neighbours in fp32, all ties between them, and what is beyond its range."""
+    count = 1 << (8 * dtype.item_bytes)
+    bits = torch.arange(count, dtype=torch.int32).to(torch.uint8 if dtype.item_bytes == 1 else torch.int16)
+    values = bits.view(torch_dtype(dtype)).float()
+    values = values[torch.isfinite(values)].unique()
+    ties = ((values[:-1].double() + values[1:].double()) / 2).float()
+    near = torch.cat([values, ties])
+    near = torch.cat([near, torch.nextafter(near, near + 1e30), torch.nextafter(near, near - 1e30), values[-1:] * 1.5])
+    near = near[torch.isfinite(near)]
+    near = torch.nn.functional.pad(near, (0, -len(near) % 1024))
+    got = torch.empty(len(near), dtype=torch.int32, device=device)
+    largest = float(torch.finfo(torch_dtype(dtype)).max)
+    narrow_all[(len(near) // 1024,)](near.to(device), got, dtype.exponent_bits, dtype.mantissa_bits, largest, 1024)
+    expected = to_bits(near.clamp(-largest, largest).to(torch_dtype(dtype))).to(torch.int32)
+    mask = count - 1
+    assert torch.equal(got.cpu() & mask, expected & mask)
+
+
+@triton.jit
+def narrow_all(values, out, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip # noqa: E501
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, narrow_bits(tl.load(values + at), EXPONENT_BITS, MANTISSA_BITS, LARGEST))
+
+
+@pytest.mark.parametrize("dtype", [KVDtype.BFLOAT16, KVDtype.FLOAT8_E5M2])
+def test_the_kernel_passes_its_check(dtype, device):
+    spec, calibration, _ = small(dtype, layers=3, tokens=7)
+    transform = KltTransform(spec, calibration, "high", device)
+    kernel = KltRestore(spec, calibration, "high", device)
+    check_calibrated(kernel, transform, calibration, "high", torch.device(device))
+
+
+class Spoiled:
+    def __init__(self, kernel, where, side):
+        self._kernel, self._where, self._side = kernel, where, side
+
+    def restore(self, group, side, packed, first_positions, slots, buffers):
+        self._kernel.restore(group, side, packed, first_positions, slots, buffers)
+        if side is self._side:
+            slot = {"page": slots[3], "beside": -1}[self._where]
+            buffers[-1][slot, -1, -1] += 0.1 * buffers[-1].float().abs().max() + 0.1
+
+
+@pytest.mark.parametrize("where", ["page", "beside"])
+@pytest.mark.parametrize("side", [Side.KEY, Side.VALUE])
+def test_one_wrong_value_is_refused(where, side, device):
+    spec, calibration, _ = small(layers=1, tokens=7)
+    kernel = Spoiled(KltRestore(spec, calibration, "high", device), where, side)
+    transform = KltTransform(spec, calibration, "high", device)
+    with pytest.raises(ConfigurationError, match="restores wrong values"):
+        check_calibrated(kernel, transform, calibration, "high", torch.device(device))
