@@ -66,7 +66,7 @@ def _canvas_values(
     return tl.load(pointers, mask=exists, other=0).to(tl.int32) - ZERO_CODE
 
 
-@triton.jit(do_not_specialize=["stored_bytes", "low_bytes_at"])
+@triton.jit(do_not_specialize=["stored_bytes", "low_bytes_at"], do_not_specialize_on_alignment=["stored"])
 def _read_codes(
     luma: tl.tensor,
     chroma: tl.tensor,
@@ -113,7 +113,10 @@ def _read_codes(
     tl.store(codes + row * columns + column[:, None], code.to(tl.float16), mask=token < TOKENS)
 
 
-@triton.jit(do_not_specialize=["escapes"])
+@triton.jit(
+    do_not_specialize=["escapes"],
+    do_not_specialize_on_alignment=["escape_row", "escape_component", "escape_number", "excess"],
+)
 def _read_escapes(
     luma: tl.tensor,
     chroma: tl.tensor,
@@ -141,7 +144,10 @@ def _read_escapes(
     tl.store(excess + index, ((number - high) << bits).to(tl.float32), mask=exists)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["escape_row", "escape_column", "excess", "first_escape", "slots", "steps"],
+)
 def _restore_klt_tile(
     codes: tl.tensor,
     synthesis: tl.tensor,

@@ -103,7 +103,7 @@ def compile_digest():
 
 def check(compiled, capability):
     # One kernel for all layers and pages: nothing is compiled while a request waits.
-    assert len({each.hash for each in compiled}) == 1
+    assert len({each.hash for each in compiled}) == 1, compiled[0].metadata.name
     assert compiled[0].asm["cubin"].startswith(b"\x7fELF")
     ptx = compiled[0].asm["ptx"]
     assert f".target sm_{capability}" in ptx
