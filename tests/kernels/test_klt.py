@@ -24,8 +24,8 @@ from sglang_kvcodec.transform.klt import KltTransform
 # NumPy, which interprets the kernels, warns where a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
-STEP = 0.02
-SUM_BOUND = 0.01
+STEP = 0.08
+SUM_BOUND = 0.005
 """Largest difference of the kernel and the reference, in steps, before both are rounded to the pool's type."""
 
 
