@@ -1,28 +1,61 @@
-"""Where the values of pages are restored: by a kernel on the pool's GPU, or by the reference on the host."""
+"""Where the values of pages are restored: by kernels on the pool's GPU, or by the reference on the host."""
 
 from __future__ import annotations
 
 import logging
 
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
-from sglang_kvcodec.kernels import KernelRestore, check_restore, open_restore
+from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.kernels import PageRestores, check_calibrated, check_restore, open_restore
+from sglang_kvcodec.transform import PageTransforms
+from sglang_kvcodec.transform.klt import KltTransform
 
 logger = logging.getLogger(__name__)
 
 
-def restore_kernel(pool: PagedKVPool, profile_name: str) -> KernelRestore | None:
-    """The kernel for a pool on a CUDA device, compiled and checked there; None elsewhere, or where nothing is computed.
+def restore_kernels(
+    pool: PagedKVPool, transforms: PageTransforms, calibration_digest: bytes = b""
+) -> PageRestores | None:
+    """The kernels for a pool on a CUDA device, compiled and checked there; None elsewhere or where nothing is computed.
+
+    Args:
+        pool: where pages go.
+        transforms: of the pages.
+        calibration_digest: of the calibration that is in use at start; empty for none.
 
     Raises:
-        ConfigurationError: a kernel is needed, and there is no Triton or it does not restore what the reference does.
+        ConfigurationError: kernels are needed, and there is no Triton or one does not restore what the reference does.
     """
     if pool.device.type != "cuda":
         logger.info("kvcodec: pages are restored on the host, the pool is on %s", pool.device)
         return None
-    kernel = open_restore(profile_name, pool.spec)
-    if kernel is None:
-        logger.info("kvcodec: profile %r is copied to %s as it is", profile_name, pool.device)
+    plain = transforms.uncalibrated.name
+    if not transforms.uncalibrated.has_pictures:
+        logger.info("kvcodec: profile %r is copied to %s as it is", plain, pool.device)
         return None
-    check_restore(kernel, profile_name, pool.spec, pool.device)
+    kernels = PageRestores(transforms, pool.device)
+    # Pages of a calibrated tier come with exact ones among them, and with those of the time before it was calibrated.
+    for profile_name in {plain, EXACT.name} if calibration_digest else {plain}:
+        kernel = open_restore(profile_name, pool.spec)
+        assert kernel is not None, "a profile with pictures has a kernel"
+        check_restore(kernel, profile_name, pool.spec, pool.device)
+    if calibration_digest:
+        check_calibrated_kernel(kernels, transforms, calibration_digest, pool)
     logger.info("kvcodec: pages are restored by a Triton kernel on %s", pool.device)
-    return kernel
+    return kernels
+
+
+def check_calibrated_kernel(
+    kernels: PageRestores, transforms: PageTransforms, calibration_digest: bytes, pool: PagedKVPool
+) -> None:
+    """Opens and checks the kernel of a calibration: at start, or when one comes late, before its pages are fetched.
+
+    Raises:
+        ConfigurationError: it does not restore what the reference does.
+        ForeignPageError: the calibration is not known.
+    """
+    tier = transforms.profile_name
+    reference = transforms.get(tier, calibration_digest)
+    assert isinstance(reference, KltTransform), "a calibrated tier has this transform"
+    kernel = kernels.get(tier, calibration_digest)
+    check_calibrated(kernel, reference, transforms.calibration(calibration_digest), tier, pool.device)

@@ -18,7 +18,8 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
-from sglang_kvcodec.kernels import KernelRestore
+from sglang_kvcodec.kernels import PageRestores
+from sglang_kvcodec.transform import PackedSide
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ class Restorer:
         pool: PagedKVPool,
         new_decoder: Callable[[], GroupDecoder],
         threads: int,
-        kernel: KernelRestore | None = None,
-        kernel_profile: str = "",
+        kernels: PageRestores | None = None,
     ) -> None:
         """Opens nothing yet: a thread opens its decoder when it first needs it.
 
@@ -113,12 +113,10 @@ class Restorer:
             pool: where pages go.
             new_decoder: opens a decoder for one thread.
             threads: how many.
-            kernel: restores on the pool's device; None to restore with the transforms and copy.
-            kernel_profile: the uncalibrated profile whose pages, and no others, it restores.
+            kernels: restore on the pool's device; None to restore with the transforms and copy.
         """
         self._pool = pool
-        self._kernel = kernel
-        self._kernel_profile = kernel_profile
+        self._kernels = kernels
         self._new_decoder = new_decoder
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
@@ -187,17 +185,38 @@ class Restorer:
         packed = decoder.unpack(pages, group.index, side)
         metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
         with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
-            if self._kernel is not None and self._are_of_kernel(pages):
-                self._kernel.restore(packed, slots, layers)
+            if self._kernels is None:
+                self._pool.write(layers, decoder.restore(pages, packed, group.index, side), slots)
             else:
-                values = decoder.restore(pages, packed, group.index, side)
-                self._pool.write(layers, values, slots)
+                self._write_by_kernels(self._kernels, group, side, pages, packed, slots, layers)
 
-    def _are_of_kernel(self, pages: Sequence[PageObject]) -> bool:
-        """Whether the kernel understands all of them: calibrated pages, and exact ones among them, it does not."""
-        return all(
-            page.header.profile_name == self._kernel_profile and not page.header.calibration_digest for page in pages
-        )
+    def _write_by_kernels(
+        self,
+        kernels: PageRestores,
+        group: LayerGroup,
+        side: Side,
+        pages: Sequence[PageObject],
+        packed: Sequence[PackedSide],
+        slots: torch.Tensor,
+        layers: Sequence[torch.Tensor],
+    ) -> None:
+        """Restores the pages of each coding by its kernel: calibrated ones, and exact ones among them."""
+        alike: dict[tuple[str, bytes], list[int]] = {}
+        for index, page in enumerate(pages):
+            alike.setdefault((page.header.profile_name, page.header.calibration_digest), []).append(index)
+        for coding, members in alike.items():
+            theirs = slots
+            if len(alike) > 1:
+                chosen = torch.tensor(members, device=slots.device)
+                theirs = slots.view(len(pages), -1)[chosen].reshape(-1)
+            kernels.get(*coding).restore(
+                group,
+                side,
+                [packed[index] for index in members],
+                [pages[index].header.first_position for index in members],
+                theirs,
+                layers,
+            )
 
     def _decoder(self) -> GroupDecoder:
         """This thread's."""

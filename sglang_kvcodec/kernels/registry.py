@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.profile import EXACT, HIGH, check_supported, get_profile
 from sglang_kvcodec.format.spec import KVSpec
-from sglang_kvcodec.kernels.base import KernelRestore
+from sglang_kvcodec.kernels.base import KernelRestore, PageRestore
 
 
 def open_restore(profile_name: str, spec: KVSpec) -> KernelRestore | None:
@@ -28,3 +31,24 @@ def open_restore(profile_name: str, spec: KVSpec) -> KernelRestore | None:
         raise ConfigurationError(f"profile {profile.name!r} needs Triton to restore on a GPU: {error}") from error
     restores: dict[str, Callable[[KVSpec], KernelRestore]] = {EXACT.name: ExactRestore, HIGH.name: HighRestore}
     return restores[profile.name](spec)
+
+
+def open_calibrated_restore(
+    spec: KVSpec, calibration: Calibration, tier: str, device: torch.device | str
+) -> PageRestore:
+    """The restore kernel of one tier of one calibration, its tables on the device.
+
+    Args:
+        spec: of the pages.
+        calibration: one that ``KltTransform`` takes for them.
+        tier: one of its tiers.
+        device: of the pool.
+
+    Raises:
+        ConfigurationError: there is no Triton to compile the kernel with.
+    """
+    try:
+        from sglang_kvcodec.kernels.klt import KltRestore
+    except ImportError as error:
+        raise ConfigurationError(f"tier {tier!r} needs Triton to restore on a GPU: {error}") from error
+    return KltRestore(spec, calibration, tier, device)

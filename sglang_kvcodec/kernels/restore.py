@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, picture_geometry
+from sglang_kvcodec.kernels.planes import Planes, plane_addresses, planes_to_read
 from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
 from sglang_kvcodec.transform import PackedSide
-from sglang_kvcodec.transform.checks import check_fields, stack_canvases
+from sglang_kvcodec.transform.checks import check_fields
 from sglang_kvcodec.transform.escapes import unpack_escapes
 from sglang_kvcodec.transform.exact import ResidualLayout
 from sglang_kvcodec.transform.floats import stack_bytes
 from sglang_kvcodec.transform.high import check_high_sides
-from sglang_kvcodec.transform.layout import CANVAS_FILL, check_canvases
+from sglang_kvcodec.transform.layout import CANVAS_FILL
 
 _BLOCK_TOKENS = 16
 _MOST_BLOCK_CHANNELS = 256
@@ -53,7 +54,9 @@ def _block(
 
 @triton.jit
 def _load_canvas(
-    canvases: tl.tensor,
+    luma: tl.tensor,
+    chroma: tl.tensor,
+    pitch_bytes: tl.tensor,
     page: tl.tensor,
     first_row: tl.tensor,
     first_channel: tl.tensor,
@@ -62,36 +65,40 @@ def _load_canvas(
     exists: tl.tensor,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CANVAS_BYTES: tl.constexpr,
+    HEIGHT: tl.constexpr,
 ) -> tl.tensor:
     """The block's bytes of the layer that begins at canvas row ``first_row``, as int32."""
     fold = first_channel // WIDTH
     row = first_row + fold * TOKENS + token
-    at = page * CANVAS_BYTES + row.to(tl.int64) * WIDTH + (channel - fold * WIDTH)
-    return tl.load(canvases + at, mask=exists, other=0).to(tl.int32)
+    rows = plane_addresses(luma, chroma, page, row, pitch_bytes, HEIGHT)
+    return tl.load(rows + (channel - fold * WIDTH), mask=exists, other=0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first_row", "layer", "layers"])
 def _restore_high_layer(
-    canvases: tl.tensor,
+    luma: tl.tensor,
+    chroma: tl.tensor,
     steps: tl.tensor,
     slots: tl.tensor,
     pool: tl.tensor,
     slot_stride: tl.tensor,
+    pitch_bytes: tl.tensor,
     first_row: tl.tensor,
     layer: tl.tensor,
     layers: tl.tensor,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CANVAS_BYTES: tl.constexpr,
+    HEIGHT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     ZERO_CODE: tl.constexpr,
     IS_BFLOAT16: tl.constexpr,
 ) -> None:
     page, first_channel, token, channel, slot, exists = _block(slots, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
-    code = _load_canvas(canvases, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, CANVAS_BYTES)
+    code = _load_canvas(
+        luma, chroma, pitch_bytes, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, HEIGHT
+    )
     value = (code - ZERO_CODE).to(tl.float32) * tl.load(steps + page * layers + layer)
     if IS_BFLOAT16:
         # Rounded to nearest even by hand, since Triton's interpreter cuts off; a finite step makes no NaN.
@@ -104,11 +111,13 @@ def _restore_high_layer(
 
 @triton.jit(do_not_specialize=["first_row", "layer", "layers"])
 def _restore_exact_layer(
-    canvases: tl.tensor,
+    luma: tl.tensor,
+    chroma: tl.tensor,
     stored: tl.tensor,
     slots: tl.tensor,
     pool: tl.tensor,
     slot_stride: tl.tensor,
+    pitch_bytes: tl.tensor,
     stored_bytes: tl.tensor,
     first_row: tl.tensor,
     layer: tl.tensor,
@@ -116,7 +125,7 @@ def _restore_exact_layer(
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CANVAS_BYTES: tl.constexpr,
+    HEIGHT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
@@ -127,7 +136,7 @@ def _restore_exact_layer(
 ) -> None:
     page, first_channel, token, channel, slot, exists = _block(slots, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
     exponent = _load_canvas(
-        canvases, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, CANVAS_BYTES
+        luma, chroma, pitch_bytes, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, HEIGHT
     )
     index = layer * (TOKENS * CHANNELS) + token * CHANNELS + channel
     page_stored = stored + page * stored_bytes
@@ -158,7 +167,7 @@ class _LayerLauncher:
             "TOKENS": spec.page_tokens,
             "CHANNELS": spec.channels,
             "WIDTH": self._geometry.width,
-            "CANVAS_BYTES": self._geometry.picture_bytes,
+            "HEIGHT": self._geometry.height,
             "BLOCK_TOKENS": _BLOCK_TOKENS,
             "BLOCK_CHANNELS": block_channels,
         }
@@ -166,17 +175,19 @@ class _LayerLauncher:
     def launch(
         self,
         kernel: Any,
-        canvases: torch.Tensor,
+        planes: Planes,
         slots: torch.Tensor,
         layers: Sequence[torch.Tensor],
         **arguments: torch.Tensor | int,
     ) -> None:
         """Starts ``kernel`` on the current stream of the layers' device; all tensors are checked and lie there."""
-        grid = (len(canvases) * self._blocks_per_page,)
+        grid = (len(planes) * self._blocks_per_page,)
         with torch.cuda.device_of(layers[0]):  # type: ignore[no-untyped-call]
             for index, layer in enumerate(layers):
                 kernel[grid](
-                    canvases=canvases,
+                    luma=planes.luma,
+                    chroma=planes.chroma,
+                    pitch_bytes=planes.pitch_bytes,
                     slots=slots,
                     pool=layer,
                     slot_stride=layer.stride(0),
@@ -196,18 +207,23 @@ class HighRestore:
         self._geometry = picture_geometry(spec)
         self._launcher = _LayerLauncher(spec)
 
-    def restore(self, packed: Sequence[PackedSide], slots: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+    def restore(
+        self,
+        packed: Sequence[PackedSide],
+        slots: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        planes: Planes | None = None,
+    ) -> None:
         """See ``KernelRestore.restore``."""
         layers = writable_layers(self._spec, buffers)
         check_slots(slots, len(packed), self._spec, layers[0])
-        check_high_sides(packed, len(layers))
-        canvases = stack_canvases(packed)
-        check_canvases(canvases, self._geometry)
+        check_high_sides(packed, len(layers), canvas=planes is None)
+        planes = planes_to_read(packed, planes, self._geometry, slots.device)
         where, bits = self._read_escapes(packed, len(layers))
         device = slots.device
         self._launcher.launch(
             _restore_high_layer,
-            canvases.to(device),
+            planes,
             slots,
             layers,
             steps=torch.tensor([side.steps for side in packed], dtype=torch.float32).to(device),
@@ -251,20 +267,25 @@ class ExactRestore:
         self._layout = ResidualLayout(spec.dtype)
         self._launcher = _LayerLauncher(spec)
 
-    def restore(self, packed: Sequence[PackedSide], slots: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+    def restore(
+        self,
+        packed: Sequence[PackedSide],
+        slots: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        planes: Planes | None = None,
+    ) -> None:
         """See ``KernelRestore.restore``."""
         spec = self._spec
         layers = writable_layers(spec, buffers)
         check_slots(slots, len(packed), spec, layers[0])
         for side in packed:
-            check_fields(side, canvas=True, stored=True)
-        canvases = stack_canvases(packed)
-        check_canvases(canvases, self._geometry)
+            check_fields(side, canvas=planes is None, stored=True)
+        planes = planes_to_read(packed, planes, self._geometry, slots.device)
         stored_bytes = self._layout.stored_bytes(len(layers) * spec.layer_values)
         stored = stack_bytes([side.stored for side in packed], stored_bytes)
         self._launcher.launch(
             _restore_exact_layer,
-            canvases.to(slots.device),
+            planes,
             slots,
             layers,
             stored=stored.to(slots.device),

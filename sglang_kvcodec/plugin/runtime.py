@@ -17,7 +17,7 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
-from sglang_kvcodec.flow.restore_kernel import restore_kernel
+from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.calibration import Calibration
@@ -72,8 +72,7 @@ class Runtime:
         self._namespace: Namespace | None = new_namespace()
         self._weights_changed = False
         profile = transforms.profile(self._calibration_digest)
-        # Nothing but the transforms restores calibrated pages yet; they do so on the pool's device.
-        kernel = restore_kernel(pool, profile.name) if calibration is None else None
+        self._kernels = restore_kernels(pool, transforms, self._calibration_digest)
         decoders: DecoderSource | None = None
         encoders: EncoderSource | None = None
         if profile.has_pictures:
@@ -103,7 +102,7 @@ class Runtime:
             return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
         decode_threads = decoders.threads if decoders is not None else config.decode_threads
-        self.restorer = Restorer(pool, new_decoder, decode_threads, kernel, transforms.uncalibrated.name)
+        self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels)
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )
@@ -153,7 +152,13 @@ class Runtime:
         return self._digests[calibration_digest]
 
     def _now_calibrated(self, calibration: Calibration) -> None:
-        """What is published from now on is coded with it; called on a thread of its own."""
+        """What is published from now on is coded with it; called on a thread of its own.
+
+        Raises:
+            ConfigurationError: its pages can't be restored here by a kernel.
+        """
+        if self._kernels is not None:
+            check_calibrated_kernel(self._kernels, self._transforms, calibration.digest, self.pool)
         self._calibration_digest = calibration.digest
 
     def weights_changing(self) -> None:

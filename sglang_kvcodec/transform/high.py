@@ -126,14 +126,19 @@ class HighTransform:
         return quantised, escaped, ordered_sum((error**2).flatten(2))
 
 
-def check_high_sides(packed: Sequence[PackedSide], layers: int) -> None:
+def check_high_sides(packed: Sequence[PackedSide], layers: int, *, canvas: bool = True) -> None:
     """Refuses sides without a canvas and a finite step for each layer, or with what the profile does not have.
+
+    Args:
+        packed: the sides.
+        layers: of the group.
+        canvas: False for sides whose pictures lie elsewhere.
 
     Raises:
         FormatError: such a side. Its escapes are not looked into.
     """
     for side in packed:
-        check_fields(side, canvas=True, escapes=True, steps=layers)
+        check_fields(side, canvas=canvas, escapes=True, steps=layers)
         if not all(math.isfinite(step) and step >= 0 for step in side.steps):
             raise FormatError("a quantiser step that is none")
 

@@ -15,12 +15,11 @@ then one multiplication and addition, then the rotation. ``S M S^T = 1``, so wri
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 
-from sglang_kvcodec.errors import ForeignPageError, FormatError
+from sglang_kvcodec.errors import ForeignPageError
 from sglang_kvcodec.format.calibration import Basis, Calibration, GainModel
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, component_geometry, layer_groups, picture_geometry
 from sglang_kvcodec.transform.base import PackedSide
@@ -36,7 +35,8 @@ from sglang_kvcodec.transform.token_gains import (
     level_of_gain,
     pack_levels,
     predicted_levels,
-    unpack_levels,
+    stored_low_bits,
+    token_steps,
 )
 
 LARGEST_CODE = 127
@@ -113,6 +113,11 @@ class KltTransform:
         self._low_bits = {
             place: _interleave([block.low_bits for block in blocks]) for place, blocks in self._blocks.items()
         }
+
+    @property
+    def spec(self) -> KVSpec:
+        """Of the pages."""
+        return self._spec
 
     @property
     def canvas_shape(self) -> tuple[int, int]:
@@ -228,7 +233,7 @@ class KltTransform:
                 where, numbers = unpack_component_escapes(page.escapes, spec.page_tokens * count)
                 places = torch.from_numpy(where).to(self._device)
                 high[index].view(-1)[places] = torch.from_numpy(numbers).to(self._device)
-        stored = stack_bytes([page.stored[max(0, len(page.stored) - low_bytes) :] for page in packed], low_bytes)
+        stored = stack_bytes(stored_low_bits(packed, low_bytes), low_bytes)
         return join_low_bits(high, stored.to(self._device), low_bits)
 
     def steps(self, group: LayerGroup, side: Side, packed: Sequence[PackedSide]) -> torch.Tensor:
@@ -237,14 +242,9 @@ class KltTransform:
         Raises:
             FormatError: side bytes that do not fit the spec.
         """
-        blocks, tokens = len(self._blocks[group.index, side]), self._spec.page_tokens
-        for page in packed:
-            if len(page.steps) != blocks or not all(math.isfinite(step) and step > 0 for step in page.steps):
-                raise FormatError("quantiser steps that are none, or too many or too few")
+        tokens = self._spec.page_tokens
         low_bytes = low_bits_bytes(self._low_bits[group.index, side], tokens)
-        levels = unpack_levels([page.stored[: max(0, len(page.stored) - low_bytes)] for page in packed], blocks, tokens)
-        steps = torch.tensor([page.steps for page in packed], dtype=torch.float32)
-        return (steps[..., None] * gains_of_levels(levels)).to(self._device)
+        return token_steps(packed, len(self._blocks[group.index, side]), tokens, low_bytes).to(self._device)
 
     def _levels(
         self, components: Sequence[torch.Tensor], blocks: Sequence[_Block], first_positions: Sequence[int]

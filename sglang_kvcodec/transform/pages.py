@@ -88,6 +88,7 @@ class PageTransforms:
         self.profile_name = profile_name
         self._device = torch.device(device)
         self._lock = threading.Lock()
+        self._calibrations: dict[bytes, Calibration] = {}
         self.uncalibrated = without_calibration(profile_name, spec.dtype)
         self._transforms: dict[tuple[str, bytes], PageTransform] = {
             (self.uncalibrated.name, b""): _Uncalibrated(self.uncalibrated, spec)
@@ -109,6 +110,18 @@ class PageTransforms:
         with self._lock:
             self._transforms.setdefault((EXACT.name, b""), exact)
             self._transforms[self.profile_name, calibration.digest] = transform
+            self._calibrations[calibration.digest] = calibration
+
+    def calibration(self, digest: bytes) -> Calibration:
+        """A calibration that is known.
+
+        Raises:
+            ForeignPageError: it is not.
+        """
+        with self._lock:
+            if digest not in self._calibrations:
+                raise ForeignPageError(f"an unknown calibration {digest.hex()[:16]}")
+            return self._calibrations[digest]
 
     def get(self, profile_name: str, calibration_digest: bytes = b"") -> PageTransform:
         """The transform of pages that say so of themselves.

@@ -12,6 +12,7 @@ Where all levels are 12 there are no bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.calibration import GAIN_LOG_OFFSET, GainModel
+from sglang_kvcodec.transform.base import PackedSide
 
 UNIT_LEVEL = 12
 """The level of a gain of one."""
@@ -90,3 +92,33 @@ def unpack_levels(rows: Sequence[bytes], blocks: int, page_tokens: int) -> torch
         if page_tokens % 2 and levels[index, :, -1].any():
             raise FormatError("gains of a token that is none")
     return torch.from_numpy(levels[..., :page_tokens].copy())
+
+
+def token_steps(packed: Sequence[PackedSide], blocks: int, page_tokens: int, low_bytes: int) -> torch.Tensor:
+    """What the whole numbers of packed sides are multiplied with.
+
+    Args:
+        packed: the sides of one layer group.
+        blocks: of the group.
+        page_tokens: of a page.
+        low_bytes: of each page's low bits, which lie behind the gains.
+
+    Returns:
+        fp32 ``(pages, blocks, page_tokens)``, on the CPU.
+
+    Raises:
+        FormatError: steps or gains that are none, or too many or too few.
+    """
+    for side in packed:
+        if len(side.steps) != blocks or not all(math.isfinite(step) and step > 0 for step in side.steps):
+            raise FormatError("quantiser steps that are none, or too many or too few")
+    levels = unpack_levels(
+        [side.stored[: max(0, len(side.stored) - low_bytes)] for side in packed], blocks, page_tokens
+    )
+    steps = torch.tensor([side.steps for side in packed], dtype=torch.float32)
+    return steps[..., None] * gains_of_levels(levels)
+
+
+def stored_low_bits(packed: Sequence[PackedSide], low_bytes: int) -> list[bytes]:
+    """The stored bytes of packed sides without the gains in front; too few of them where there are too few."""
+    return [side.stored[max(0, len(side.stored) - low_bytes) :] for side in packed]

@@ -15,7 +15,7 @@ from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
 from sglang_kvcodec.testing.pages import Pages, hash_of, new_decoder
 from sglang_kvcodec.testing.synthetic import page_values
-from sglang_kvcodec.transform import PageTransforms, get_transform
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder, open_encoder
 
 GROUPS = layer_groups(GROUPED)
@@ -264,21 +264,35 @@ def test_the_next_restore_is_none_the_worse(closing):
 class KernelInName:
     """Restores as the reference does, into the layers it is given."""
 
-    def __init__(self, profile, spec):
-        self._transform = get_transform(profile, spec)
+    def __init__(self, transform):
+        self._transform = transform
         self.layers = []
+        self.pages = 0
 
-    def restore(self, packed, slots, buffers):
+    def restore(self, group, side, packed, first_positions, slots, buffers):
         self.layers.append(len(buffers))
-        values = self._transform.restore(len(buffers), packed)
+        self.pages += len(packed)
+        values = self._transform.restore(group, side, packed, first_positions)
         for index, buffer in enumerate(buffers):
             buffer[slots] = values[:, index].flatten(0, 1)
 
 
+class KernelsInName:
+    """One for each coding that pages have."""
+
+    def __init__(self, transforms):
+        self._transforms = transforms
+        self.opened = {}
+
+    def get(self, profile_name, calibration_digest=b""):
+        coding = profile_name, calibration_digest
+        return self.opened.setdefault(coding, KernelInName(self._transforms.get(*coding)))
+
+
 def test_with_a_kernel_the_same_pages_come_into_the_same_layers(exact, exact_pages, closing):
-    pool, kernel = KnownPool(GROUPED, 4), KernelInName("exact", GROUPED)
+    pool, kernels = KnownPool(GROUPED, 4), KernelsInName(PageTransforms(GROUPED, "exact"))
     before = pool.bits()
-    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernel, "exact")
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernels)
     closing.callback(restorer.close)
     outcome = Outcome()
     restorer.start([RestoreJob(exact_pages, pool.slots([2, 0, 3]))], outcome.on_layers, outcome.on_failure)
@@ -286,7 +300,7 @@ def test_with_a_kernel_the_same_pages_come_into_the_same_layers(exact, exact_pag
     for name, number in enumerate([2, 0, 3]):
         assert same_bits(pool.page(number), exact.values(name))
     assert pool.others_are(before, [2, 0, 3])
-    assert sorted(kernel.layers) == [1, 1, 3, 3, 3, 3]
+    assert sorted(kernels.get("exact").layers) == [1, 1, 3, 3, 3, 3]
 
 
 def test_a_page_that_the_kernel_refuses_is_found(exact_pages, closing):
@@ -297,8 +311,8 @@ def test_a_page_that_the_kernel_refuses_is_found(exact_pages, closing):
     sets = exact_pages[1].parameter_sets
     bad = PageObject(build_page_object(header.key, GROUPED, "exact", groups, sets))
     pool = KnownPool(GROUPED, 4)
-    kernel = KernelInName("exact", GROUPED)
-    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernel, "exact")
+    kernels = KernelsInName(PageTransforms(GROUPED, "exact"))
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 2, kernels)
     closing.callback(restorer.close)
     outcome = Outcome()
     job = RestoreJob([exact_pages[0], bad, exact_pages[2]], pool.slots([2, 0, 3]))
@@ -307,7 +321,7 @@ def test_a_page_that_the_kernel_refuses_is_found(exact_pages, closing):
     assert restore.bad_pages == [bad]
 
 
-def test_a_kernel_is_kept_from_pages_of_other_profiles_and_of_calibrations(closing):
+def test_each_page_of_a_segment_is_restored_by_the_kernel_of_its_coding(closing):
     calibration = random_calibration(GROUPED, step=0.01)
     transforms = PageTransforms(GROUPED, "high", [calibration])
     values = {name: page_values(GROUPED, seed) for seed, name in enumerate(["plain", "calibrated", "not finite"])}
@@ -319,16 +333,18 @@ def test_a_kernel_is_kept_from_pages_of_other_profiles_and_of_calibrations(closi
         for name, page in values.items()
     }
     assert [pages[name].header.profile_name for name in pages] == ["high", "high", "exact"]
-    pool, kernel = KnownPool(GROUPED, 4), KernelInName("high", GROUPED)
-    restorer = Restorer(pool.wrapped, lambda: GroupDecoder(transforms, open_decoder()), 2, kernel, "high")
+    pool, kernels = KnownPool(GROUPED, 4), KernelsInName(transforms)
+    restorer = Restorer(pool.wrapped, lambda: GroupDecoder(transforms, open_decoder()), 2, kernels)
     closing.callback(restorer.close)
-    for names, by_kernel in [(["plain"], True), (["calibrated"], False), (["not finite"], False), (list(pages), False)]:
-        kernel.layers.clear()
+    sides = len(GROUPS) * len(GROUPED.sides)
+    for names in [["plain"], ["calibrated"], ["not finite"], ["not finite", "calibrated"], list(pages)]:
+        kernels.opened.clear()
         outcome = Outcome()
         job = RestoreJob([pages[name] for name in names], pool.slots(range(len(names))))
         restorer.start([job], outcome.on_layers, outcome.on_failure)
         assert outcome.wait() == [0, 1, 2]
-        assert bool(kernel.layers) is by_kernel
+        codings = [(pages[name].header.profile_name, pages[name].header.calibration_digest) for name in names]
+        assert {coding: kernel.pages for coding, kernel in kernels.opened.items()} == dict.fromkeys(codings, sides)
     assert same_bits(pool.page(2), values["not finite"])
     for number, name in enumerate(["plain", "calibrated"]):
         for side in GROUPED.sides:

@@ -1,15 +1,27 @@
-"""Compiles the restore kernels as their launches would, for GPUs that need not be there; prints a line for each."""
+"""Compiles the kernels as their launches would, for GPUs that need not be there; prints a line for each."""
+
+import dataclasses
 
 import torch
 from kernel_kit import hard_values
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sglang_kvcodec.format.spec import KVDtype, KVSpec
-from sglang_kvcodec.kernels import open_restore, restore
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
+from sglang_kvcodec.kernels import digest, klt, open_restore, restore
+from sglang_kvcodec.kernels.planes import planes_of
+from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.transform import get_transform
+from sglang_kvcodec.transform.floats import torch_dtype
+from sglang_kvcodec.transform.klt import KltTransform
 
 CASES = [("high", KVDtype.BFLOAT16), ("high", KVDtype.FLOAT16), *(("exact", dtype) for dtype in KVDtype)]
+CALIBRATED = [
+    (KVDtype.BFLOAT16, (4, 2, 128, 64), neox_rope(128), Side.KEY),
+    (KVDtype.FLOAT8_E4M3, (2, 3, 21, 17), neox_rope(21, 6), Side.KEY),
+    (KVDtype.FLOAT16, (2, 2, 64, 16), dataclasses.replace(neox_rope(64), is_interleaved=True), Side.KEY),
+    (KVDtype.FLOAT8_E5M2, (1, 2, 64, 16), None, Side.VALUE),
+]
 
 
 class AbsentGPU:
@@ -53,6 +65,52 @@ def compile_group(profile, spec):
     return compiling.compiled
 
 
+def compile_all(module, names, launch):
+    """What ``launch`` compiles of the named kernels of a module."""
+    kernels = {name: getattr(module, name) for name in names}
+    stand_ins = {name: CompileOnly(kernel) for name, kernel in kernels.items()}
+    for name, stand_in in stand_ins.items():
+        setattr(module, name, stand_in)
+    launch()
+    for name, kernel in kernels.items():
+        setattr(module, name, kernel)
+    return {name: stand_in.compiled for name, stand_in in stand_ins.items()}
+
+
+def compile_calibrated(spec, rope, side):
+    """What is compiled for all layer groups of a model, one page each, and an escape."""
+    calibration = random_calibration(spec, layers_per_block=1, rope=rope)
+    transform = KltTransform(spec, calibration, "high")
+    kernel = klt.KltRestore(spec, calibration, "high", "cpu")
+    slots = torch.arange(spec.page_tokens)
+
+    def launch():
+        for group in layer_groups(spec):
+            values = torch.randn((1, group.layers, spec.page_tokens, spec.kv_heads, spec.head_dim))
+            values[0, 0, 0, 0, 0] = 400.0
+            packed = transform.pack(group, side, values.to(torch_dtype(spec.dtype)), [64])
+            assert packed[0].escapes
+            buffers = [values[0, 0].to(torch_dtype(spec.dtype)) for _ in range(group.layers)]
+            kernel.restore(group, side, packed, [64], slots, buffers)
+
+    return compile_all(klt, ["_read_codes", "_read_escapes", "_restore_klt_tile"], launch)
+
+
+def compile_digest():
+    planes = planes_of(torch.zeros((2, 288, 192), dtype=torch.uint8))
+    return compile_all(digest, ["_add_digest"], lambda: digest.plane_digests(planes, 192, 192))
+
+
+def check(compiled, capability):
+    # One kernel for all layers and pages: nothing is compiled while a request waits.
+    assert len({each.hash for each in compiled}) == 1, compiled[0].metadata.name
+    assert compiled[0].asm["cubin"].startswith(b"\x7fELF")
+    ptx = compiled[0].asm["ptx"]
+    assert f".target sm_{capability}" in ptx
+    # Subnormals count: neither steps nor values may be flushed to zero.
+    assert ".ftz" not in ptx
+
+
 def main():
     for capability in (80, 90):
         driver.set_active(AbsentGPU(capability))
@@ -60,14 +118,14 @@ def main():
             for shape in ((3, 8, 128, 64), (2, 3, 21, 17)):
                 compiled = compile_group(profile, KVSpec(*shape, dtype))
                 assert len(compiled) == shape[0]
-                # One kernel for all layers: nothing is compiled while a request waits.
-                assert len({each.hash for each in compiled}) == 1
-                assert compiled[0].asm["cubin"].startswith(b"\x7fELF")
-                ptx = compiled[0].asm["ptx"]
-                assert f".target sm_{capability}" in ptx
-                # Subnormals count: neither steps nor values may be flushed to zero.
-                assert ".ftz" not in ptx
+                check(compiled, capability)
                 print(f"compiled {profile} {dtype.torch_name} {shape} for sm_{capability}")
+        for dtype, shape, rope, side in CALIBRATED:
+            for name, compiled in compile_calibrated(KVSpec(*shape, dtype), rope, side).items():
+                check(compiled, capability)
+                print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
+        check(compile_digest()["_add_digest"], capability)
+        print(f"compiled digest for sm_{capability}")
 
 
 if __name__ == "__main__":

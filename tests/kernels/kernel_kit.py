@@ -3,6 +3,7 @@
 import torch
 
 from sglang_kvcodec.kernels import open_restore
+from sglang_kvcodec.kernels.planes import Planes
 from sglang_kvcodec.testing.synthetic import kv_like, random_bits
 from sglang_kvcodec.transform import get_transform
 from sglang_kvcodec.transform.floats import to_bits
@@ -57,3 +58,14 @@ def assert_restores(profile, spec, pages, layers, device, seed=0):
     open_restore(profile, spec).restore(packed, pool.slots, pool.buffers)
     assert torch.equal(pool.bits(), pool.bits_with(get_transform(profile, spec).restore(layers, packed)))
     return packed
+
+
+def surfaces(canvases, pitch, device):
+    """Canvases as a decoder leaves them: each plane anywhere, rows ``pitch`` bytes apart, something else between."""
+    pages, rows, width = canvases.shape
+    height = rows * 2 // 3
+    memory = torch.full((pages, 2, height + 3, pitch), 77, dtype=torch.uint8, device=device)
+    memory[:, 1, :height, :width] = canvases[:, :height].to(device)
+    memory[:, 0, 1 : 1 + rows - height, :width] = canvases[:, height:].to(device)
+    page = torch.arange(pages, device=device) * memory.stride(0) + memory.data_ptr()
+    return Planes(page + memory.stride(1), page + pitch, pitch, memory, pitch % 4 == 0)

@@ -1,0 +1,188 @@
+"""What the kernels take of a GPU that need not be there: registers, spills, shared memory, and bytes for each value.
+
+Compiles each kernel for sm_90 at the shape of a model with 8 KV heads x 128, pages of 64 tokens and a bfloat16 pool,
+and reads what ``ptxas`` says. Bytes are counted from the shape; what several programs read again from the caches does
+not count. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from record import record
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
+from sglang_kvcodec.kernels import klt, open_restore, restore
+from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
+from sglang_kvcodec.testing.synthetic import kv_like
+from sglang_kvcodec.transform import PackedSide, get_transform
+from sglang_kvcodec.transform.klt import KltTransform
+
+PAGES = 64
+"""4096 tokens."""
+
+
+class AbsentGPU:
+    """What Triton asks its driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        """Its number; Triton keeps what it compiled by it."""
+        return 90
+
+    def get_current_stream(self, device: int) -> int:
+        """None."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """Hopper."""
+        return GPUTarget("cuda", 90, 32)
+
+
+class Compiling:
+    """In the place of a kernel: compiles for the arguments it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self.compiled: list[Any] = []
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda **arguments: self.compiled.append(self._kernel.warmup(grid=grid, **arguments))
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers and bytes of spills of a thread, warps and shared bytes of a program, from its cubin and PTX."""
+    ptxas = triton.knobs.nvidia.ptxas.path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [ptxas, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = {name: re.search(pattern, said) for name, pattern in _PATTERNS.items()}
+    numbers = {name: int(match[1]) if match else 0 for name, match in found.items()}
+    ptx = compiled.asm["ptx"]
+    return numbers | {
+        "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
+        "asynchronous_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "widest_global_store_bits": max(
+            (int(m[1] or 1) * int(m[2]) for m in re.finditer(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)), default=0
+        ),
+    }
+
+
+_PATTERNS = {
+    "registers": r"Used (\d+) registers",
+    "spill_store_bytes": r"(\d+) bytes spill stores",
+    "spill_load_bytes": r"(\d+) bytes spill loads",
+}
+
+
+def compile_launches(module: Any, names: list[str], launch: Any) -> dict[str, Any]:
+    """The first kernel compiled under each name while ``launch`` runs."""
+    kernels = {name: getattr(module, name) for name in names}
+    stand_ins = {name: Compiling(kernel) for name, kernel in kernels.items()}
+    for name, stand_in in stand_ins.items():
+        setattr(module, name, stand_in)
+    try:
+        launch()
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return {name: stand_in.compiled[0] for name, stand_in in stand_ins.items() if stand_in.compiled}
+
+
+def klt_rows(layers_per_block: int) -> list[dict[str, object]]:
+    """The kernels of a calibrated tier for K."""
+    spec = KVSpec(layers_per_block, 8, 128, 64, KVDtype.BFLOAT16)
+    width = layers_per_block * spec.channels
+    # The shape counts, not the numbers: a basis of three layers takes long to make at random.
+    calibration = random_calibration(
+        KVSpec(layers_per_block, 8, 128, 64, KVDtype.BFLOAT16), layers_per_block=layers_per_block, rope=neox_rope(128)
+    )
+    group = layer_groups(spec)[0]
+    packed = KltTransform(spec, calibration, "high").pack(group, Side.KEY, kv_like(spec, 1, group.layers, 0), [64])
+    assert packed is not None
+    with_escape = [PackedSide(each.canvas, each.stored, _ESCAPE, each.steps) for each in packed]
+    kernel = klt.KltRestore(spec, calibration, "high", "cpu")
+    buffers = [torch.empty((64, 8, 128), dtype=torch.bfloat16) for _ in range(group.layers)]
+    names = ["_read_codes", "_read_escapes", "_restore_klt_tile"]
+    compiled = compile_launches(
+        klt,
+        names,
+        lambda: kernel.restore(group, Side.KEY, with_escape, [64], torch.arange(64), buffers),
+    )
+    basis = kernel._bases[group.index, Side.KEY]
+    values = PAGES * 64 * width
+    code_bytes = 2 * PAGES * 64 * basis.columns
+    moved = {
+        "_read_codes": values + PAGES * len(packed[0].stored) + code_bytes,
+        "_read_escapes": 0,
+        "_restore_klt_tile": code_bytes
+        + basis.synthesis.nbytes
+        + basis.means.nbytes
+        + PAGES * 64 * (2 * 64 * 4 + 4 * basis.blocks + 8)
+        + 2 * values,
+    }
+    return [
+        {
+            "kernel": name.strip("_"),
+            "layers_per_block": layers_per_block,
+            **resources(each),
+            "bytes_per_value": round(moved[name] / values, 3),
+            "columns": basis.columns,
+            "components": basis.components,
+            "flop_per_value": 2 * basis.columns if name == "_restore_klt_tile" else 0,
+        }
+        for name, each in compiled.items()
+    ]
+
+
+_ESCAPE = b"\0" * 4 + (200).to_bytes(4, "little")
+
+
+def identity_rows() -> list[dict[str, object]]:
+    """The kernels of the profiles without a calibration."""
+    spec = KVSpec(1, 8, 128, 64, KVDtype.BFLOAT16)
+    rows: list[dict[str, object]] = []
+    for profile, bytes_per_value in (("high", 1 + 2), ("exact", 2 + 2)):
+        packed = get_transform(profile, spec).pack(kv_like(spec, 1, 1, 0))
+        name = f"_restore_{profile}_layer"
+        kernel = open_restore(profile, spec)
+        assert kernel is not None
+        buffers = [torch.empty((64, 8, 128), dtype=torch.bfloat16)]
+
+        def launch(kernel: Any = kernel, packed: Any = packed, buffers: Any = buffers) -> None:
+            kernel.restore(packed, torch.arange(64), buffers)
+
+        compiled = compile_launches(restore, [name], launch)[name]
+        rows.append({"kernel": name.strip("_"), **resources(compiled), "bytes_per_value": float(bytes_per_value)})
+    return rows
+
+
+def main() -> None:
+    """Prints a row for each kernel; stores them if told to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
+    arguments = parser.parse_args()
+    driver.set_active(AbsentGPU())
+    rows = [*identity_rows(), *klt_rows(1), *klt_rows(3)]
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.record:
+        print(record("kernel-resources", rows), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
