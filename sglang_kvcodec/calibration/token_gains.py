@@ -27,6 +27,8 @@ _PENALTY = 1e-2
 """On squared coefficients of normalised features."""
 _LAST_TOKENS = 128
 """Left out of the samples: they matter to what follows at once, wherever a text is cut."""
+_FEWEST_TOKENS = 2 * _LOOKED_AT
+"""With fewer than there are features a fit says nothing."""
 _ITERATIONS = 80
 
 
@@ -42,6 +44,11 @@ class TokenSample:
 
     components: Components
     sensitivity: Mapping[Side, Sequence[torch.Tensor]]
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return len(next(iter(self.components.values.values()))[0])
 
 
 def usual_tokens(components: Components) -> Components:
@@ -87,12 +94,12 @@ def fit_gain_models(bases: SolvedBases, samples: Sequence[TokenSample], step: fl
 
     Args:
         bases: of the components.
-        samples: of two documents at least; with fewer there is nothing to judge by.
+        samples: of two documents at least, with some tokens each; with fewer there is nothing to learn or judge by.
         step: in the common space, around which bits are counted.
     """
-    if len(samples) < 2:
-        return {side: tuple(GainModel() for _ in blocks) for side, blocks in bases.blocks.items()}
     judged, learned = samples[::3], [sample for index, sample in enumerate(samples) if index % 3]
+    if sum(sample.tokens for sample in learned) < _FEWEST_TOKENS:
+        return {side: tuple(GainModel() for _ in blocks) for side, blocks in bases.blocks.items()}
     fitted = _fit(bases, learned)
     costs = {strength: _bits_at_equal_cost(bases, _weakened(fitted, strength), judged, step) for strength in STRENGTHS}
     return _weakened(_fit(bases, samples), min(costs, key=costs.__getitem__))

@@ -179,9 +179,9 @@ def calibrate(
     differentiated = []
     for index, document in enumerate(gathered):
         samples = plan.gradient_samples if index < plan.gradient_documents else 0
-        kept_document = _gather(model, document, shards, plan, samples, generator)
+        kv, gradients = _gather(model, document, shards, plan, samples, generator)
         if samples:
-            differentiated.append(kept_document)
+            differentiated.append(_Differentiated({side: values.cpu() for side, values in kv.items()}, gradients))
         progress.step(f"statistics: {document.name}")
     searched = []
     for document in kept:
@@ -231,19 +231,20 @@ def _gather(
     plan: CalibrationPlan,
     gradient_samples: int,
     generator: torch.Generator,
-) -> _Differentiated:
+) -> tuple[KV, list[KV]]:
+    """Adds a document to the statistics; its KV, and its gradients on the CPU."""
     prefix, continuation = _split(document, plan)
     kv = model.prefill(prefix)
     for shard in shards:
         shard.add(shard.own(kv))
-    kept = []
+    kept: list[KV] = []
     if gradient_samples:
         for gradients in model.kv_gradients(kv, continuation, gradient_samples, generator):
             for shard in shards:
                 shard.add_gradients(shard.own(gradients))
             # Which tokens matter is seen in the space of the bases, which come later. bfloat16 has the range for it.
             kept.append({side: values.to("cpu", torch.bfloat16) for side, values in gradients.items()})
-    return _Differentiated({side: values.to("cpu") for side, values in kv.items()}, kept)
+    return kv, kept
 
 
 def _solve_rank(

@@ -59,6 +59,16 @@ def test_without_documents_to_judge_by_there_are_no_gains(count):
     assert all(len(model.scales) == 0 for of_side in models.values() for model in of_side)
 
 
+def test_documents_of_a_token_or_two_teach_no_gains():
+    statistics, kv = gathered(gradients=True, tokens=3000)
+    bases = solve_bases(statistics)
+    short = {side: values[:, :64] for side, values in kv.items()}
+    sample = token_sample(statistics, bases, to_components(statistics, bases, short), [short])
+    assert sample.tokens == 1
+    models = fit_gain_models(bases, [sample] * 4, 1.0)
+    assert all(len(model.scales) == 0 for of_side in models.values() for model in of_side)
+
+
 def test_first_tokens_are_left_out():
     assert ROPE is not None
     _, made = samples([1], lambda sink: 1.0 + sink)
