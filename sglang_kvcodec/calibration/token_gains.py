@@ -29,6 +29,8 @@ _LAST_TOKENS = 128
 """Left out of the samples: they matter to what follows at once, wherever a text is cut."""
 _FEWEST_TOKENS = 2 * _LOOKED_AT
 """With fewer than there are features a fit says nothing."""
+_LEAST_SHARE = 1e-6
+"""Of the mean sensitivity of the block that matters most. Layers with a short window see nothing of sampled tokens."""
 _ITERATIONS = 80
 
 
@@ -159,22 +161,32 @@ def _bits_and_cost(
 def _fit(bases: SolvedBases, samples: Sequence[TokenSample]) -> GainModels:
     """Fitted models, shifted by one number so that the mean gain of all samples, in the logarithm, is one.
 
-    What is common to all gains belongs to the steps, which are searched; so it is the usual token whose gain is one.
+    What is common to all gains belongs to the steps, which are searched; so it is the usual token whose gain is one. A
+    block of which the samples tell nothing has no gains.
     """
-    models: dict[Side, list[GainModel]] = {}
+    sensitivities = {
+        side: [torch.cat([sample.sensitivity[side][index] for sample in samples]) for index in range(len(blocks))]
+        for side, blocks in bases.blocks.items()
+    }
+    least = _LEAST_SHARE * max(float(block.mean()) for blocks in sensitivities.values() for block in blocks)
+    models: dict[Side, list[GainModel | None]] = {}
     log2_gains = []
     for side, blocks in bases.blocks.items():
         models[side] = []
-        for index, block in enumerate(blocks):
-            model, mean_log2_gain = _fit_block(
-                torch.cat([sample.components.values[side][index] for sample in samples]) * block.unit,
-                torch.cat([sample.sensitivity[side][index] for sample in samples]),
-            )
+        for index, (block, sensitivity) in enumerate(zip(blocks, sensitivities[side], strict=True)):
+            if float(sensitivity.mean()) <= least:
+                models[side].append(None)
+                continue
+            components = torch.cat([sample.components.values[side][index] for sample in samples])
+            model, mean_log2_gain = _fit_block(components * block.unit, sensitivity)
             models[side].append(model)
             log2_gains.append(mean_log2_gain)
-    shift = sum(log2_gains) / len(log2_gains)
+    shift = sum(log2_gains) / max(len(log2_gains), 1)
     return {
-        side: tuple(dataclasses.replace(model, bias=float(np.float32(model.bias - shift))) for model in of_side)
+        side: tuple(
+            GainModel() if model is None else dataclasses.replace(model, bias=float(np.float32(model.bias - shift)))
+            for model in of_side
+        )
         for side, of_side in models.items()
     }
 

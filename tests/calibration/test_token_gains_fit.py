@@ -59,6 +59,16 @@ def test_without_documents_to_judge_by_there_are_no_gains(count):
     assert all(len(model.scales) == 0 for of_side in models.values() for model in of_side)
 
 
+def test_a_block_of_which_the_samples_tell_nothing_has_no_gains():
+    """As of layers with a window that ends before the sampled tokens."""
+    bases, made = samples(range(6), lambda sink: 1.0 + 15.0 * sink)
+    for sample, _, _ in made:
+        sample.sensitivity[Side.VALUE][1].zero_()
+    step = 0.3 * float(made[0][1].values[Side.VALUE][0].std())
+    models = fit_gain_models(bases, [sample for sample, _, _ in made], step)
+    assert [len(model.scales) > 0 for model in models[Side.VALUE]] == [True, False]
+
+
 def test_documents_of_a_token_or_two_teach_no_gains():
     statistics, kv = gathered(gradients=True, tokens=3000)
     bases = solve_bases(statistics)
