@@ -71,7 +71,7 @@ class CalibrationPlan:
     prefix_tokens: int = 1024
     continuation_tokens: int = 512
     search_documents: int = 8
-    gradient_documents: int = 8
+    gradient_documents: int = 16
     gradient_samples: int = 2
     layers_per_block: int = 3
     tp_size: int = 1
