@@ -120,6 +120,11 @@ class PictureDecoder(Protocol):
 class FrameDecoder(PictureDecoder, Protocol):
     """A decoder that can leave pictures where it decoded them."""
 
+    @property
+    def device(self) -> int | None:
+        """Ordinal of the CUDA device on which it leaves them; None in host memory."""
+        ...
+
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
         """As ``decode``, without a copy; see ``DecodedFrames`` for how long it is valid.
 

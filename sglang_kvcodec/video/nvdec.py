@@ -84,6 +84,11 @@ class NvdecDecoder:
         self._of_size: dict[tuple[int, int], Any] = {}
         """In the order of their last use."""
 
+    @property
+    def device(self) -> int:
+        """See ``FrameDecoder.device``."""
+        return self._driver.device
+
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
         if not pictures:

@@ -135,6 +135,7 @@ class SoftwareDecoder:
     """FFmpeg's HEVC decoder on one thread. Every call starts afresh: nothing damaged outlives its segment."""
 
     name = "software"
+    device: int | None = None
 
     def __init__(self) -> None:
         _silence()

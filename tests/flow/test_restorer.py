@@ -26,9 +26,11 @@ class Outcome:
 
     def __init__(self):
         self.calls = []
+        self.events = []
         self._ended = threading.Event()
 
-    def on_layers(self, group):
+    def on_layers(self, group, events):
+        self.events.append(events)
         self.calls.append(group.index)
         if group == GROUPS[-1] or group.layers == SMALL.layers:
             self._ended.set()
@@ -47,7 +49,7 @@ class ScriptedDecoder:
 
     def __init__(self, inner, before):
         self._inner, self._before = inner, before
-        self.restore = inner.restore
+        self.restore, self.device = inner.restore, inner.device
 
     def unpack(self, pages, group_index, side):
         self._before(pages, group_index, side)
@@ -143,11 +145,11 @@ def test_layers_are_told_in_order_and_only_when_both_sides_are_written(start, ga
     written = []
     outcome = Outcome()
 
-    def on_layers(group):
+    def on_layers(group, events):
         now = pool.page(0)
         layers = slice(group.first_layer, group.first_layer + group.layers)
         written.append(all(torch.equal(now[side][layers], expected[side][layers]) for side in GROUPED.sides))
-        Outcome.on_layers(outcome, group)
+        Outcome.on_layers(outcome, group, events)
 
     restorer = Restorer(pool.wrapped, lambda: ScriptedDecoder(new_decoder(GROUPED, "raw"), before), 2)
     restorer.start([RestoreJob([pages.page("page")], pool.slots([0]))], on_layers, outcome.on_failure)
@@ -269,7 +271,8 @@ class KernelInName:
         self.layers = []
         self.pages = 0
 
-    def restore(self, group, side, packed, first_positions, slots, buffers):
+    def restore(self, group, side, packed, first_positions, slots, buffers, planes=None):
+        assert planes is None
         self.layers.append(len(buffers))
         self.pages += len(packed)
         values = self._transform.restore(group, side, packed, first_positions)
