@@ -100,7 +100,7 @@ class PagedKVPool:
         return self._new_stream(self.device, handle)
 
     def layers(self, side: Side, first_layer: int, layers: int) -> Sequence[torch.Tensor]:
-        """The tensors ``(slots, kv_heads, head_dim)`` of some layers, for whoever sees to the order of reads and writes."""
+        """The tensors ``(slots, kv_heads, head_dim)`` of some layers, for whoever sees to the order of writes."""
         return self._buffers()[side][first_layer : first_layer + layers]
 
     @contextlib.contextmanager

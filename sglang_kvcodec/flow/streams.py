@@ -1,6 +1,6 @@
 """Streams of a device, as the restorer needs them: a decoder's, on which what it decoded is checked and restored.
 
-One interface over torch's CUDA streams and over host memory, where what was asked for has been done when a call returns.
+One interface over torch's CUDA streams and over host memory, where all has been done when a call returns.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -40,7 +40,7 @@ class DeviceStream(Protocol):
         """What torch and Triton start in the body goes on this stream."""
         ...
 
-    def wait_for(self, events: Sequence[DeviceEvent]) -> None:
+    def wait_for(self, events: Sequence[Any]) -> None:
         """What is queued from now on begins after the events, which other streams have recorded. The host goes on."""
         ...
 
@@ -64,7 +64,7 @@ class CudaStream:
         context: AbstractContextManager[None] = torch.cuda.stream(self._stream)
         return context
 
-    def wait_for(self, events: Sequence[DeviceEvent]) -> None:
+    def wait_for(self, events: Sequence[Any]) -> None:
         """See ``DeviceStream.wait_for``."""
         for event in events:
             self._stream.wait_event(event)
@@ -100,7 +100,7 @@ class HostStream:
         """See ``DeviceStream.working``."""
         return contextlib.nullcontext()
 
-    def wait_for(self, events: Sequence[DeviceEvent]) -> None:
+    def wait_for(self, events: Sequence[Any]) -> None:
         """See ``DeviceStream.wait_for``."""
         for event in events:
             event.synchronize()

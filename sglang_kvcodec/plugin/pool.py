@@ -80,7 +80,7 @@ def _wrap_latent(kv_cache: MLATokenToKVPool, page_tokens: int) -> PagedKVPool:
 def _device(kv_cache: KVCache) -> torch.device:
     """With its number: SGLang's says ``"cuda"``, which on another thread than this one may be another GPU."""
     device = torch.device(kv_cache.device)
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
