@@ -161,9 +161,7 @@ def assert_restored(rig, pages, numbers):
     assert rig.known.others_are(rig.before, numbers)
 
 
-@pytest.mark.parametrize(
-    "members", [[0, 1], [2, 3], [4], [4, 2], [0, 2, 4, 3, 1]], ids=["plain", "calibrated", "exact", "two", "mixed"]
-)
+@pytest.mark.parametrize("members", [[0, 1], [4, 2], [0, 2, 4, 3, 1]], ids=["plain", "calibrated and exact", "all"])
 def test_pages_of_every_coding_come_into_their_slots_and_nowhere_else(rig, coded, members):
     pages = [coded[index] for index in members]
     numbers = [5, 0, 3, 1, 4][: len(members)]
@@ -210,9 +208,7 @@ def changed(page, group_index, side, **changes):
     )
 
 
-@pytest.mark.parametrize(
-    ("what", "bad"), [("another digest", 1), ("another digest", 2), ("another picture", 4), ("a damaged picture", 1)]
-)
+@pytest.mark.parametrize(("what", "bad"), [("another digest", 4), ("another picture", 2), ("a damaged picture", 1)])
 def test_a_picture_that_is_not_the_one_promised_is_never_told(rig, coded, what, bad, capfd):
     """The page is blamed, its decoder given up, the layers of the group are not told."""
     right = coded[bad].side_data(1, Side.VALUE).picture
@@ -232,10 +228,10 @@ def test_a_picture_that_is_not_the_one_promised_is_never_told(rig, coded, what, 
     assert metrics.DECODERS_REPLACED._value.get() > before
     assert rig.known.others_are(rig.before, [5, 0, 3])
     # The decoder that came in its place is none the worse.
-    good = [coded[0], coded[bad]]
-    _, calls = rig.start([(good, [5, 0])])
+    good = [coded[0], coded[bad], coded[1]]
+    _, calls = rig.start([(good, [5, 0, 3])])
     assert [index for index, _ in calls] == [0, 1]
-    assert_restored(rig, good, [5, 0])
+    assert_restored(rig, good, [5, 0, 3])
 
 
 def test_side_bytes_that_do_not_fit_are_their_pages_fault(rig, coded):
