@@ -81,7 +81,7 @@ def measure(rig: Any) -> dict[str, list[dict[str, Any]]]:
         "damage": lambda: video_parts.damage(rig),
         "latency": lambda: video_parts.latency(rig),
         "restore_identity": lambda: kernel_parts.restore_identity(rig, ceiling("copy_gb_per_s")),
-        "restore_klt": lambda: kernel_parts.restore_klt(rig, ceiling("matmul_tflop_per_s")),
+        "restore_klt": lambda: kernel_parts.restore_klt(rig, ceiling("copy_gb_per_s"), ceiling("matmul_tflop_per_s")),
         "digest": lambda: kernel_parts.digest(rig, ceiling("copy_gb_per_s")),
         "pipeline": lambda: pipeline_parts.pipeline(rig),
         "interference": lambda: pipeline_parts.interference(rig),

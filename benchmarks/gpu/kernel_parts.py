@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from benchmarks.gpu.real_kv import RealKV
 from benchmarks.gpu.rig import Rig
 from benchmarks.gpu.video_parts import MODEL, Row
 from sglang_kvcodec.format.digest import plane_digest
@@ -15,9 +16,9 @@ from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups, pict
 from sglang_kvcodec.kernels import PageRestores, check_restore, open_restore
 from sglang_kvcodec.kernels.digest import plane_digests
 from sglang_kvcodec.kernels.planes import planes_of
-from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
-from sglang_kvcodec.transform import PackedSide, PageTransforms, get_transform
+from sglang_kvcodec.transform import PackedSide, get_transform
+from sglang_kvcodec.transform.klt import KltTransform
 
 SMALL = KVSpec(layers=3, kv_heads=2, head_dim=64, page_tokens=16, dtype=KVDtype.BFLOAT16)
 
@@ -84,43 +85,59 @@ def _on_device(side: PackedSide, rig: Rig) -> PackedSide:
     return PackedSide(side.canvas.to(rig.device), side.stored, side.escapes, side.steps)
 
 
-def restore_klt(rig: Rig, matmul_tflop_per_s: float | None) -> list[Row]:
-    """Calibrated pages, with a basis per layer and one over three."""
-    return [row for blocks in (1, 3) for row in _klt_rows(rig, matmul_tflop_per_s, blocks)]
+def restore_klt(rig: Rig, copy_gb_per_s: float | None, matmul_tflop_per_s: float | None) -> list[Row]:
+    """Calibrated pages of real KV, with a basis per layer and one over three, for all layers of the model."""
+    real = RealKV(rig.pick(MODEL.kv_heads, 1))
+    return [row for blocks in (1, 3) for row in _klt_rows(rig, real, blocks, copy_gb_per_s, matmul_tflop_per_s)]
 
 
-def _klt_rows(rig: Rig, matmul_tflop_per_s: float | None, layers_per_basis: int) -> list[Row]:
-    """By the reference on the device, and by the kernel."""
-    spec = spec_of(rig)
-    pages = rig.pick(64, 2)
-    tokens = pages * spec.page_tokens
-    calibration = random_calibration(spec, layers_per_block=layers_per_basis)
-    transforms = PageTransforms(spec, "high", [calibration], rig.device)
-    transform = transforms.get("high", calibration.digest)
+def _klt_rows(
+    rig: Rig, real: RealKV, layers_per_basis: int, copy_gb_per_s: float | None, matmul_tflop_per_s: float | None
+) -> list[Row]:
+    """By the reference on the device, and by the kernel; K of one layer group, times sides and groups of a model."""
+    spec, count = real.spec, rig.pick(64, 2)
+    tokens = count * spec.page_tokens
+    transforms = real.transforms("high", layers_per_basis, rig.device)
+    digest = real.calibrations[layers_per_basis].digest
+    transform = transforms.get("high", digest)
     group = layer_groups(spec)[0]
-    values = kv_like(spec, pages, group.layers, seed=0).to(rig.device)
-    packed = transform.pack(group, Side.KEY, values, [0] * pages)
-    if packed is None:
-        raise RuntimeError("the test calibration can't code the test values")
+    turns = [index % len(real.values) for index in range(count)]
+    positions = [real.positions[turn] for turn in turns]
+    values = torch.stack([real.values[turn][Side.KEY] for turn in turns]).to(rig.device)
+    packed = transform.pack(group, Side.KEY, values, positions)
+    if packed is None or not isinstance(transform, KltTransform):
+        raise RuntimeError("the calibration can't code the values")
+    groups = len(MODEL.sides) * MODEL.layers / spec.layers
     width = layers_per_basis * spec.channels
-    flop = 2 * width * tokens * spec.channels * spec.layers * len(spec.sides)
+    flop = 2 * tokens * transform.components(group, Side.KEY) * width * groups
+    # Canvas bytes read, 16-bit values written: what no kernel can do without.
+    moved = (sum(side.canvas.numel() for side in packed if side.canvas is not None) + 2 * values.numel()) * groups
+    bounds_s = {
+        "tensor cores": flop / matmul_tflop_per_s / 1e12 if matmul_tflop_per_s else 0.0,
+        "memory": moved / copy_gb_per_s / 1e9 if copy_gb_per_s else 0.0,
+    }
+    bound = max(bounds_s, key=lambda name: bounds_s[name])
 
     def row(what: str, work: Callable[[], object]) -> Row:
-        seconds = rig.seconds(work, rig.pick(5, 1)) * len(layer_groups(spec)) * len(spec.sides)
+        seconds = rig.seconds(work, rig.pick(5, 1)) * groups
         return {
             "by": what,
             "layers_per_basis": layers_per_basis,
             "tokens": tokens,
+            "components_kept": transform.components(group, Side.KEY) / (spec.layers * spec.channels),
             "all_layers_ms": seconds * 1e3,
             "tflop_per_s": flop / seconds / 1e12,
-            "share_of_matmul": flop / seconds / 1e12 / matmul_tflop_per_s if matmul_tflop_per_s else None,
+            "bound": bound,
+            "bound_ms": bounds_s[bound] * 1e3,
+            "share_of_bound": bounds_s[bound] / seconds,
         }
 
-    rows = [row("transform, torch", lambda: transform.restore(group, Side.KEY, packed, [0] * pages))]
-    kernel = PageRestores(transforms, rig.device).get("high", calibration.digest)
+    rows = [row("transform, torch", lambda: transform.restore(group, Side.KEY, packed, positions))]
+    kernel = PageRestores(transforms, rig.device).get("high", digest)
+    packed = [_on_device(side, rig) for side in packed]
     slots = torch.arange(tokens, device=rig.device)
     buffers = list(torch.zeros((group.layers, tokens, *values.shape[3:]), dtype=values.dtype, device=rig.device))
-    return [*rows, row("kernel", lambda: kernel.restore(group, Side.KEY, packed, [0] * pages, slots, buffers))]
+    return [*rows, row("kernel", lambda: kernel.restore(group, Side.KEY, packed, positions, slots, buffers))]
 
 
 def digest(rig: Rig, copy_gb_per_s: float | None) -> list[Row]:

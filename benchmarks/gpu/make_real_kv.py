@@ -1,9 +1,9 @@
 """Makes ``real_kv.npz``: KV of the test model and calibrations for it, so that a GPU is measured with real pictures.
 
 ``python -m benchmarks.gpu.make_real_kv`` in a checkout; needs transformers, which the benchmark itself does not. It
-takes layers 3 to 5 of the first of two tensor-parallel ranks: one KV head of 128, three layers, one picture a side. The
-calibrations are those that a server makes of what it publishes (``calibration/by_noise.py``), with a basis per layer and
-one over three, from source text that the pages are not from. The pages are kept as ``exact`` page objects.
+takes layers 3 to 5 of the first of two tensor-parallel ranks: one KV head of 128, three layers, one picture a side.
+The calibrations are those that a server makes of what it publishes (``calibration/by_noise.py``), with a basis per
+layer and one over three, from text that the pages are not from. The pages are kept as ``exact`` page objects.
 """
 
 from __future__ import annotations

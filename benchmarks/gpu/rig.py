@@ -61,7 +61,7 @@ class Rig:
 
     @contextlib.contextmanager
     def beside(self, work: Callable[[], object]) -> Iterator[None]:
-        """Does ``work`` again and again on a thread of its own while the body runs, which begins when it is under way."""
+        """Does ``work`` again and again on a thread of its own while the body runs."""
         is_under_way, stop, failures = threading.Event(), threading.Event(), []
 
         def run() -> None:

@@ -16,6 +16,8 @@ from benchmarks.gpu.decode_loop import ProductLoop
 from benchmarks.gpu.real_kv import RealKV
 from benchmarks.gpu.rig import Rig, noise_segment
 from sglang_kvcodec.errors import CodecError
+from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, picture_geometry
 from sglang_kvcodec.video.base import EncodedPictures
@@ -197,8 +199,15 @@ def latency(rig: Rig) -> list[Row]:
     with rig.beside(lambda: products.rate(rig.pick(0.3, 0.0))):
         rows.append({"decoder": "warm, beside products", "first_picture_ms": first(warm)})
     estimate = reserved_bytes([size], rig.pick(32, 4), source.threads)
+    restore_bytes = source.threads * restore_buffer_bytes(MODEL, SEGMENT_PAGES, from_host=False)
     rows.append(
-        {"decoder": "memory", "decoders": source.threads, "used_bytes": source.used_bytes, "estimate_bytes": estimate}
+        {
+            "decoder": "memory",
+            "decoders": source.threads,
+            "used_bytes": source.used_bytes,
+            "estimate_bytes": estimate,
+            "restore_bytes": restore_bytes,
+        }
     )
     source.close()
     new.close()
