@@ -107,10 +107,18 @@ class Restore:
                 self._announced += 1
         failure = self._error
         if has_ended and failure is not None:
-            for event in (event for events in self._events for event in events):
-                event.synchronize()
+            self._wait_for_queued()
             metrics.RESTORE_FAILURES.labels(reason=failure.reason).inc()
             self._on_failure(failure)
+
+    def _wait_for_queued(self) -> None:
+        """Until no slot is written any more, or the device is beyond help."""
+        try:
+            for event in (event for events in self._events for event in events):
+                event.synchronize()
+        except Exception:
+            # The forward pass must not wait for ever; its own next call will say what has become of the device.
+            logger.exception("kvcodec: a device failed while pages were restored")
 
     def found_bad(self, pages: Sequence[PageObject]) -> None:
         """Remembers pages that could not be decoded."""
@@ -175,6 +183,9 @@ class Restorer:
     def close(self) -> None:
         """Waits for what is under way and ends."""
         self._executor.shutdown(wait=True)
+        for event, _ in self._in_use:
+            event.synchronize()
+        self._in_use.clear()
 
     def _restore_part(
         self,

@@ -11,6 +11,6 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     The copy goes through pinned memory, which torch's allocator of pinned memory gives to nobody else before the copy
     has ended. From pageable memory the call would wait for all that is queued on the stream.
     """
-    if device.type != "cuda" or values.device.type != "cpu":
+    if device.type != "cuda" or values.device.type != "cpu" or not values.numel():
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
