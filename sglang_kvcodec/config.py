@@ -111,6 +111,8 @@ class ServerConfig:
     """What decodes pictures, one of :data:`DECODERS`."""
     encoder: str = "auto"
     """What encodes pictures, one of :data:`ENCODERS`."""
+    gpu_memory_bytes: int = 1 << 30
+    """Bound of the GPU memory of decoders and restore buffers, kept out of SGLang's pool; nothing without a GPU."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
@@ -122,7 +124,14 @@ class ServerConfig:
                 raise ConfigurationError(
                     f"unknown {direction} {getattr(self, direction)!r}; there are {', '.join(known)}"
                 )
-        for name in ("host_cache_bytes", "publish_queue_bytes", "encode_threads", "decode_threads", "min_fetch_tokens"):
+        for name in (
+            "host_cache_bytes",
+            "publish_queue_bytes",
+            "encode_threads",
+            "decode_threads",
+            "min_fetch_tokens",
+            "gpu_memory_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1")
         if self.encoder_processes < 0:

@@ -21,6 +21,12 @@ DECODERS_REPLACED = Counter("kvcodec_decoders_replaced", "Hardware decoders give
 DECODER_BYTES = Gauge(
     "kvcodec_decoder_bytes", "GPU memory taken by hardware decoders at start", multiprocess_mode="livesum"
 )
+GPU_MEMORY_BYTES = Gauge(
+    "kvcodec_gpu_memory_bytes",
+    "GPU memory beside SGLang's pool: bound, taken by decoders at start, estimate for restore buffers",
+    ["part"],
+    multiprocess_mode="livesum",
+)
 BACKEND = Gauge(
     "kvcodec_backend", "1 for what pictures are coded with", ["direction", "name"], multiprocess_mode="livemax"
 )

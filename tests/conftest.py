@@ -10,7 +10,7 @@ GPU_IS_REQUIRED = os.environ.get("KVCODEC_REQUIRE_GPU") == "1"
 
 
 def pytest_collection_modifyitems(config, items):
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("nvdec")]
     if not on_gpu:
         return
     import torch  # not before: most tests need none

@@ -83,6 +83,7 @@ def test_environment_names_are_the_fields_without_their_unit():
         "encoder_processes": "KVCODEC_ENCODER_PROCESSES",
         "decoder": "KVCODEC_DECODER",
         "encoder": "KVCODEC_ENCODER",
+        "gpu_memory_bytes": "KVCODEC_GPU_MEMORY",
     }
 
 
@@ -127,6 +128,7 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         (REMOTE | {"KVCODEC_ENCODE_THREADS": "two"}, r"encode_threads must be a whole number, not 'two'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "1.5"}, r"decode_threads must be a whole number, not '1\.5'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "-1"}, r"decode_threads must be at least 1"),
+        (REMOTE | {"KVCODEC_GPU_MEMORY": "0"}, r"gpu_memory_bytes must be at least 1"),
         (REMOTE | {"KVCODEC_ENCODER_PROCESSES": "-1"}, r"encoder_processes must be at least 0"),
         (REMOTE | {"KVCODEC_DECODER": "x265"}, r"unknown decoder 'x265'; there are auto, nvdec, software"),
         (REMOTE | {"KVCODEC_ENCODER": "best"}, r"unknown encoder 'best'; there are auto, nvenc, x265"),

@@ -11,7 +11,7 @@ from benchmarks.gpu.table import as_text, summary
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = {
-    *("environment", "ceilings", "exactness", "damage", "latency", "restore_identity", "restore_klt"),
+    *("environment", "capabilities", "ceilings", "exactness", "damage", "latency", "restore_identity", "restore_klt"),
     *("digest", "pipeline", "interference", "decode_rates", "encoder"),
 }
 
@@ -58,6 +58,29 @@ def test_the_pictures_come_out_right(rehearsal):
     assert damage["raised"] + damage["found_by_digest"] + damage["same_samples"] == damage["tries"]
 
 
+def test_pages_go_through_the_restorer_and_a_model_runs_beside(rehearsal):
+    _, out = rehearsal
+    parts = json.loads((out / "gpu-rehearsal.json").read_text())["parts"]
+    (row,) = parts["pipeline"]
+    assert (row["tier"], row["layers_per_basis"], row["workers"]) == ("high", 1, 2)
+    # Real pictures: less than what noise of all values would take, more than nothing.
+    assert 2 < row["picture_bits_per_value"] < 6
+    assert row["limit"].split(",")[0] in ("NVDEC", "kernels")
+    assert [row["loop"] for row in parts["interference"]] == ["matrix products", "decode steps"]
+    assert {row["pictures"] for row in parts["decode_rates"]} == {"noise", "high, real, basis over 3"}
+
+
+def test_what_is_asked_of_a_first_gpu_is_answered(rehearsal):
+    """Formats and engines; streams of others; rates against bits; latency alone and beside products; damage."""
+    _, out = rehearsal
+    parts = json.loads((out / "gpu-rehearsal.json").read_text())["parts"]
+    asked = {(row.get("codec"), row.get("chroma")) for row in parts["capabilities"]}
+    assert asked >= {("HEVC", "420"), ("HEVC", "444"), ("HEVC", "Monochrome"), ("AV1", "420")}
+    assert "clocks" in parts["capabilities"][-1]
+    assert len({row["stream"] for row in parts["exactness"]}) == 5
+    assert {row.get("decoder") for row in parts["latency"]} >= {"new", "warm", "warm, again", "warm, beside products"}
+
+
 def test_full_sizes_are_not_rehearsed():
     child = run("--rehearse")
     assert (child.returncode, child.stdout) == (2, "")
@@ -68,7 +91,8 @@ def test_the_table_says_what_was_not_measured():
     rows = summary({"latency": [{"decoder": "warm", "first_picture_ms": 3.25}], "pipeline": [{"failed": "no"}]})
     measured = {name: value for name, value, _ in rows}
     assert measured["first picture of a warm pool, ms"] == "3.25"
-    assert measured["pipeline through the host: tokens/s at 120 Ki values"] == "not measured"
+    assert measured["pipeline, high, basis over 3: tokens/s at 120 Ki values"] == "not measured"
+    assert measured["slow-down of decode steps, basis over 1"] == "not measured"
     assert "REHEARSAL" not in as_text({"parts": {}, "is_rehearsal": False})
 
 
@@ -87,7 +111,8 @@ def test_it_needs_few_packages():
     )
     code = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
-        "import benchmarks.gpu.__main__, benchmarks.gpu.kernel_parts, benchmarks.gpu.video_parts, benchmarks.gpu.table"
+        "import benchmarks.gpu.__main__, benchmarks.gpu.kernel_parts, benchmarks.gpu.pipeline_parts\n"
+        "import benchmarks.gpu.video_parts, benchmarks.gpu.real_kv, benchmarks.gpu.table"
     )
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

@@ -10,6 +10,7 @@ import pytest
 
 CONFTEST = pathlib.Path(__file__).with_name("conftest.py")
 ON_GPU = "import pytest\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+ON_ENGINES = ON_GPU.replace("gpu", "nvdec")
 SKIPPED = "import pytest\n@pytest.mark.gpu\ndef test_it():\n    pytest.skip('not today')\n"
 SKIPPED_FIXTURE = (
     "import pytest\n@pytest.fixture\ndef it():\n    pytest.skip('not today')\n"
@@ -27,7 +28,18 @@ def run(folder, source, required, has_gpu):
     (folder / "torch.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {has_gpu})\n")
     (folder / "test_it.py").write_text(source)
     environment = os.environ | {"KVCODEC_REQUIRE_GPU": str(int(required)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "-o", "markers=gpu: a GPU", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        ".",
+        "-o",
+        "markers=gpu: a GPU\nnvdec: its engines",
+        ".",
+    ]
     child = subprocess.run(
         command, cwd=folder, env=environment | {"PYTHONPATH": "."}, capture_output=True, text=True, timeout=100
     )
@@ -42,6 +54,9 @@ def run(folder, source, required, has_gpu):
         (ON_GPU, False, True, PASSED, "1 passed"),
         (ON_GPU, True, True, PASSED, "1 passed"),
         (ON_GPU, True, False, USAGE, "no CUDA device"),
+        (ON_ENGINES, False, False, NOTHING, "1 deselected"),
+        (ON_ENGINES, True, False, USAGE, "no CUDA device"),
+        (ON_ENGINES, True, True, PASSED, "1 passed"),
         (SKIPPED, False, True, PASSED, "1 skipped"),
         (SKIPPED, True, True, FAILED, "skipped although"),
         (SKIPPED_FIXTURE, True, True, FAILED, "skipped although"),

@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu [--small] [--out DIR]``: validates and measures the GPU path in under eight minutes.
 
 Needs torch, triton, grpcio, prometheus_client, protobuf, safetensors, PyAV, NumPy and PyNvVideoCodec; no SGLang, no
-network, no model. Each part is tried by itself: one that fails is a row that says so, and the exit status is 1. On a
-machine without a GPU ``--small`` rehearses every part on the CPU, in Triton's interpreter and with a stand-in for the
-video library. What that prints is marked, is no figure of a GPU, and is stored only where ``--out`` says.
+network, no model: real pictures are made from KV that was kept of one (``real_kv.npz``). Each part is tried by itself:
+one that fails is a row that says so, and the exit status is 1. On a machine without a GPU ``--small`` rehearses every
+part on the CPU, in Triton's interpreter and with a stand-in for the video library. What that prints is marked, is no
+figure of a GPU, and is stored only where ``--out`` says.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _has_driver() -> bool:
 
 def measure(rig: Any) -> dict[str, list[dict[str, Any]]]:
     """All parts, those that validate before those that take long."""
-    from benchmarks.gpu import kernel_parts, video_parts
+    from benchmarks.gpu import kernel_parts, pipeline_parts, video_parts
     from benchmarks.gpu.rig import describe
 
     results: dict[str, list[dict[str, Any]]] = {}
@@ -74,15 +75,16 @@ def measure(rig: Any) -> dict[str, list[dict[str, Any]]]:
 
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "environment": lambda: [describe(rig.facts)],
+        "capabilities": lambda: video_parts.capabilities(rig),
         "ceilings": lambda: kernel_parts.ceilings(rig),
         "exactness": lambda: video_parts.exactness(rig),
         "damage": lambda: video_parts.damage(rig),
         "latency": lambda: video_parts.latency(rig),
         "restore_identity": lambda: kernel_parts.restore_identity(rig, ceiling("copy_gb_per_s")),
-        "restore_klt": lambda: kernel_parts.restore_klt(rig, ceiling("matmul_tflop_per_s")),
+        "restore_klt": lambda: kernel_parts.restore_klt(rig, ceiling("copy_gb_per_s"), ceiling("matmul_tflop_per_s")),
         "digest": lambda: kernel_parts.digest(rig, ceiling("copy_gb_per_s")),
-        "pipeline": lambda: kernel_parts.pipeline(rig),
-        "interference": lambda: kernel_parts.interference(rig),
+        "pipeline": lambda: pipeline_parts.pipeline(rig),
+        "interference": lambda: pipeline_parts.interference(rig),
         "decode_rates": lambda: video_parts.decode_rates(rig),
         "encoder": lambda: video_parts.encoder(rig),
     }

@@ -27,7 +27,6 @@ class Rig:
         self.is_rehearsal = is_rehearsal
         self.is_small = is_small
         self.device = torch.device("cpu" if self.is_rehearsal else "cuda:0")
-        self._interpreter = threading.Lock()
         self.library: Any
         self.driver: Any
         if self.is_rehearsal:
@@ -61,14 +60,29 @@ class Rig:
             torch.cuda.current_stream().synchronize()
 
     @contextlib.contextmanager
-    def on_stream(self, handle: int) -> Iterator[None]:
-        """Runs torch's work on a stream of the driver's. Triton's interpreter takes one thread at a time."""
-        if self.is_rehearsal:
-            with self._interpreter:
-                yield
-            return
-        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=self.device)):
+    def beside(self, work: Callable[[], object]) -> Iterator[None]:
+        """Does ``work`` again and again on a thread of its own while the body runs."""
+        is_under_way, stop, failures = threading.Event(), threading.Event(), []
+
+        def run() -> None:
+            try:
+                while not stop.is_set():
+                    is_under_way.set()
+                    work()
+            except Exception as error:
+                failures.append(error)
+                is_under_way.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        is_under_way.wait()
+        try:
             yield
+        finally:
+            stop.set()
+            thread.join()
+        if failures:
+            raise failures[0]
 
     def seconds(self, work: Callable[[], object], repeats: int | None = None) -> float:
         """Median time of ``work`` on the device, after warming up: by events on a GPU, by the clock elsewhere."""

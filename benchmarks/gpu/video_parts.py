@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import fractions
 import functools
+import shutil
+import subprocess
 import time
 from typing import Any
 
 import av
 import numpy as np
 
+from benchmarks.gpu.decode_loop import ProductLoop
+from benchmarks.gpu.real_kv import RealKV
 from benchmarks.gpu.rig import Rig, noise_segment
 from sglang_kvcodec.errors import CodecError
+from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.format.digest import plane_digest
-from sglang_kvcodec.format.spec import KVDtype, KVSpec, picture_geometry
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, picture_geometry
+from sglang_kvcodec.video.base import EncodedPictures
 from sglang_kvcodec.video.nvdec import NvdecDecoders, reserved_bytes
 from sglang_kvcodec.video.software import SoftwareDecoder
 
@@ -86,13 +93,60 @@ def _encode_foreign(canvases: np.ndarray, parameters: str) -> bytes:
     return stream + b"".join(map(bytes, context.encode(None)))
 
 
+def capabilities(rig: Rig) -> list[Row]:
+    """What the engines say they decode, and the clocks: what else a format could use, and what rates depend on."""
+    formats = [("HEVC", chroma) for chroma in ("420", "444", "Monochrome")] + [("AV1", "420")]
+    rows: list[Row] = []
+    for codec, chroma in formats:
+        row: Row = {"codec": codec, "chroma": chroma}
+        try:
+            caps = rig.library.GetDecoderCaps(
+                gpuid=rig.driver.device,
+                codec=getattr(rig.library.cudaVideoCodec, codec),
+                chromaformat=getattr(rig.library.cudaVideoChromaFormat, chroma),
+                bitdepth=8,
+            )
+            rows.append(row | {name: int(value) for name, value in caps.items() if name != "codec_id"})
+        except Exception as error:
+            # An engine that is not there is an exception of the wheel's own.
+            rows.append(row | {"why_not": f"{type(error).__name__}: {error}"})
+    return [*rows, {"clocks": _clocks(rig)}]
+
+
+def _clocks(rig: Rig) -> str:
+    """Of the video engines, as nvidia-smi has them."""
+    command = ["nvidia-smi", "--query-gpu=clocks.video,clocks.max.video,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    if rig.is_rehearsal or shutil.which(command[0]) is None:
+        return "not known: there is no nvidia-smi"
+    said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return "video, highest video, SM, memory: " + said.stdout.strip()
+
+
+def _real_segments(rig: Rig) -> list[tuple[str, EncodedPictures, int]]:
+    """Real pictures of K: their name, 32 of them, and their samples."""
+    real = RealKV(rig.pick(8, 1))
+    segments = []
+    for tier, layers in rig.pick((("high", 1), ("high", 3), ("balanced", 1), ("balanced", 3)), (("high", 3),)):
+        transforms = real.transforms(tier, layers, "cpu" if rig.is_rehearsal else rig.device)
+        pages = real.pages(transforms, layers)
+        pictures = [page.side_data(0, Side.KEY).picture for page in pages]
+        coded = [pictures[index % len(pictures)].data for index in range(rig.pick(32, 3))]
+        rows, width = transforms.get(tier, real.calibrations[layers].digest).canvas_shape
+        name = f"{tier}, real, basis over {layers}"
+        segments.append((name, EncodedPictures(pages[0].parameter_sets, tuple(coded)), rows * width * len(coded)))
+    return segments
+
+
 def decode_rates(rig: Rig) -> list[Row]:
     """Samples and coded bits per second, against bits per sample and decoders. The coded rate's maximum is CABAC's."""
     geometry = picture_geometry(MODEL)
     size = rig.pick((geometry.width, geometry.height), (192, 192))
     rows = []
+    segments = _real_segments(rig)
     for bits in rig.pick((0.7, 1.33, 2.0, 2.7, 4.0, 6.0), (2.0,)):
         canvases, encoded = noise_segment(*size, rig.pick(32, 4), bits)
+        segments.append(("noise", encoded, canvases.size))
+    for name, encoded, samples in segments:
         coded_bits = 8 * sum(map(len, encoded.pictures))
         for count in rig.pick((1, 2, 4, 7, 14), (1, 2)):
             decoders = [rig.decoder() for _ in range(count)]
@@ -102,17 +156,18 @@ def decode_rates(rig: Rig) -> list[Row]:
                 functools.partial(decoder.decode_frames, encoded.parameter_sets, encoded.pictures)
                 for decoder in decoders
             ]
-            rounds, elapsed_s = rig.rate(works, rig.pick(1.0, 0.0))
+            rounds, elapsed_s = rig.rate(works, rig.pick(0.8, 0.0))
             for decoder in decoders:
                 decoder.close()
             rows.append(
                 {
+                    "pictures": name,
                     "decoders": count,
-                    "bits_per_sample": round(coded_bits / canvases.size, 3),
-                    "samples_mb_per_s": canvases.size * rounds / elapsed_s / 1e6,
+                    "bits_per_sample": round(coded_bits / samples, 3),
+                    "samples_mb_per_s": samples * rounds / elapsed_s / 1e6,
                     "coded_gbit_per_s": coded_bits * rounds / elapsed_s / 1e9,
-                    "pictures_per_s": len(canvases) * rounds / elapsed_s,
-                    "tokens_per_s_at_120_ki_values": canvases.size * rounds / elapsed_s / VALUES_PER_TOKEN,
+                    "pictures_per_s": len(encoded.pictures) * rounds / elapsed_s,
+                    "tokens_per_s_at_120_ki_values": samples * rounds / elapsed_s / VALUES_PER_TOKEN,
                 }
             )
     return rows
@@ -140,9 +195,19 @@ def latency(rig: Rig) -> list[Row]:
         {"decoder": "warm", "first_picture_ms": first(warm), "pool_ready_s": warm_s},
         {"decoder": "warm, again", "first_picture_ms": first(warm)},
     ]
+    products = ProductLoop(rig)
+    with rig.beside(lambda: products.rate(rig.pick(0.3, 0.0))):
+        rows.append({"decoder": "warm, beside products", "first_picture_ms": first(warm)})
     estimate = reserved_bytes([size], rig.pick(32, 4), source.threads)
+    restore_bytes = source.threads * restore_buffer_bytes(MODEL, SEGMENT_PAGES, from_host=False)
     rows.append(
-        {"decoder": "memory", "decoders": source.threads, "used_bytes": source.used_bytes, "estimate_bytes": estimate}
+        {
+            "decoder": "memory",
+            "decoders": source.threads,
+            "used_bytes": source.used_bytes,
+            "estimate_bytes": estimate,
+            "restore_bytes": restore_bytes,
+        }
     )
     source.close()
     new.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sglang_kvcodec.flow.streams import DeviceStream, stream_of
 from sglang_kvcodec.format.spec import KVSpec, Side
 
 Buffers = Mapping[Side, Sequence[torch.Tensor]]
@@ -24,17 +25,25 @@ class PagedKVPool:
     and has finished there when a call returns.
     """
 
-    def __init__(self, spec: KVSpec, buffers: Callable[[], Buffers], device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: KVSpec,
+        buffers: Callable[[], Buffers],
+        device: torch.device,
+        new_stream: Callable[[torch.device, int], DeviceStream] = stream_of,
+    ) -> None:
         """Wraps the pool.
 
         Args:
             spec: what a page holds.
             buffers: gives the pool's tensors, one per layer; asked at each use since a pool may be resized late.
             device: where the pool lives.
+            new_stream: wraps a stream by its handle.
         """
         self.spec = spec
         self.device = device
         self._buffers = buffers
+        self._new_stream = new_stream
         self._local = threading.local()
         self._rows = _INTEGER_VIEW[spec.dtype.item_bytes]
         self._dtype: torch.dtype = getattr(torch, spec.dtype.torch_name)
@@ -86,6 +95,14 @@ class PagedKVPool:
                 result[side] = host.view(self._dtype)
         return result
 
+    def stream(self, handle: int) -> DeviceStream:
+        """A stream of somebody else on the pool's device, by its handle."""
+        return self._new_stream(self.device, handle)
+
+    def layers(self, side: Side, first_layer: int, layers: int) -> Sequence[torch.Tensor]:
+        """The tensors ``(slots, kv_heads, head_dim)`` of some layers, for whoever sees to the order of writes."""
+        return self._buffers()[side][first_layer : first_layer + layers]
+
     @contextlib.contextmanager
     def writing(
         self, side: Side, first_layer: int, layers: int, after: Sequence[Any] = ()
@@ -101,9 +118,8 @@ class PagedKVPool:
         Yields:
             The layers' tensors ``(slots, kv_heads, head_dim)``.
         """
-        buffers = self._buffers()[side][first_layer : first_layer + layers]
         with self.side_stream(after):
-            yield buffers
+            yield self.layers(side, first_layer, layers)
 
     def write(self, layers: Sequence[torch.Tensor], values: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes pages to their slots, and nowhere else; inside :meth:`writing`.

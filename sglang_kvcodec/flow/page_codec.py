@@ -152,6 +152,11 @@ class GroupDecoder:
         self._decoder = decoder
         self._groups = layer_groups(transforms.spec)
 
+    @property
+    def device(self) -> int | None:
+        """Ordinal of the CUDA device on which :meth:`decode_frames` leaves planes; None in host memory."""
+        return self._decoder.device if self._decoder is not None else None
+
     def decode(self, pages: Sequence[PageObject], group_index: int, side: Side) -> torch.Tensor:
         """One side of one layer group of many pages.
 

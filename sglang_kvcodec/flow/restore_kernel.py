@@ -6,7 +6,7 @@ import logging
 
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.format.profile import EXACT
-from sglang_kvcodec.kernels import PageRestores, check_calibrated, check_restore, open_restore
+from sglang_kvcodec.kernels import PageRestores, check_calibrated, check_digest, check_restore, open_restore
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.transform.klt import KltTransform
 
@@ -39,6 +39,7 @@ def restore_kernels(
         kernel = open_restore(profile_name, pool.spec)
         assert kernel is not None, "a profile with pictures has a kernel"
         check_restore(kernel, profile_name, pool.spec, pool.device)
+    check_digest(transforms.get(plain).canvas_shape, pool.device)
     if calibration_digest:
         check_calibrated_kernel(kernels, transforms, calibration_digest, pool)
     logger.info("kvcodec: pages are restored by a Triton kernel on %s", pool.device)
@@ -58,4 +59,5 @@ def check_calibrated_kernel(
     reference = transforms.get(tier, calibration_digest)
     assert isinstance(reference, KltTransform), "a calibrated tier has this transform"
     kernel = kernels.get(tier, calibration_digest)
+    check_digest(reference.canvas_shape, pool.device)
     check_calibrated(kernel, reference, transforms.calibration(calibration_digest), tier, pool.device)

@@ -1,27 +1,39 @@
-"""Decodes page objects and writes them into the pool, layer group by layer group, on threads of its own."""
+"""Decodes page objects and writes them into the pool, layer group by layer group, on threads of its own.
+
+Where a decoder leaves planes on the pool's GPU, all that follows is queued on the decoder's stream: the digests of the
+planes, then the restore, straight from the planes into the slots. So the next segment may be decoded into the same
+buffers without waiting. A thread waits on the host for one thing, the result of the digests, and a layer is told with
+the events after which it is in the pool, once all its digests hold. Elsewhere a layer is told when it is in the pool.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
-from sglang_kvcodec.flow.page_codec import GroupDecoder
+from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder
+from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
 from sglang_kvcodec.kernels import PageRestores
 from sglang_kvcodec.transform import PackedSide
 
 logger = logging.getLogger(__name__)
+
+OnLayers = Callable[[LayerGroup, Sequence[DeviceEvent]], None]
+"""Takes a layer group, and the events after which all its layers are in the pool; none if they are there already."""
 
 SEGMENT_PAGES = 32
 """Pages per decode call: bounds the decoded planes in memory, and lets several threads share one request."""
@@ -33,7 +45,8 @@ class RestoreJob:
 
     Attributes:
         pages: checked page objects; held until the restore has ended.
-        slots: int64 ``(len(pages) * page_tokens,)`` on the pool's device, private to the request until it has ended.
+        slots: int64 ``(len(pages) * page_tokens,)`` on the pool's device, private to the request until it has ended;
+            what comes later in the order of the events that were told may reuse them.
     """
 
     pages: Sequence[PageObject]
@@ -48,7 +61,7 @@ class Restore:
         jobs: Sequence[RestoreJob],
         spec: KVSpec,
         parts: int,
-        on_layers: Callable[[LayerGroup], None],
+        on_layers: OnLayers,
         on_failure: Callable[[KVCodecError], None],
     ) -> None:
         """A restore of all layer groups of ``spec``, each in ``parts`` parts."""
@@ -58,6 +71,7 @@ class Restore:
         self._groups = groups
         self._page_bytes = spec.page_bytes
         self._open_parts = [parts] * len(groups)
+        self._events: list[list[DeviceEvent]] = [[] for _ in groups]
         self._announced = 0
         self._open = parts * len(groups)
         self._on_layers = on_layers
@@ -69,6 +83,11 @@ class Restore:
     def has_failed(self) -> bool:
         """Whether the parts that are left need not be done."""
         return self._error is not None
+
+    def queued(self, group_index: int, event: DeviceEvent) -> None:
+        """Takes note of writes to the slots that will have ended with ``event``."""
+        with self._lock:
+            self._events[group_index].append(event)
 
     def part_done(self, group_index: int, error: KVCodecError | None) -> None:
         """Counts a part, done or not. The failure is told when no thread writes to the slots any more."""
@@ -84,12 +103,22 @@ class Restore:
             while (
                 self._error is None and self._announced < len(self._groups) and self._open_parts[self._announced] == 0
             ):
-                self._on_layers(self._groups[self._announced])
+                self._on_layers(self._groups[self._announced], self._events[self._announced])
                 self._announced += 1
         failure = self._error
         if has_ended and failure is not None:
+            self._wait_for_queued()
             metrics.RESTORE_FAILURES.labels(reason=failure.reason).inc()
             self._on_failure(failure)
+
+    def _wait_for_queued(self) -> None:
+        """Until no slot is written any more, or the device is beyond help."""
+        try:
+            for event in (event for events in self._events for event in events):
+                event.synchronize()
+        except Exception:
+            # The forward pass must not wait for ever; its own next call will say what has become of the device.
+            logger.exception("kvcodec: a device failed while pages were restored")
 
     def found_bad(self, pages: Sequence[PageObject]) -> None:
         """Remembers pages that could not be decoded."""
@@ -119,12 +148,14 @@ class Restorer:
         self._kernels = kernels
         self._new_decoder = new_decoder
         self._local = threading.local()
+        self._in_use: collections.deque[tuple[DeviceEvent, torch.Tensor]] = collections.deque()
+        """Slots that queued work still reads: torch's allocator knows nothing of a decoder's stream."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
 
     def start(
         self,
         jobs: Sequence[RestoreJob],
-        on_layers: Callable[[LayerGroup], None],
+        on_layers: OnLayers,
         on_failure: Callable[[KVCodecError], None],
         after: Sequence[Any] = (),
     ) -> Restore:
@@ -132,9 +163,9 @@ class Restorer:
 
         Args:
             jobs: what goes where, one page at least; no slot twice.
-            on_layers: called for each layer group in order, when all its layers are in the pool.
+            on_layers: called for each layer group in order, when it is sound and in the pool or on its way there.
             on_failure: called once instead of what is left, when no slot is written any more.
-            after: device events to wait for before a slot is written.
+            after: device events to wait for before a slot is written, or the slots' numbers are read.
         """
         spec = self._pool.spec
         segments = [
@@ -152,6 +183,9 @@ class Restorer:
     def close(self) -> None:
         """Waits for what is under way and ends."""
         self._executor.shutdown(wait=True)
+        for event, _ in self._in_use:
+            event.synchronize()
+        self._in_use.clear()
 
     def _restore_part(
         self,
@@ -163,12 +197,20 @@ class Restorer:
         after: Sequence[Any],
     ) -> None:
         error: KVCodecError | None = None
+        blamed: list[PageObject] = []
         try:
             if not restore.has_failed:
-                self._decode_and_write(group, side, pages, slots, after)
+                start_s = time.monotonic()
+                if self._kernels is not None and self._decoder().device is not None:
+                    self._restore_frames(self._kernels, restore, group, side, pages, slots, after, blamed)
+                    metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+                else:
+                    packed = self._decoder().unpack(pages, group.index, side)
+                    metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+                    self._write(group, side, pages, packed, slots, after)
         except KVCodecError as caught:
             logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
-            restore.found_bad(self._unreadable(pages, group, side))
+            restore.found_bad(blamed or self._unreadable(pages, group, side))
             error = caught
         except Exception as caught:
             # A thread's top: the forward pass waits for this part and must not wait for ever.
@@ -177,46 +219,122 @@ class Restorer:
             error = KVCodecError(str(caught))
         restore.part_done(group.index, error)
 
-    def _decode_and_write(
-        self, group: LayerGroup, side: Side, pages: Sequence[PageObject], slots: torch.Tensor, after: Sequence[Any]
-    ) -> None:
-        start_s = time.monotonic()
-        decoder = self._decoder()
-        packed = decoder.unpack(pages, group.index, side)
-        metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
-        with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
-            if self._kernels is None:
-                self._pool.write(layers, decoder.restore(pages, packed, group.index, side), slots)
-            else:
-                self._write_by_kernels(self._kernels, group, side, pages, packed, slots, layers)
-
-    def _write_by_kernels(
+    def _write(
         self,
-        kernels: PageRestores,
         group: LayerGroup,
         side: Side,
         pages: Sequence[PageObject],
         packed: Sequence[PackedSide],
         slots: torch.Tensor,
-        layers: Sequence[torch.Tensor],
+        after: Sequence[Any],
     ) -> None:
-        """Restores the pages of each coding by its kernel: calibrated ones, and exact ones among them."""
-        alike: dict[tuple[str, bytes], list[int]] = {}
-        for index, page in enumerate(pages):
-            alike.setdefault((page.header.profile_name, page.header.calibration_digest), []).append(index)
-        for coding, members in alike.items():
-            theirs = slots
-            if len(alike) > 1:
-                chosen = torch.tensor(members, device=slots.device)
-                theirs = slots.view(len(pages), -1)[chosen].reshape(-1)
+        """Restores checked canvases of the host; they are in the pool when it returns."""
+        with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
+            if self._kernels is None:
+                self._pool.write(layers, self._decoder().restore(pages, packed, group.index, side), slots)
+                return
+            for coding, members in _alike(pages).items():
+                self._kernels.get(*coding).restore(
+                    group,
+                    side,
+                    [packed[index] for index in members],
+                    [pages[index].header.first_position for index in members],
+                    self._slots_of(members, len(pages), slots),
+                    layers,
+                )
+
+    def _restore_frames(
+        self,
+        kernels: PageRestores,
+        restore: Restore,
+        group: LayerGroup,
+        side: Side,
+        pages: Sequence[PageObject],
+        slots: torch.Tensor,
+        after: Sequence[Any],
+        blamed: list[PageObject],
+    ) -> None:
+        """Checks and restores planes where the decoder left them; on return the digests hold and the rest is queued.
+
+        Raises:
+            ChecksumError: a picture decoded to other planes; its page is in ``blamed``.
+        """
+        from sglang_kvcodec.kernels.digest import pictures_differ
+        from sglang_kvcodec.kernels.planes import planes_at
+
+        decoder, device = self._decoder(), slots.device
+        for segment in decoder.decode_frames(pages, group.index, side):
+            frames = segment.frames
+            if device.type == "cuda" and device.index != frames.device:
+                raise KVCodecError(f"planes on device {frames.device}, the pool on {device}")
+            stream = self._pool.stream(frames.stream)
+            with stream.working():
+                planes = planes_at(frames.luma_addresses, frames.chroma_addresses, frames.pitch_bytes, device)
+                digests = [data.picture.plane_digest for data in segment.data if data.picture is not None]
+                # Before what waits for the forward pass, so that the result does not.
+                differ = stream.read(pictures_differ(planes, frames.width, frames.height, digests))
+                stream.wait_for(after)
+                try:
+                    self._restore_segment(kernels, group, side, pages, segment, slots)
+                finally:
+                    # After an error too: what was queued before it writes to the slots.
+                    event = stream.record()
+                    restore.queued(group.index, event)
+                    self._keep_until(event, slots)
+            wrong = [segment.members[index] for index in differ.wait().nonzero().flatten().tolist()]
+            if wrong:
+                blamed += [pages[index] for index in wrong]
+                raise decoder.digest_mismatch(blamed[0])
+
+    def _restore_segment(
+        self,
+        kernels: PageRestores,
+        group: LayerGroup,
+        side: Side,
+        pages: Sequence[PageObject],
+        segment: DecodedSegment,
+        slots: torch.Tensor,
+    ) -> None:
+        """Queues the restore of the pages of a segment on the current stream."""
+        from sglang_kvcodec.kernels.planes import planes_at
+
+        frames = segment.frames
+        layers = self._pool.layers(side, group.first_layer, group.layers)
+        for coding, inside in _alike([pages[index] for index in segment.members]).items():
+            members = [segment.members[index] for index in inside]
+            chosen = np.array(inside)
             kernels.get(*coding).restore(
                 group,
                 side,
-                [packed[index] for index in members],
+                [
+                    PackedSide(None, data.stored, data.escapes, data.picture.steps if data.picture else ())
+                    for data in (segment.data[index] for index in inside)
+                ],
                 [pages[index].header.first_position for index in members],
-                theirs,
+                self._slots_of(members, len(pages), slots),
                 layers,
+                planes_at(
+                    frames.luma_addresses[chosen], frames.chroma_addresses[chosen], frames.pitch_bytes, slots.device
+                ),
             )
+
+    def _slots_of(self, members: Sequence[int], pages: int, slots: torch.Tensor) -> torch.Tensor:
+        """The slots of some of the pages that ``slots`` belong to; on a device, on the current stream."""
+        if len(members) == pages:
+            return slots
+        rows = slots.view(pages, -1)
+        return torch.cat([rows[index] for index in members])
+
+    def _keep_until(self, event: DeviceEvent, slots: torch.Tensor) -> None:
+        self._in_use.append((event, slots))
+        while self._in_use:
+            try:
+                oldest = self._in_use.popleft()
+            except IndexError:
+                return
+            if not oldest[0].query():
+                self._in_use.appendleft(oldest)
+                return
 
     def _decoder(self) -> GroupDecoder:
         """This thread's."""
@@ -234,3 +352,11 @@ class Restorer:
             except KVCodecError:
                 bad.append(page)
         return bad or pages
+
+
+def _alike(pages: Sequence[PageObject]) -> Mapping[tuple[str, bytes], list[int]]:
+    """Coding -> the indices of its pages, in their order. Each coding has a kernel of its own."""
+    alike: dict[tuple[str, bytes], list[int]] = {}
+    for index, page in enumerate(pages):
+        alike.setdefault((page.header.profile_name, page.header.calibration_digest), []).append(index)
+    return alike

@@ -1,7 +1,7 @@
 """Triton kernels, each beside its torch reference. Triton is imported when the first one is asked for."""
 
 from sglang_kvcodec.kernels.base import KernelRestore, PageRestore
-from sglang_kvcodec.kernels.check import check_calibrated, check_restore
+from sglang_kvcodec.kernels.check import check_calibrated, check_digest, check_restore
 from sglang_kvcodec.kernels.pages import PageRestores
 from sglang_kvcodec.kernels.registry import open_calibrated_restore, open_restore
 
@@ -10,6 +10,7 @@ __all__ = [
     "PageRestore",
     "PageRestores",
     "check_calibrated",
+    "check_digest",
     "check_restore",
     "open_calibrated_restore",
     "open_restore",

@@ -6,6 +6,7 @@ import torch
 
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.format.calibration import Calibration
+from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
 from sglang_kvcodec.kernels.base import KernelRestore, PageRestore
 from sglang_kvcodec.transform import PackedSide, get_transform
@@ -42,6 +43,28 @@ def check_restore(kernel: KernelRestore, profile_name: str, spec: KVSpec, device
         kernel.restore(packed, slots.to(device), list(pool))
         if not torch.equal(to_bits(pool.cpu()), to_bits(expected)):
             raise ConfigurationError(f"the kernel of profile {profile_name!r} restores wrong values on {device}")
+
+
+def check_digest(canvas_shape: tuple[int, int], device: torch.device) -> None:
+    """Computes digests of made-up pictures of one size on the device, and has one wrong bit found. Compiles by the way.
+
+    Args:
+        canvas_shape: of the pictures.
+        device: of the pool.
+
+    Raises:
+        ConfigurationError: a sound picture does not pass, or another one does.
+    """
+    from sglang_kvcodec.kernels.digest import pictures_differ
+    from sglang_kvcodec.kernels.planes import planes_of
+
+    rows, width = canvas_shape
+    canvases = torch.randint(0, 256, (3, rows, width), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    digests = [plane_digest(canvas) for canvas in canvases.numpy()]
+    canvases[1, -1, -1] ^= 1
+    found = pictures_differ(planes_of(canvases.to(device)), width, rows * 2 // 3, digests)
+    if found.tolist() != [False, True, False]:
+        raise ConfigurationError(f"the digest kernel does not give the digests of pictures on {device}")
 
 
 def check_calibrated(

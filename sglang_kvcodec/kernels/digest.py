@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvcodec.kernels.planes import Planes, plane_addresses
+from sglang_kvcodec.kernels.upload import upload
 
 _BLOCK_WORDS = 1024
 
@@ -106,5 +107,5 @@ def pictures_differ(planes: Planes, width: int, height: int, expected: Sequence[
     """
     if len(expected) != len(planes):
         raise ValueError(f"{len(expected)} digests for {len(planes)} pictures")
-    wanted = torch.from_numpy(np.array(expected, np.uint64).view(np.int64)).to(planes.luma.device)
+    wanted = upload(torch.from_numpy(np.array(expected, np.uint64).view(np.int64)), planes.luma.device)
     return plane_digests(planes, width, height) != wanted

@@ -26,6 +26,7 @@ from sglang_kvcodec.kernels.basis import DIGIT, HIGH_DIGIT, LOW_DIGIT, GroupBasi
 from sglang_kvcodec.kernels.floats import narrow_bits
 from sglang_kvcodec.kernels.planes import Planes, planes_to_read
 from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
+from sglang_kvcodec.kernels.upload import upload
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.checks import check_fields
 from sglang_kvcodec.transform.component_escapes import unpack_component_escapes
@@ -143,7 +144,7 @@ def _read_escapes(
 
 
 @triton.jit(
-    do_not_specialize=["rows"],
+    do_not_specialize=["rows", "slot_count"],
     do_not_specialize_on_alignment=["escape_row", "escape_column", "excess", "first_escape", "slots", "steps"],
 )
 def _restore_klt_tile(
@@ -163,6 +164,7 @@ def _restore_klt_tile(
     layers: tl.tensor,
     columns: tl.tensor,
     slot_stride: tl.tensor,
+    slot_count: tl.tensor,
     rows: tl.tensor,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -235,14 +237,15 @@ def _restore_klt_tile(
         layer_start = address.to(tl.pointer_type(tl.int16))
     if IS_ALIGNED:
         layer_start = tl.multiple_of(layer_start, 16)
-    slot = tl.load(slots + row, mask=is_row, other=0)
+    slot = tl.load(slots + row, mask=is_row, other=-1)
+    is_written = (slot >= 0) & (slot < slot_count)
     slot_starts = layer_start + (slot * slot_stride)[:, None]
     if IS_INTERLEAVED and 2 * PAIRS == HEAD_DIM:
         # Neighbours, heads without a gap: the tile is one run of channels.
         both = tl.reshape(tl.join(a, b), (BLOCK_ROWS, TILE_VALUES))
         bits = narrow_bits(both, EXPONENT_BITS, MANTISSA_BITS, LARGEST)
         channel = 2 * first_pair + value
-        exists = is_row[:, None] & (channel < HEADS * HEAD_DIM)[None, :]
+        exists = is_written[:, None] & (channel < HEADS * HEAD_DIM)[None, :]
         tl.store(slot_starts + channel[None, :], bits.to(layer_start.dtype.element_ty), mask=exists)
     else:
         if IS_INTERLEAVED:
@@ -257,7 +260,7 @@ def _restore_klt_tile(
             dim_b = dim_a + tl.where(pair_in_head < ROTARY_PAIRS, ROTARY_PAIRS, PAIRS - ROTARY_PAIRS)
         bits_a = narrow_bits(a, EXPONENT_BITS, MANTISSA_BITS, LARGEST).to(layer_start.dtype.element_ty)
         bits_b = narrow_bits(b, EXPONENT_BITS, MANTISSA_BITS, LARGEST).to(layer_start.dtype.element_ty)
-        exists_a = is_row[:, None] & (head < HEADS)[None, :]
+        exists_a = is_written[:, None] & (head < HEADS)[None, :]
         exists_b = exists_a & (dim_b < HEAD_DIM)[None, :]
         channels = slot_starts + (head * HEAD_DIM)[None, :]
         tl.store(channels + dim_a[None, :], bits_a, mask=exists_a)
@@ -334,14 +337,15 @@ class KltRestore:
                 synthesis_start=basis.synthesis_start,
                 means=basis.means,
                 tiles=basis.tiles,
-                steps=self._steps(basis, packed).to(slots.device),
+                steps=upload(self._steps(basis, packed), slots.device),
                 cos=cos,
                 sin=sin,
                 **lists,
                 slots=slots,
-                layers=addresses.to(slots.device),
+                layers=upload(addresses, slots.device),
                 columns=basis.columns,
                 slot_stride=layers[0].stride(0),
+                slot_count=len(layers[0]),
                 rows=rows,
                 HEADS=spec.kv_heads,
                 HEAD_DIM=spec.head_dim,
@@ -396,7 +400,7 @@ class KltRestore:
             luma=planes.luma,
             chroma=planes.chroma,
             runs=self._runs,
-            stored=stored.to(device),
+            stored=upload(stored, device),
             column_component=basis.column_component,
             column_bits=basis.column_bits,
             column_low_row=basis.column_low_row,
@@ -420,7 +424,7 @@ class KltRestore:
     ) -> dict[str, torch.Tensor]:
         device, count = planes.luma.device, escapes.shape[1]
         bounds = np.searchsorted(escapes[0], np.arange(0, rows + BLOCK_ROWS, BLOCK_ROWS)).astype(np.int32)
-        row, component, number = torch.from_numpy(np.ascontiguousarray(escapes)).to(device)
+        row, component, number = upload(torch.from_numpy(np.ascontiguousarray(escapes)), device)
         excess = torch.empty(count, dtype=torch.float32, device=device)
         if count:
             block = 128
@@ -440,7 +444,7 @@ class KltRestore:
                 ZERO_CODE=CANVAS_FILL,
             )
         return {
-            "first_escape": torch.from_numpy(bounds).to(device),
+            "first_escape": upload(torch.from_numpy(bounds), device),
             "escape_row": row,
             "escape_column": basis.component_column[component],
             "excess": excess,
@@ -456,7 +460,7 @@ class KltRestore:
             return nothing, nothing
         if getattr(self._local, "positions", None) != first_positions:
             tables = [rotation_table(first, self._spec.page_tokens, self._rope) for first in first_positions]
-            cos, sin = (torch.cat(halves).to(self._device) for halves in zip(*tables, strict=True))
+            cos, sin = (upload(torch.cat(halves), self._device) for halves in zip(*tables, strict=True))
             self._local.positions, self._local.turns = first_positions, (cos, sin)
         turns: tuple[torch.Tensor, torch.Tensor] = self._local.turns
         return turns

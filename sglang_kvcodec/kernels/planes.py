@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.spec import ComponentGeometry, PictureGeometry
+from sglang_kvcodec.kernels.upload import upload
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.checks import stack_canvases
 
@@ -60,6 +63,31 @@ def planes_of(canvases: torch.Tensor) -> Planes:
     return Planes(luma, luma + rows * 2 // 3 * width, width, canvases, width % 4 == 0 and canvases.data_ptr() % 4 == 0)
 
 
+def planes_at(
+    luma_addresses: npt.NDArray[np.int64],
+    chroma_addresses: npt.NDArray[np.int64],
+    pitch_bytes: int,
+    device: torch.device,
+    owner: object = None,
+) -> Planes:
+    """The planes that a decoder left at these addresses of ``device``.
+
+    Args:
+        luma_addresses: int64 ``(pictures,)`` in host memory.
+        chroma_addresses: the same.
+        pitch_bytes: from a row to the next.
+        device: whose memory they lie in.
+        owner: see :class:`Planes`.
+    """
+    count = len(luma_addresses)
+    # An even number, so that both begin at a multiple of 16 bytes: Triton compiles anew for another alignment.
+    addresses = np.zeros((2, count + count % 2), np.int64)
+    addresses[:, :count] = luma_addresses, chroma_addresses
+    is_word_aligned = pitch_bytes % 4 == 0 and not (addresses % 4).any()
+    luma, chroma = upload(torch.from_numpy(addresses), device)[:, :count]
+    return Planes(luma, chroma, pitch_bytes, owner, is_word_aligned)
+
+
 def planes_to_read(
     packed: Sequence[PackedSide],
     planes: Planes | None,
@@ -78,7 +106,7 @@ def planes_to_read(
             raise FormatError(
                 f"expected uint8 canvases of {geometry.canvas_shape}, got {canvases.dtype} {canvases.shape}"
             )
-        planes = planes_of(canvases.to(device))
+        planes = planes_of(upload(canvases, device))
     planes.check(len(packed), geometry.width, device)
     return planes
 

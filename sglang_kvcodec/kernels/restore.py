@@ -20,6 +20,7 @@ import triton.language as tl
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, picture_geometry
 from sglang_kvcodec.kernels.planes import Planes, plane_addresses, planes_to_read
 from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
+from sglang_kvcodec.kernels.upload import upload
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.checks import check_fields
 from sglang_kvcodec.transform.escapes import unpack_escapes
@@ -30,17 +31,19 @@ from sglang_kvcodec.transform.layout import CANVAS_FILL
 
 _BLOCK_TOKENS = 16
 _MOST_BLOCK_CHANNELS = 256
+_BLOCK_ESCAPES = 256
 
 
 @triton.jit
 def _block(
     slots: tl.tensor,
+    slot_count: tl.tensor,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ) -> tl.tuple:
-    """This program's page, its first channel, its tokens, channels and slots as far as they exist."""
+    """This program's page, its first channel, its tokens, channels and slots, and which of them exist in the pool."""
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     token_blocks: tl.constexpr = (TOKENS + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     block = tl.program_id(0)
@@ -48,8 +51,9 @@ def _block(
     first_channel = block % channel_blocks * BLOCK_CHANNELS
     token = block // channel_blocks % token_blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    slot = tl.load(slots + page * TOKENS + token, mask=token < TOKENS, other=0)
-    return page, first_channel, token, channel, slot, (token < TOKENS) & (channel < CHANNELS)
+    slot = tl.load(slots + page * TOKENS + token, mask=token < TOKENS, other=-1)
+    exists = (slot >= 0) & (slot < slot_count) & (channel < CHANNELS)
+    return page, first_channel, token, channel, slot, exists
 
 
 @triton.jit
@@ -74,7 +78,7 @@ def _load_canvas(
     return tl.load(rows + (channel - fold * WIDTH), mask=exists, other=0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["first_row", "layer", "layers"])
+@triton.jit(do_not_specialize=["slot_count", "first_row", "layer", "layers"])
 def _restore_high_layer(
     luma: tl.tensor,
     chroma: tl.tensor,
@@ -82,6 +86,7 @@ def _restore_high_layer(
     slots: tl.tensor,
     pool: tl.tensor,
     slot_stride: tl.tensor,
+    slot_count: tl.tensor,
     pitch_bytes: tl.tensor,
     first_row: tl.tensor,
     layer: tl.tensor,
@@ -95,7 +100,9 @@ def _restore_high_layer(
     ZERO_CODE: tl.constexpr,
     IS_BFLOAT16: tl.constexpr,
 ) -> None:
-    page, first_channel, token, channel, slot, exists = _block(slots, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    page, first_channel, token, channel, slot, exists = _block(
+        slots, slot_count, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS
+    )
     code = _load_canvas(
         luma, chroma, pitch_bytes, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, HEIGHT
     )
@@ -109,7 +116,7 @@ def _restore_high_layer(
     tl.store(pool + slot * slot_stride + channel, bits, mask=exists)
 
 
-@triton.jit(do_not_specialize=["first_row", "layer", "layers"])
+@triton.jit(do_not_specialize=["slot_count", "first_row", "layer", "layers"])
 def _restore_exact_layer(
     luma: tl.tensor,
     chroma: tl.tensor,
@@ -117,6 +124,7 @@ def _restore_exact_layer(
     slots: tl.tensor,
     pool: tl.tensor,
     slot_stride: tl.tensor,
+    slot_count: tl.tensor,
     pitch_bytes: tl.tensor,
     stored_bytes: tl.tensor,
     first_row: tl.tensor,
@@ -134,7 +142,9 @@ def _restore_exact_layer(
     FIRST_PLANE: tl.constexpr,
     END_PLANE: tl.constexpr,
 ) -> None:
-    page, first_channel, token, channel, slot, exists = _block(slots, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+    page, first_channel, token, channel, slot, exists = _block(
+        slots, slot_count, TOKENS, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS
+    )
     exponent = _load_canvas(
         luma, chroma, pitch_bytes, page, first_row, first_channel, token, channel, exists, TOKENS, WIDTH, HEIGHT
     )
@@ -152,6 +162,27 @@ def _restore_exact_layer(
     bits |= (exponent & ((1 << EXPONENT_BITS) - 1)) << MANTISSA_BITS
     bits |= residual & ((1 << MANTISSA_BITS) - 1)
     tl.store(pool + slot * slot_stride + channel, bits.to(pool.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["slot_count", "escapes"])
+def _write_high_escapes(
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    bits: tl.tensor,
+    slots: tl.tensor,
+    pool: tl.tensor,
+    slot_stride: tl.tensor,
+    slot_count: tl.tensor,
+    escapes: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Bits into one layer: escape ``i`` at ``channels[i]`` of the slot of token ``tokens[i]`` over all pages."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < escapes
+    slot = tl.load(slots + tl.load(tokens + index, mask=exists, other=0), mask=exists, other=-1)
+    channel = tl.load(channels + index, mask=exists, other=0)
+    value = tl.load(bits + index, mask=exists, other=0)
+    tl.store(pool + slot * slot_stride + channel, value, mask=(slot >= 0) & (slot < slot_count))
 
 
 class _LayerLauncher:
@@ -191,6 +222,7 @@ class _LayerLauncher:
                     slots=slots,
                     pool=layer,
                     slot_stride=layer.stride(0),
+                    slot_count=len(layer),
                     first_row=self._geometry.layer_row_start(index),
                     layer=index,
                     layers=len(layers),
@@ -220,13 +252,12 @@ class HighRestore:
         check_high_sides(packed, len(layers), canvas=planes is None)
         planes = planes_to_read(packed, planes, self._geometry, slots.device)
         where, bits = self._read_escapes(packed, len(layers))
-        device = slots.device
         self._launcher.launch(
             _restore_high_layer,
             planes,
             slots,
             layers,
-            steps=torch.tensor([side.steps for side in packed], dtype=torch.float32).to(device),
+            steps=upload(torch.tensor([side.steps for side in packed], dtype=torch.float32), slots.device),
             ZERO_CODE=CANVAS_FILL,
             IS_BFLOAT16=self._spec.dtype is KVDtype.BFLOAT16,
         )
@@ -253,9 +284,20 @@ class HighRestore:
     ) -> None:
         for index, layer in enumerate(layers):
             here = where[:, 0] == index
-            if here.any():
-                token, channel = torch.from_numpy(where[here, 1:]).to(slots.device).unbind(1)
-                layer[slots[token], channel] = torch.from_numpy(bits[here]).to(slots.device)
+            count = int(here.sum())
+            if count:
+                with torch.cuda.device_of(layer):  # type: ignore[no-untyped-call]
+                    _write_high_escapes[(triton.cdiv(count, _BLOCK_ESCAPES),)](
+                        tokens=upload(torch.from_numpy(where[here, 1]), slots.device),
+                        channels=upload(torch.from_numpy(where[here, 2]), slots.device),
+                        bits=upload(torch.from_numpy(bits[here]), slots.device),
+                        slots=slots,
+                        pool=layer,
+                        slot_stride=layer.stride(0),
+                        slot_count=len(layer),
+                        escapes=count,
+                        BLOCK=_BLOCK_ESCAPES,
+                    )
 
 
 class ExactRestore:
@@ -288,7 +330,7 @@ class ExactRestore:
             planes,
             slots,
             layers,
-            stored=stored.to(slots.device),
+            stored=upload(stored, slots.device),
             stored_bytes=stored_bytes,
             EXPONENT_BITS=spec.dtype.exponent_bits,
             MANTISSA_BITS=spec.dtype.mantissa_bits,

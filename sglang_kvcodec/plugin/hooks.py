@@ -16,6 +16,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.plugin.gpu_memory import keep_room
 from sglang_kvcodec.plugin.layer_kinds import suit_layer_kinds
 from sglang_kvcodec.plugin.settings import BACKEND_NAME, add_flags, prepare, take_flags
 
@@ -34,6 +35,8 @@ def register() -> None:
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolve_once, HookType.BEFORE)
     # The first step that reads the model's configuration.
     register_resolution_hook("handle_model_specific_adjustments")(_around_model_specific)
+    # The step that settles SGLang's share of the GPU.
+    register_resolution_hook("handle_gpu_memory_settings")(_around_gpu_memory)
     if _SCHEDULER in sys.modules:
         # Only where a scheduler may run: naming a module in a hook imports it.
         from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
@@ -95,6 +98,16 @@ def _around_model_specific(server_args: Any, previous: Callable[[Any], None]) ->
             raise SystemExit(f"sglang-kvcodec: {error}") from None
         raise
     previous(server_args)
+
+
+def _around_gpu_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
+    previous(server_args)
+    try:
+        keep_room(server_args)
+    except ConfigurationError as error:
+        if hasattr(server_args, "_kvcodec_settings"):
+            raise SystemExit(f"sglang-kvcodec: {error}") from None
+        raise
 
 
 # ---- scheduler ----

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.publisher import Offload, Publisher
 from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
+from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import LayerGroup
+from sglang_kvcodec.plugin.load_counter import EventLoadCounter
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         """
         self.pools = {PoolName.KV: pool}
         self.forward_stream = forward_stream
-        self.layer_done_counter = LayerWiseLoadCounter(num_layers)
+        self.layer_done_counter = EventLoadCounter(num_layers)
         self._page_tokens = page_tokens
         self._cache = cache
         self._restorer = restorer
@@ -133,9 +135,8 @@ class KVCodecLinker(UnifiedCacheLinker):
         counter = self.layer_done_counter
         index = counter.update_producer()
 
-        def on_layers(group: LayerGroup) -> None:
-            for layer in range(group.first_layer, group.first_layer + group.layers):
-                counter.complete(index, layer)
+        def on_layers(group: LayerGroup, events: Sequence[DeviceEvent]) -> None:
+            counter.complete_after(index, range(group.first_layer, group.first_layer + group.layers), events)
 
         def on_failure(error: KVCodecError) -> None:
             counter.fail(index, error)
@@ -149,7 +150,7 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Whether every layer landed. Pages that could not be restored are not offered again."""
-        landed = self.layer_done_counter.finish(counter_index)
+        landed = self.layer_done_counter.finish(counter_index, self.forward_stream)
         restore = self._running.pop(counter_index, None)
         if restore is not None and not landed:
             for page in restore.bad_pages:

@@ -48,7 +48,7 @@ def _wrap_plain(kv_cache: MHATokenToKVPool, page_tokens: int) -> PagedKVPool:
     def buffers() -> Buffers:
         return {Side.KEY: kv_cache.k_buffer, Side.VALUE: kv_cache.v_buffer}
 
-    return PagedKVPool(spec, buffers, torch.device(kv_cache.device))
+    return PagedKVPool(spec, buffers, _device(kv_cache))
 
 
 def _wrap_latent(kv_cache: MLATokenToKVPool, page_tokens: int) -> PagedKVPool:
@@ -74,7 +74,15 @@ def _wrap_latent(kv_cache: MLATokenToKVPool, page_tokens: int) -> PagedKVPool:
     def buffers() -> Buffers:
         return {Side.LATENT: kv_cache.kv_buffer}
 
-    return PagedKVPool(spec, buffers, torch.device(kv_cache.device))
+    return PagedKVPool(spec, buffers, _device(kv_cache))
+
+
+def _device(kv_cache: KVCache) -> torch.device:
+    """With its number: SGLang's says ``"cuda"``, which on another thread than this one may be another GPU."""
+    device = torch.device(kv_cache.device)
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _dtype(kv_cache: KVCache) -> KVDtype:

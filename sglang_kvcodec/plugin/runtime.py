@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
@@ -17,6 +18,7 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
@@ -79,7 +81,7 @@ class Runtime:
             # Refuses here, at start, rather than on a thread later.
             device = _cuda_device(pool)
             decoders = open_decoders(config.decoder, threads=config.decode_threads, device=device)
-            decoders.prepare(_picture_sizes(transforms, self._calibration_digest), SEGMENT_PAGES)
+            _prepare(decoders, pool, _picture_sizes(transforms, self._calibration_digest), config, device)
             if not config.read_only:
                 encoders = open_encoders(config.encoder, processes=config.encoder_processes, device=device)
         self._decoders, self._encoders = decoders, encoders
@@ -197,6 +199,32 @@ def _cuda_device(pool: PagedKVPool) -> int | None:
     if pool.device.type != "cuda":
         return None
     return torch.cuda.current_device() if pool.device.index is None else pool.device.index
+
+
+def _prepare(
+    decoders: DecoderSource,
+    pool: PagedKVPool,
+    sizes: Sequence[tuple[int, int]],
+    config: ServerConfig,
+    device: int | None,
+) -> None:
+    """Warms the decoders, on a GPU as many as fit into the memory that SGLang left to them, and says what that is."""
+    if device is None:
+        decoders.prepare(sizes, SEGMENT_PAGES)
+        return
+    bound_bytes = config.gpu_memory_bytes
+    each_bytes = restore_buffer_bytes(pool.spec, SEGMENT_PAGES, from_host=decoders.name == "software")
+    decoders.prepare(sizes, SEGMENT_PAGES, most_bytes=bound_bytes, bytes_beside=each_bytes)
+    parts = {"bound": bound_bytes, "decoders": decoders.used_bytes, "restore": decoders.threads * each_bytes}
+    for part, size_bytes in parts.items():
+        metrics.GPU_MEMORY_BYTES.labels(part=part).set(size_bytes)
+    logger.info(
+        "kvcodec: GPU memory: %d decoders took %d MiB, restoring takes up to %d MiB; bound %d MiB, bases not counted",
+        decoders.threads,
+        parts["decoders"] >> 20,
+        parts["restore"] >> 20,
+        bound_bytes >> 20,
+    )
 
 
 def _picture_sizes(transforms: PageTransforms, calibration_digest: bytes) -> list[tuple[int, int]]:

@@ -120,6 +120,11 @@ class PictureDecoder(Protocol):
 class FrameDecoder(PictureDecoder, Protocol):
     """A decoder that can leave pictures where it decoded them."""
 
+    @property
+    def device(self) -> int | None:
+        """Ordinal of the CUDA device on which it leaves them; None in host memory."""
+        ...
+
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
         """As ``decode``, without a copy; see ``DecodedFrames`` for how long it is valid.
 
@@ -139,16 +144,27 @@ class DecoderSource(Protocol):
     name: str
     threads: int
     """How many decoders should work at once."""
+    used_bytes: int
+    """Of a GPU's memory, by the decoders that were prepared."""
 
-    def prepare(self, sizes: Sequence[tuple[int, int]], pictures: int) -> None:
-        """Opens and warms ``threads`` decoders, so that no request waits for it.
+    def prepare(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        pictures: int,
+        *,
+        most_bytes: int | None = None,
+        bytes_beside: int = 0,
+    ) -> None:
+        """Opens and warms ``threads`` decoders, so that no request waits for it; fewer if they don't fit.
 
         Args:
             sizes: width and height of the pictures to come.
             pictures: the most of one call.
+            most_bytes: GPU memory that all may take; None for no bound.
+            bytes_beside: GPU memory that each will need besides, for what is done with its pictures.
 
         Raises:
-            ConfigurationError: what a decoder gives is not what was encoded.
+            ConfigurationError: what a decoder gives is not what was encoded, or not one fits.
         """
         ...
 

@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 DECODERS_PER_ENGINE = 2
 """One thread both feeds a decoder and waits for its pictures, so that one decoder leaves an engine idle in between."""
-MAX_SIZES = 4
-"""Decoders of so many picture sizes are kept; the one that was not used for longest goes first."""
+MAX_SIZES = 2
+"""Decoders of so many picture sizes are kept, or of as many as were prepared; the one that was not used for longest
+goes first. Two: of pages with a calibration and of those without."""
 _DECODE_SURFACES, _OUTPUT_SURFACES = 9, 2
 """What PyNvVideoCodec asks for: the stream's picture buffer and four more, and what is mapped."""
 _SESSION_BYTES = 32 << 20
@@ -71,18 +72,25 @@ class NvdecDecoder:
 
     name = "nvdec"
 
-    def __init__(self, library: Any, driver: Driver) -> None:
+    def __init__(self, library: Any, driver: Driver, most_sizes: int = MAX_SIZES) -> None:
         """Opens nothing on the engines yet: that takes the size of the first pictures.
 
         Args:
             library: the module PyNvVideoCodec.
             driver: of the device to decode on.
+            most_sizes: of pictures, for which sessions are kept.
         """
         self._library = library
         self._driver = driver
+        self._most_sizes = most_sizes
         self.stream = driver.new_stream()
         self._of_size: dict[tuple[int, int], Any] = {}
         """In the order of their last use."""
+
+    @property
+    def device(self) -> int:
+        """See ``FrameDecoder.device``."""
+        return self._driver.device
 
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
@@ -130,7 +138,7 @@ class NvdecDecoder:
     def _decoder(self, size: tuple[int, int]) -> Any:
         decoder = self._of_size.pop(size, None)
         if decoder is None:
-            while len(self._of_size) >= MAX_SIZES:
+            while len(self._of_size) >= self._most_sizes:
                 # What was queued may still read its buffers.
                 self._driver.synchronize(self.stream)
                 del self._of_size[next(iter(self._of_size))]
@@ -196,16 +204,23 @@ class NvdecDecoders:
         self.threads = max(threads, DECODERS_PER_ENGINE * engines)
         self.used_bytes = 0
         """Of the device, by the decoders, as found when they were prepared."""
+        self._most_sizes = MAX_SIZES
         self._ready: queue.SimpleQueue[NvdecDecoder] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._all: list[NvdecDecoder] = []
 
-    def prepare(self, sizes: Sequence[tuple[int, int]], pictures: int) -> None:
+    def prepare(
+        self, sizes: Sequence[tuple[int, int]], pictures: int, *, most_bytes: int | None = None, bytes_beside: int = 0
+    ) -> None:
         """See ``DecoderSource.prepare``. Each decoder has to give, bit for bit, what was encoded."""
         free_bytes = self._driver.free_bytes()
+        self._most_sizes = max(MAX_SIZES, len(sizes))
         segments = [_test_segment(size, pictures) for size in sizes]
         try:
-            for _ in range(self.threads):
+            for number in range(self.threads):
+                if most_bytes is not None and not self._fits(number, free_bytes, most_bytes, bytes_beside, len(sizes)):
+                    self.threads = number
+                    break
                 decoder = self._open()
                 for canvases, parameter_sets, coded in segments:
                     # Twice: the second time into buffers that are there already.
@@ -216,6 +231,11 @@ class NvdecDecoders:
         except CodecError as error:
             raise ConfigurationError(f"NVDEC does not decode what it will have to: {error}") from error
         self.used_bytes = max(0, free_bytes - self._driver.free_bytes())
+        if most_bytes is not None and self.used_bytes + self.threads * bytes_beside > most_bytes:
+            raise ConfigurationError(
+                f"{self.threads} NVDEC decoders take {self.used_bytes >> 20} MiB of GPU memory, and what restores "
+                f"their pictures {self.threads * bytes_beside >> 20} MiB, of {most_bytes >> 20} MiB allowed"
+            )
         metrics.DECODER_BYTES.set(self.used_bytes)
         logger.info(
             "kvcodec: %d NVDEC decoders for pictures of %s are warm; they took %d MiB of GPU memory",
@@ -223,6 +243,26 @@ class NvdecDecoders:
             ", ".join(f"{width}x{height}" for width, height in sizes),
             self.used_bytes >> 20,
         )
+
+    def _fits(self, number: int, free_bytes: int, most_bytes: int, bytes_beside: int, sizes: int) -> bool:
+        """Whether one more is within the bound, by what those that are open took on average."""
+        if not number:
+            return True
+        each = max(0, free_bytes - self._driver.free_bytes()) / number
+        # Sessions for sizes that are not known yet may come.
+        each *= self._most_sizes / sizes
+        if (number + 1) * (each + bytes_beside) <= most_bytes:
+            return True
+        logger.warning(
+            "kvcodec: %d NVDEC decoders instead of %d: one takes %d MiB of GPU memory and restoring its pictures %d "
+            "MiB, of %d MiB allowed in all (--kvcodec-gpu-memory)",
+            number,
+            self.threads,
+            int(each) >> 20,
+            bytes_beside >> 20,
+            most_bytes >> 20,
+        )
+        return False
 
     def decoder(self) -> NvdecDecoder:
         """A warm one while there are any left, then a new one."""
@@ -239,7 +279,7 @@ class NvdecDecoders:
             decoder.close()
 
     def _open(self) -> NvdecDecoder:
-        decoder = NvdecDecoder(self._library, self._driver)
+        decoder = NvdecDecoder(self._library, self._driver, self._most_sizes)
         with self._lock:
             self._all.append(decoder)
         return decoder

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from av.error import FFmpegError
 from av.video.frame import PictureType
 
-from sglang_kvcodec.errors import CodecError
+from sglang_kvcodec.errors import CodecError, ConfigurationError
 from sglang_kvcodec.video.base import Canvases, DecodedFrames, EncodedPictures
 from sglang_kvcodec.video.bitstream import split_access_unit
 
@@ -135,6 +135,7 @@ class SoftwareDecoder:
     """FFmpeg's HEVC decoder on one thread. Every call starts afresh: nothing damaged outlives its segment."""
 
     name = "software"
+    device: int | None = None
 
     def __init__(self) -> None:
         _silence()
@@ -186,9 +187,21 @@ class SoftwareDecoders:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self.used_bytes = 0
 
-    def prepare(self, sizes: Sequence[tuple[int, int]], pictures: int) -> None:
-        """See ``DecoderSource.prepare``; a decoder opens in no time."""
+    def prepare(
+        self, sizes: Sequence[tuple[int, int]], pictures: int, *, most_bytes: int | None = None, bytes_beside: int = 0
+    ) -> None:
+        """See ``DecoderSource.prepare``; a decoder opens in no time and takes nothing of a GPU.
+
+        Raises:
+            ConfigurationError: see there.
+        """
+        if most_bytes is not None and bytes_beside:
+            fitting = most_bytes // bytes_beside
+            if fitting < 1:
+                raise ConfigurationError(f"restoring takes {bytes_beside >> 20} MiB, of {most_bytes >> 20} MiB allowed")
+            self.threads = min(self.threads, fitting)
 
     def decoder(self) -> SoftwareDecoder:
         """See ``DecoderSource.decoder``."""

@@ -7,7 +7,7 @@ from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
 from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError, KVCodecError
 from sglang_kvcodec.flow import restorer as restorer_module
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
-from sglang_kvcodec.flow.restorer import RestoreJob, Restorer
+from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.spec import Side, layer_groups
@@ -26,9 +26,11 @@ class Outcome:
 
     def __init__(self):
         self.calls = []
+        self.events = []
         self._ended = threading.Event()
 
-    def on_layers(self, group):
+    def on_layers(self, group, events):
+        self.events.append(events)
         self.calls.append(group.index)
         if group == GROUPS[-1] or group.layers == SMALL.layers:
             self._ended.set()
@@ -47,7 +49,7 @@ class ScriptedDecoder:
 
     def __init__(self, inner, before):
         self._inner, self._before = inner, before
-        self.restore = inner.restore
+        self.restore, self.device = inner.restore, inner.device
 
     def unpack(self, pages, group_index, side):
         self._before(pages, group_index, side)
@@ -143,11 +145,11 @@ def test_layers_are_told_in_order_and_only_when_both_sides_are_written(start, ga
     written = []
     outcome = Outcome()
 
-    def on_layers(group):
+    def on_layers(group, events):
         now = pool.page(0)
         layers = slice(group.first_layer, group.first_layer + group.layers)
         written.append(all(torch.equal(now[side][layers], expected[side][layers]) for side in GROUPED.sides))
-        Outcome.on_layers(outcome, group)
+        Outcome.on_layers(outcome, group, events)
 
     restorer = Restorer(pool.wrapped, lambda: ScriptedDecoder(new_decoder(GROUPED, "raw"), before), 2)
     restorer.start([RestoreJob([pages.page("page")], pool.slots([0]))], on_layers, outcome.on_failure)
@@ -269,7 +271,8 @@ class KernelInName:
         self.layers = []
         self.pages = 0
 
-    def restore(self, group, side, packed, first_positions, slots, buffers):
+    def restore(self, group, side, packed, first_positions, slots, buffers, planes=None):
+        assert planes is None
         self.layers.append(len(buffers))
         self.pages += len(packed)
         values = self._transform.restore(group, side, packed, first_positions)
@@ -350,3 +353,34 @@ def test_each_page_of_a_segment_is_restored_by_the_kernel_of_its_coding(closing)
         for side in GROUPED.sides:
             error = pool.page(number)[side].float() - values[name][side].float()
             assert float(error.abs().max()) < 0.2
+
+
+class BrokenEvent:
+    def synchronize(self):
+        raise RuntimeError("the device is gone")
+
+
+def test_a_failure_is_told_though_the_device_is_gone():
+    outcome = Outcome()
+    restore = Restore([], GROUPED, 2, outcome.on_layers, outcome.on_failure)
+    restore.queued(0, BrokenEvent())
+    for group in GROUPS:
+        for _ in range(2):
+            restore.part_done(group.index, CodecError("no"))
+    assert [type(call) for call in outcome.wait()] == [CodecError]
+
+
+def test_layers_are_told_with_the_events_of_all_their_parts():
+    outcome = Outcome()
+    restore = Restore([], GROUPED, 2, outcome.on_layers, outcome.on_failure)
+    restore.queued(1, "k1")
+    restore.queued(0, "v0")
+    restore.part_done(1, None)
+    restore.part_done(0, None)
+    restore.queued(1, "v1")
+    restore.part_done(1, None)
+    assert outcome.calls == []
+    restore.queued(0, "k0")
+    restore.part_done(0, None)
+    assert outcome.calls == [0, 1]
+    assert outcome.events == [["v0", "k0"], ["k1", "v1"]]

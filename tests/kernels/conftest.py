@@ -13,6 +13,14 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_generate_tests(metafunc):
-    if "device" in metafunc.fixturenames:
-        device = "cpu" if IS_INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
-        metafunc.parametrize("device", [device])
+    on_gpu = {"device": pytest.mark.gpu, "engine": pytest.mark.nvdec}
+    for name, mark in on_gpu.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, ["cpu" if IS_INTERPRETED else pytest.param("cuda", marks=mark)])
+
+
+def pytest_collection_modifyitems(config, items):
+    if not IS_INTERPRETED:
+        rehearsals = [item for item in items if item.get_closest_marker("rehearsal")]
+        config.hook.pytest_deselected(items=rehearsals)
+        items[:] = [item for item in items if item not in rehearsals]

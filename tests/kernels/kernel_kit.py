@@ -36,6 +36,27 @@ class ScatteredPool:
         return expected
 
 
+def inside_more_memory(spec, device, pages=2, layers=2):
+    """A ``ScatteredPool`` whose layers lie in the middle of other memory, and that memory, layer by layer."""
+    pool = ScatteredPool(spec, pages, layers, device)
+    whole = [torch.cat([buffer.flip(0), buffer, buffer.flip(0)]) for buffer in pool.buffers]
+    slots = len(pool.buffers[0])
+    pool.buffers = [each[slots : 2 * slots] for each in whole]
+    return pool, whole
+
+
+def assert_only_written(pool, whole, values, is_inside):
+    """Of ``values``, the tokens that are inside are in their slots, and all other memory is as it was."""
+    expected = pool.bits_before()
+    inside = pool.slots.cpu()[is_inside]
+    expected[:, inside] = to_bits(values).transpose(0, 1).flatten(1, 2)[:, is_inside]
+    assert torch.equal(pool.bits(), expected)
+    for each, before in zip(whole, pool.before, strict=True):
+        around = to_bits(before.flip(0))
+        assert torch.equal(to_bits(each.cpu())[: len(before)], around)
+        assert torch.equal(to_bits(each.cpu())[-len(before) :], around)
+
+
 def hard_values(profile, spec, pages, layers, seed=0):
     """For ``exact`` any bit pattern; for ``high`` KV with escapes: NaN, infinities, -0, and a layer full of them."""
     shape = (pages, layers, spec.page_tokens, spec.kv_heads, spec.head_dim)

@@ -3,7 +3,9 @@ import pytest
 import torch
 from kernel_kit import surfaces
 
+from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.format.digest import plane_digest
+from sglang_kvcodec.kernels import check_digest, digest
 from sglang_kvcodec.kernels.digest import pictures_differ, plane_digests
 from sglang_kvcodec.kernels.planes import Planes, planes_of
 
@@ -38,6 +40,13 @@ def test_one_wrong_bit_is_found_in_its_picture(device):
         spoiled = canvases.clone()
         spoiled[1, row, 63] ^= 1
         assert pictures_differ(planes_of(spoiled.to(device)), 64, 32, digests).tolist() == [False, True, False]
+
+
+def test_the_kernel_passes_its_check_and_another_does_not(device, monkeypatch):
+    check_digest((72, 64), torch.device(device))
+    monkeypatch.setattr(digest, "pictures_differ", lambda *args: torch.tensor([False, False, False]))
+    with pytest.raises(ConfigurationError, match="does not give the digests"):
+        check_digest((72, 64), torch.device(device))
 
 
 def test_what_does_not_fit_is_refused(device):

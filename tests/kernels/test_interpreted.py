@@ -6,17 +6,26 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
+RESTORER = "test_frames_to_pool.py"
+"""In a process of its own, for it takes long."""
 
 
-def test_all_kernel_tests_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "[cpu", str(HERE)]
+@pytest.mark.parametrize(
+    ("paths", "least"),
+    [([f"--ignore={HERE / RESTORER}", str(HERE)], 100), ([str(HERE / RESTORER)], 10)],
+    ids=["kernels", "restorer"],
+)
+def test_all_tests_of_this_folder_in_the_interpreter(paths, least):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "[cpu", *paths]
     environment = os.environ | {"TRITON_INTERPRET": "1", "KVCODEC_REQUIRE_GPU": "0"}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     report = child.stdout + child.stderr
     assert child.returncode == 0, report
     passed = re.search(r"(\d+) passed", child.stdout)
     assert passed is not None, report
-    assert int(passed[1]) >= 100, report
+    assert int(passed[1]) >= least, report
     assert " skipped" not in child.stdout, report

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_kit import ScatteredPool, hard_values, surfaces
+from kernel_kit import ScatteredPool, assert_only_written, hard_values, inside_more_memory, surfaces
 
 from sglang_kvcodec.errors import ConfigurationError, FormatError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
@@ -159,6 +159,26 @@ def test_so_are_those_of_profiles_without_a_calibration(profile, device):
     assert torch.equal(pool.bits(), pool.bits_with(get_transform(profile, spec).restore(2, packed)))
 
 
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_a_slot_outside_the_layer_is_left_alone(is_interleaved, device):
+    spec, calibration, group = small()
+    if is_interleaved:
+        calibration = random_calibration(spec, layers_per_block=1, step=STEP, rope=gptj_rope(48))
+    packed = KltTransform(spec, calibration, "high").pack(group, Side.KEY, kv_like(spec, 2, group.layers, 0), [0, 17])
+    kernel = KltRestore(spec, calibration, "high", device)
+    whole_pool = ScatteredPool(spec, 2, group.layers, device)
+    kernel.restore(group, Side.KEY, packed, [0, 17], whole_pool.slots, whole_pool.buffers)
+    # One side, so the pool is the same as above but for where its layers lie.
+    pool, whole = inside_more_memory(spec, device, 2, group.layers)
+    slots = pool.slots.clone()
+    slots[3], slots[20], slots[-1] = -1, len(pool.buffers[0]), 1 << 40
+    kernel.restore(group, Side.KEY, packed, [0, 17], slots, pool.buffers)
+    is_inside = ((slots >= 0) & (slots < len(pool.buffers[0]))).cpu()
+    rows = torch.stack([buffer[pool.slots] for buffer in whole_pool.buffers]).cpu()
+    values = rows.view(group.layers, 2, spec.page_tokens, *rows.shape[2:]).transpose(0, 1)
+    assert_only_written(pool, whole, values, is_inside)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(device):
     spec, calibration, group = small()
     positions = [0, 17]
@@ -166,12 +186,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(device):
     kernel = KltRestore(spec, calibration, "high", device)
     pool = ScatteredPool(spec, 2, group.layers, device)
     slots, buffers = pool.slots, pool.buffers
-    outside = slots.clone()
-    outside[-1] = len(buffers[0])
     gap = torch.zeros((len(buffers[1]), 2, 48), dtype=torch.bfloat16, device=device)[:, :1]
     for bad_slots, bad_buffers, bad_positions in (
         (slots[:-1], buffers, positions),
-        (outside, buffers, positions),
         (slots, buffers[:1], positions),
         (slots, [buffers[0], gap], positions),
         (slots, buffers, [0]),

@@ -1,20 +1,29 @@
 import dataclasses
+import logging
 import types
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.format.namespace import Namespace
 from sglang_kvcodec.format.profile import get_profile
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
+from sglang_kvcodec.plugin import runtime as runtime_module
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.transform import PageTransforms
 
 SPEC = KVSpec(layers=4, kv_heads=1, head_dim=64, page_tokens=16, dtype=KVDtype.BFLOAT16)
 CALIBRATION = random_calibration(SPEC)
+
+
+def counted(name, **labels):
+    return REGISTRY.get_sample_value(name, labels)
 
 
 def namespace(weights="w"):
@@ -114,3 +123,38 @@ def test_pages_on_their_way_are_coded_as_their_namespace_says(start):
     new = server.runtime.namespace_digest()
     coded_with = server.runtime._calibration_of
     assert (coded_with[old], coded_with[new]) == (b"", CALIBRATION.digest)
+
+
+class FakeDecoders:
+    """A source that keeps what it was prepared with."""
+
+    def __init__(self, name, fits):
+        self.name, self.threads, self.used_bytes = name, 5, 0
+        self._fits = fits
+        self.asked = None
+
+    def prepare(self, sizes, pictures, *, most_bytes=None, bytes_beside=0):
+        self.asked = sizes, pictures, most_bytes, bytes_beside
+        self.threads, self.used_bytes = self._fits, self._fits * 3000
+
+
+@pytest.mark.parametrize("name", ["nvdec", "software"])
+def test_decoders_of_a_gpu_are_bounded_and_their_memory_is_told(name, caplog):
+    decoders = FakeDecoders(name, 2)
+    config = ServerConfig("grpc://127.0.0.1:1", gpu_memory_bytes=200 << 20)
+    pool = PagedKVPool(SPEC, dict, torch.device("cpu"))
+    with caplog.at_level(logging.INFO):
+        runtime_module._prepare(decoders, pool, [(192, 192)], config, 0)
+    beside = restore_buffer_bytes(SPEC, SEGMENT_PAGES, from_host=name == "software")
+    assert decoders.asked == ([(192, 192)], SEGMENT_PAGES, 200 << 20, beside)
+    assert counted("kvcodec_gpu_memory_bytes", part="bound") == 200 << 20
+    assert counted("kvcodec_gpu_memory_bytes", part="decoders") == 6000
+    assert counted("kvcodec_gpu_memory_bytes", part="restore") == 2 * beside
+    assert "2 decoders took 0 MiB" in caplog.text
+
+
+def test_without_a_gpu_no_memory_of_one_is_bounded():
+    decoders = FakeDecoders("software", 5)
+    pool = PagedKVPool(SPEC, dict, torch.device("cpu"))
+    runtime_module._prepare(decoders, pool, [(192, 192)], ServerConfig("grpc://127.0.0.1:1"), None)
+    assert decoders.asked == ([(192, 192)], SEGMENT_PAGES, None, 0)

@@ -206,6 +206,29 @@ def test_decoders_are_warm_before_the_first_segment(library, driver):
     assert driver.streams == []
 
 
+@pytest.mark.parametrize(
+    ("most_mib", "beside_mib", "sizes", "expected"),
+    # A stream takes 1 MiB of this driver; one size leaves room for a second.
+    [(100, 0, 2, 6), (7, 1, 2, 3), (6, 1, 2, 3), (5, 1, 2, 2), (9, 1, 1, 3), (2, 1, 2, 1)],
+)
+def test_there_are_as_many_decoders_as_fit_into_the_memory_allowed(
+    library, driver, most_mib, beside_mib, sizes, expected, caplog
+):
+    source = NvdecDecoders(library, driver, engines=3, threads=1)
+    source.prepare([(192, 192), (256, 192)][:sizes], 3, most_bytes=most_mib << 20, bytes_beside=beside_mib << 20)
+    assert source.threads == expected
+    assert source.used_bytes + expected * (beside_mib << 20) <= most_mib << 20
+    assert (f"{expected} NVDEC decoders instead of 6" in caplog.text) == (expected < 6)
+    assert len({source.decoder().stream for _ in range(expected)}) == expected
+
+
+def test_memory_that_does_not_hold_one_decoder_refuses_the_start(library, driver):
+    with pytest.raises(ConfigurationError, match=r"1 MiB of GPU memory.* 3 MiB, of 3 MiB allowed"):
+        NvdecDecoders(library, driver, engines=3, threads=1).prepare(
+            [(192, 192)], 3, most_bytes=3 << 20, bytes_beside=3 << 20
+        )
+
+
 def test_decoders_that_give_other_samples_are_not_served_with(library, driver, monkeypatch):
     monkeypatch.setattr(driver, "copy_to_host", lambda target, *rest: target.fill(7))
     with pytest.raises(ConfigurationError, match="other samples"):
