@@ -27,10 +27,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds ``serve`` to the command."""
     parser = subparsers.add_parser("serve", help="run a storage peer", description="Runs a storage peer.")
     parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:7440", help="port 0 takes a free one")
-    parser.add_argument("--store", metavar="URL", required=True, help="lmdb:DIR, or memory: (lost at exit)")
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        required=True,
+        help="lmdb:DIR, memory: (lost at exit), redis://..., rediscluster://... or s3://...",
+    )
     parser.add_argument("--capacity", metavar="SIZE", default="10GB", help="bound of the stored bytes, e.g. 50GB")
     parser.add_argument(
         "--calibration-capacity", metavar="SIZE", default="4GB", help="bound of the calibrations; none is ever evicted"
+    )
+    parser.add_argument(
+        "--calibrations", metavar="DIR", help="keep calibrations there; without it redis and s3 stores have none"
     )
     parser.add_argument("--metrics-port", metavar="PORT", type=int, help="serve Prometheus metrics on this port")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -63,15 +71,19 @@ def run(arguments: argparse.Namespace) -> int:
         max_streams=arguments.max_streams,
         bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
     )
-    from sglang_kvcodec.storage import open_store
+    from sglang_kvcodec.storage import open_store, without_password
 
     keep_freed_memory()
     capacity_bytes = parse_bytes(arguments.capacity)
     with (
-        open_store(arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity)) as (engine, artifacts),
+        open_store(
+            arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity), arguments.calibrations
+        ) as (engine, artifacts),
         _metrics_server(arguments.metrics_port, host) as metrics_address,
     ):
-        words = f"store={arguments.store} capacity={capacity_bytes}{metrics_address}"
+        if artifacts is None:
+            logger.warning("this peer keeps no calibrations: name a directory for them with --calibrations")
+        words = f"store={without_password(arguments.store)} capacity={capacity_bytes}{metrics_address}"
 
         async def serve() -> None:
             await _serve(PeerServer(engine, arguments.listen, limits, artifacts), arguments.grace, words)

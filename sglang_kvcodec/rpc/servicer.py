@@ -41,6 +41,8 @@ T = TypeVar("T")
 _HEADERS_PER_READ = 32
 _READ_AHEAD_BYTES = 2 * MIB
 """Payload that a Fetch reads at once in a thread; it holds two of these. A hand-over costs more than a message."""
+_NETWORK_THREADS = 16
+"""Calls at once of an engine that only waits: for its reads, and as many for its writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,9 @@ class PeerServicer:
         self._engine = engine
         self._limits = limits or PeerLimits()
         # Apart, so that no Lookup waits for the disk behind a queue of writes.
-        self._readers = ThreadPoolExecutor(self._limits.read_threads, "kvcodec-read")
-        self._writers = ThreadPoolExecutor(self._limits.write_threads, "kvcodec-write")
+        least_threads = _NETWORK_THREADS if engine.waits_for_network else 1
+        self._readers = ThreadPoolExecutor(max(self._limits.read_threads, least_threads), "kvcodec-read")
+        self._writers = ThreadPoolExecutor(max(self._limits.write_threads, least_threads), "kvcodec-write")
         self._budget = ByteBudget(self._limits.receive_bytes)
         bits_per_s = self._limits.bandwidth_bits_per_s
         self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None

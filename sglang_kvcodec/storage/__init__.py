@@ -2,6 +2,6 @@
 
 from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine, StoreStat
-from sglang_kvcodec.storage.registry import open_engine, open_store
+from sglang_kvcodec.storage.registry import open_engine, open_store, without_password
 
-__all__ = ["ArtifactStore", "StorageEngine", "StoreStat", "open_engine", "open_store"]
+__all__ = ["ArtifactStore", "StorageEngine", "StoreStat", "open_engine", "open_store", "without_password"]
