@@ -20,7 +20,7 @@ import grpc.aio
 
 from sglang_kvcodec import __version__, peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES, MIB
-from sglang_kvcodec.errors import FormatError, PeerTimeoutError
+from sglang_kvcodec.errors import FormatError, PeerTimeoutError, StorageError
 from sglang_kvcodec.format.exchange import PutResult
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc import peer_pb2 as pb
@@ -29,6 +29,7 @@ from sglang_kvcodec.rpc.budget import ByteBudget
 from sglang_kvcodec.rpc.calls import StreamSlots, serving
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
+from sglang_kvcodec.rpc.prefix_order import PrefixOrder
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
 from sglang_kvcodec.rpc.requests import announced_object, parsed, storage_keys
 from sglang_kvcodec.rpc.wire import decode_put
@@ -79,6 +80,7 @@ class PeerServicer:
         bits_per_s = self._limits.bandwidth_bits_per_s
         self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None
         self._stream = StreamSlots(self._limits.max_streams)
+        self._order = PrefixOrder()
 
     def close(self) -> None:
         """Waits for the engine's calls under way."""
@@ -90,6 +92,7 @@ class PeerServicer:
         async with self._serving("Lookup", context):
             request = parsed(pb.LookupRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
+            self._order.learn(keys)
             sizes = await self._read(self._engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
             return pb.LookupResponse(
@@ -112,8 +115,10 @@ class PeerServicer:
         """See ``protos/``."""
         async with self._serving("Put", context), self._stream("Put"):
             storing: list[asyncio.Task[PutResult]] = []
+            keys: list[bytes] = []
             try:
                 while (incoming := await self._receive(context)) is not None:
+                    keys.append(incoming.key.to_bytes())
                     # Stored while the next one arrives.
                     storing.append(asyncio.create_task(self._store(incoming)))
                     if len(storing) > MAX_PAGES_PER_REQUEST:
@@ -121,6 +126,7 @@ class PeerServicer:
             finally:
                 # What is committed is stored before the client hears how its stream ended.
                 ended = await asyncio.gather(*storing, return_exceptions=True)
+                await self._keep_heads(keys)
             response = pb.PutResponse()
             for result in ended:
                 if isinstance(result, BaseException):
@@ -149,6 +155,15 @@ class PeerServicer:
                 format_version=FORMAT_VERSION,
                 software_version=__version__,
             )
+
+    async def _keep_heads(self, keys: Sequence[bytes]) -> None:
+        """Has the pages before those that were put outlive them. Pages of one Put are in prefix order."""
+        if not keys:
+            return
+        try:
+            await self._read(self._engine.sizes, self._order.with_heads(keys))
+        except StorageError as error:
+            logger.warning("the order of use of %d pages was not kept: %s", len(keys), error)
 
     async def _send_headers(
         self, keys: Sequence[bytes], size_bytes: int, context: grpc.aio.ServicerContext
