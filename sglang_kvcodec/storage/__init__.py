@@ -3,5 +3,17 @@
 from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine, StoreStat
 from sglang_kvcodec.storage.registry import open_engine, open_store, without_password
+from sglang_kvcodec.storage.wrappers import EngineWrapper, ExpiringEngine, FaultyEngine, MeteredEngine
 
-__all__ = ["ArtifactStore", "StorageEngine", "StoreStat", "open_engine", "open_store", "without_password"]
+__all__ = [
+    "ArtifactStore",
+    "EngineWrapper",
+    "ExpiringEngine",
+    "FaultyEngine",
+    "MeteredEngine",
+    "StorageEngine",
+    "StoreStat",
+    "open_engine",
+    "open_store",
+    "without_password",
+]
