@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_streams=arguments.max_streams,
         bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
     )
-    from sglang_kvcodec.storage import ExpiringEngine, MeteredEngine, open_store, without_password
+    from sglang_kvcodec.storage import ExpiringEngine, MeteredEngine, ReadAheadEngine, open_store, without_password
 
     keep_freed_memory()
     capacity_bytes = parse_bytes(arguments.capacity)
@@ -97,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
             logger.warning("this peer keeps no calibrations: name a directory for them with --calibrations")
         if arguments.metrics_port is not None:
             engine = MeteredEngine(engine)
+        if engine.waits_for_network:
+            engine = ReadAheadEngine(engine)
         if arguments.ttl is not None:
             engine = ExpiringEngine(engine, arguments.ttl)
         if scrub_bytes_per_s is None:

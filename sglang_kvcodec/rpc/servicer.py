@@ -108,8 +108,11 @@ class PeerServicer:
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             most_bytes = self._bandwidth.message_bytes if self._bandwidth else MAX_MESSAGE_BYTES
             size_bytes = message_bytes(request.max_message_bytes, most_bytes)
-            layouts = await self._send_headers(keys, size_bytes, context)
-            await self._send_payload(keys, layouts, size_bytes, context)
+            sizes = await self._read(self._engine.sizes, keys)
+            stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
+            with self._engine.reading_ahead([(keys[index], size) for index, size in stored]):
+                layouts = await self._send_headers(keys, stored, size_bytes, context)
+                await self._send_payload(keys, layouts, size_bytes, context)
 
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
         """See ``protos/``."""
@@ -166,12 +169,18 @@ class PeerServicer:
             logger.warning("the order of use of %d pages was not kept: %s", len(keys), error)
 
     async def _send_headers(
-        self, keys: Sequence[bytes], size_bytes: int, context: grpc.aio.ServicerContext
+        self,
+        keys: Sequence[bytes],
+        stored: Sequence[tuple[int, int]],
+        size_bytes: int,
+        context: grpc.aio.ServicerContext,
     ) -> dict[int, PageLayout]:
-        """Tells which pages are missing and sends the headers of the others; gives their layouts by page index."""
-        sizes = await self._read(self._engine.sizes, keys)
-        stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
-        response = pb.FetchResponse(missing=[index for index, size in enumerate(sizes) if size is None])
+        """Tells which pages are missing and sends the headers of the others; gives their layouts by page index.
+
+        ``stored``: index and size in bytes of the pages that are stored.
+        """
+        found = {index for index, _ in stored}
+        response = pb.FetchResponse(missing=[index for index in range(len(keys)) if index not in found])
         layouts: dict[int, PageLayout] = {}
         held_bytes = 0
         for first in range(0, len(stored), _HEADERS_PER_READ):

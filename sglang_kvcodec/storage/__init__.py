@@ -2,6 +2,7 @@
 
 from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.read_ahead import ReadAheadEngine
 from sglang_kvcodec.storage.registry import open_engine, open_store, without_password
 from sglang_kvcodec.storage.wrappers import EngineWrapper, ExpiringEngine, FaultyEngine, MeteredEngine
 
@@ -11,6 +12,7 @@ __all__ = [
     "ExpiringEngine",
     "FaultyEngine",
     "MeteredEngine",
+    "ReadAheadEngine",
     "StorageEngine",
     "StoreStat",
     "open_engine",

@@ -75,6 +75,17 @@ class StorageEngine(abc.ABC):
         """
         yield self.get_range
 
+    @contextlib.contextmanager
+    def reading_ahead(self, objects: Sequence[tuple[bytes, int]]) -> Iterator[None]:
+        """Tells that the parts of these objects, given with their sizes in bytes, are about to be read in the block.
+
+        Takes no time by itself. What is read may be as it was when the block began.
+
+        Raises:
+            StorageUnavailableError: the engine failed.
+        """
+        yield
+
     @abc.abstractmethod
     def put(self, key: bytes, value: bytes) -> bool:
         """Stores an object: afterwards it is there whole and survives a crash as far as the engine can promise.

@@ -39,6 +39,12 @@ class EngineWrapper(StorageEngine):
         with self._engine.ranges() as get_range:
             yield get_range
 
+    @contextlib.contextmanager
+    def reading_ahead(self, objects: Sequence[tuple[bytes, int]]) -> Iterator[None]:
+        """See the base class."""
+        with self._engine.reading_ahead(objects):
+            yield
+
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""
         return self._engine.put(key, value)
