@@ -326,3 +326,27 @@ def test_the_password_from_the_environment(monkeypatch):
 def test_bad_addresses(scheme, location, says):
     with pytest.raises(ConfigurationError, match=says):
         RedisAddress.parse(scheme, location)
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_a_node_that_comes_back_empty(tmp_path, open_store, lost):
+    """Whether it had the index or only objects: no error that stays, and the counts are true again after tidying."""
+    with contextlib.ExitStack() as stack:
+        nodes = stack.enter_context(valkey_cluster(tmp_path / "cluster"))
+        store = open_store("rediscluster", ",".join(node.address for node in nodes), 10_000, "empty")
+        fill(store, range(50), 100)
+        nodes[lost].kill()
+        nodes[lost] = stack.enter_context(nodes[lost].restart())
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(StorageUnavailableError):
+                held = contents(store, range(50))
+                store.tidy()
+                break
+            assert time.monotonic() < deadline
+        assert 0 <= len(held) < 50
+        assert held == {name: make_value(name, 100) for name in held}
+        assert store.stat().stored_bytes == 100 * len(held)
+        assert sum(sum(objects_in(node, "empty").values()) for node in nodes) == 100 * len(held)
+        fill(store, range(50), 100)
+        assert contents(store, range(50)) == {name: make_value(name, 100) for name in range(50)}
