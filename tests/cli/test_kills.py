@@ -8,6 +8,7 @@ from peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all, metrics_of
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.testing.kills import kill_again_and_again
 from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.testing.seaweedfs import SeaweedProcess
 from sglang_kvcodec.testing.valkey import ValkeyProcess
 
 CAPACITY_BYTES = 1_000_000
@@ -30,6 +31,18 @@ def test_a_peer_on_another_machines_engine_is_killed(tmp_path):
         report = kill_again_and_again(process, CAPACITY_BYTES, kills=10, seed=2, held_bytes_per_kill=60_000)
     assert report.kills == 10
     assert report.evicted > 0
+
+
+def test_a_peer_on_s3_is_killed(tmp_path, monkeypatch):
+    """Without evictions: a bucket knows the order of puts by the second only."""
+    with SeaweedProcess(tmp_path / "seaweedfs") as bucket:
+        for name, value in bucket.env.items():
+            monkeypatch.setenv(name, value)
+        with PeerProcess(f"s3://kvcodec?endpoint={bucket.endpoint}", "1GB") as process:
+            report = kill_again_and_again(process, 10**9, kills=7, seed=4)
+    assert report.kills == 7
+    assert report.acknowledged > 0
+    assert report.evicted == 0
 
 
 def test_the_check_finds_what_is_lost(tmp_path):
