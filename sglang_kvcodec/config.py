@@ -61,6 +61,19 @@ def parse_remote(url: str) -> str:
     return f"{match[1]}:{match[2]}"
 
 
+def parse_remotes(url: str) -> tuple[str, ...]:
+    """``"grpc://HOST:PORT,HOST:PORT"`` as addresses, one or several.
+
+    Raises:
+        ConfigurationError: not such a URL, or an address twice.
+    """
+    scheme, separator, addresses = url.partition("://")
+    parsed = tuple(parse_remote(f"{scheme}{separator}{address}") for address in addresses.split(","))
+    if len(set(parsed)) < len(parsed):
+        raise ConfigurationError(f"a peer's address is there twice: {url!r}")
+    return parsed
+
+
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
     """How long each phase of talking to a peer may take, in seconds."""
@@ -90,7 +103,7 @@ class ServerConfig:
     """How one SGLang server uses kvcodec."""
 
     remote: str
-    """URL of the storage peer, ``grpc://HOST:PORT``."""
+    """URL of the storage peer, ``grpc://HOST:PORT``, or of several, ``grpc://HOST:PORT,HOST:PORT``."""
     profile: str = "exact"
     """Quality tier, one of :data:`PROFILES`."""
     host_cache_bytes: int = 1 << 30
@@ -113,10 +126,12 @@ class ServerConfig:
     """What encodes pictures, one of :data:`ENCODERS`."""
     gpu_memory_bytes: int = 1 << 30
     """Bound of the GPU memory of decoders and restore buffers, kept out of SGLang's pool; nothing without a GPU."""
+    replicas: int = 2
+    """Of several peers, on how many each page is kept."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
-        parse_remote(self.remote)
+        parse_remotes(self.remote)
         if self.profile not in PROFILES:
             raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
         for direction, known in (("decoder", DECODERS), ("encoder", ENCODERS)):
@@ -131,6 +146,7 @@ class ServerConfig:
             "decode_threads",
             "min_fetch_tokens",
             "gpu_memory_bytes",
+            "replicas",
         ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1")

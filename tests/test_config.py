@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 
-from sglang_kvcodec.config import ENV_NAMES, MIB, PROFILES, ServerConfig, Timeouts, parse_bytes, parse_remote
+from sglang_kvcodec.config import (
+    ENV_NAMES,
+    MIB,
+    PROFILES,
+    ServerConfig,
+    Timeouts,
+    parse_bytes,
+    parse_remote,
+    parse_remotes,
+)
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.format.profile import PROFILE_NAMES
 
@@ -48,6 +57,26 @@ def test_addresses(url, target):
     assert parse_remote(url) == target
 
 
+def test_several_addresses():
+    assert parse_remotes("grpc://peer:1") == ("peer:1",)
+    assert parse_remotes("grpc://b:1,[::1]:2,a:1") == ("b:1", "[::1]:2", "a:1")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("grpc://a:1,", "grpc://HOST:PORT"),
+        ("grpc://a:1,b", "grpc://HOST:PORT"),
+        ("a:1,b:2", "grpc://HOST:PORT"),
+        ("grpc://a:1,grpc://b:2", "grpc://HOST:PORT"),
+        ("grpc://a:1,b:2,a:1", "twice"),
+    ],
+)
+def test_bad_lists_of_addresses(url, says):
+    with pytest.raises(ConfigurationError, match=says):
+        parse_remotes(url)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -72,6 +101,7 @@ def test_a_bad_address_says_how_to_write_one(url):
 def test_environment_names_are_the_fields_without_their_unit():
     assert ENV_NAMES == {
         "remote": "KVCODEC_REMOTE",
+        "replicas": "KVCODEC_REPLICAS",
         "profile": "KVCODEC_PROFILE",
         "host_cache_bytes": "KVCODEC_HOST_CACHE",
         "publish_queue_bytes": "KVCODEC_PUBLISH_QUEUE",
@@ -98,10 +128,11 @@ def test_every_setting_can_be_given_by_environment():
             "KVCODEC_ENCODE_THREADS": "3",
             "KVCODEC_DECODE_THREADS": "4",
             "KVCODEC_READ_ONLY": "TRUE",
+            "KVCODEC_REPLICAS": "3",
             "UNRELATED": "ignored",
         }
     )
-    assert config == ServerConfig("grpc://peer:50051", "high", 2 << 30, 10**6, 128, 3, 4, True)
+    assert config == ServerConfig("grpc://peer:50051", "high", 2 << 30, 10**6, 128, 3, 4, True, replicas=3)
 
 
 def test_what_is_not_given_keeps_its_default():

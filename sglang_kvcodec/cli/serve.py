@@ -15,11 +15,13 @@ import prometheus_client
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.heap import keep_freed_memory
+from sglang_kvcodec.rpc.scrub import Scrubber
 from sglang_kvcodec.rpc.server import PeerServer
 from sglang_kvcodec.rpc.servicer import PeerLimits
 
 logger = logging.getLogger(__name__)
 
+_SCRUB_BYTES_PER_S = 4 * 10**6
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
 
 
@@ -27,10 +29,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds ``serve`` to the command."""
     parser = subparsers.add_parser("serve", help="run a storage peer", description="Runs a storage peer.")
     parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:7440", help="port 0 takes a free one")
-    parser.add_argument("--store", metavar="URL", required=True, help="lmdb:DIR, or memory: (lost at exit)")
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        required=True,
+        help="lmdb:DIR, memory: (lost at exit), redis://..., rediscluster://... or s3://...",
+    )
     parser.add_argument("--capacity", metavar="SIZE", default="10GB", help="bound of the stored bytes, e.g. 50GB")
     parser.add_argument(
         "--calibration-capacity", metavar="SIZE", default="4GB", help="bound of the calibrations; none is ever evicted"
+    )
+    parser.add_argument(
+        "--calibrations", metavar="DIR", help="keep calibrations there; without it redis and s3 stores have none"
+    )
+    parser.add_argument("--ttl", metavar="SECONDS", type=float, help="delete objects that long after their put")
+    parser.add_argument(
+        "--scrub-rate",
+        metavar="SIZE",
+        help="bytes a second that are read to find damaged objects, e.g. 4MB; 0 for none."
+        " 4MB by default, 0 where the store is another machine's",
     )
     parser.add_argument("--metrics-port", metavar="PORT", type=int, help="serve Prometheus metrics on this port")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -57,26 +74,42 @@ def run(arguments: argparse.Namespace) -> int:
         level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     host = check_listen(arguments.listen, arguments.insecure)
+    if arguments.ttl is not None and not arguments.ttl > 0:
+        raise ConfigurationError("--ttl must be above 0")
+    scrub_bytes_per_s = parse_bytes(arguments.scrub_rate) if arguments.scrub_rate is not None else None
     if arguments.max_streams < 1 or arguments.grace < 0:
         raise ConfigurationError("--max-streams must be at least 1, --grace at least 0")
     limits = PeerLimits(
         max_streams=arguments.max_streams,
         bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
     )
-    from sglang_kvcodec.storage import open_store
+    from sglang_kvcodec.storage import ExpiringEngine, MeteredEngine, ReadAheadEngine, open_store, without_password
 
     keep_freed_memory()
     capacity_bytes = parse_bytes(arguments.capacity)
     with (
-        open_store(arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity)) as (engine, artifacts),
+        open_store(
+            arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity), arguments.calibrations
+        ) as (engine, artifacts),
         _metrics_server(arguments.metrics_port, host) as metrics_address,
     ):
-        words = f"store={arguments.store} capacity={capacity_bytes}{metrics_address}"
+        if artifacts is None:
+            logger.warning("this peer keeps no calibrations: name a directory for them with --calibrations")
+        if arguments.metrics_port is not None:
+            engine = MeteredEngine(engine)
+        if engine.waits_for_network:
+            engine = ReadAheadEngine(engine)
+        if arguments.ttl is not None:
+            engine = ExpiringEngine(engine, arguments.ttl)
+        if scrub_bytes_per_s is None:
+            scrub_bytes_per_s = 0 if engine.waits_for_network else _SCRUB_BYTES_PER_S
+        words = f"store={without_password(arguments.store)} capacity={capacity_bytes}{metrics_address}"
 
         async def serve() -> None:
             await _serve(PeerServer(engine, arguments.listen, limits, artifacts), arguments.grace, words)
 
-        asyncio.run(serve())
+        with contextlib.closing(Scrubber(engine, scrub_bytes_per_s)):
+            asyncio.run(serve())
     return 0
 
 

@@ -21,7 +21,7 @@ from sglang_kvcodec.format.rope import RopeSpec, rope_spec_from_config
 from sglang_kvcodec.format.spec import KVSpec
 from sglang_kvcodec.plugin.model_path import local_model_path
 from sglang_kvcodec.plugin.runtime import NewAutoCalibration
-from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.rpc.connect import connect
 from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def calibration_at_start(
     if config.profile not in CALIBRATED_TIERS:
         return None
     timeouts = dataclasses.replace(config.timeouts, calibration_s=config.timeouts.start_calibration_s)
-    with contextlib.closing(GrpcPeer(config.remote, timeouts)) as peer:
+    with contextlib.closing(connect(config.remote, timeouts, config.replicas)) as peer:
         found = search_calibration(peer, lambda: rank_digest(ctx, transforms.spec), transforms)
     return settle_calibration(found, transforms, all_ranks)
 

@@ -26,7 +26,7 @@ from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
 from sglang_kvcodec.format.profile import EXACT
-from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.rpc.connect import connect
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import DecoderSource, EncoderSource, open_decoders, open_encoders
 
@@ -87,7 +87,7 @@ class Runtime:
         self._decoders, self._encoders = decoders, encoders
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
-        self._peer = GrpcPeer(config.remote, config.timeouts)
+        self._peer = connect(config.remote, config.timeouts, config.replicas)
         self._monitor = PeerMonitor(self._peer, config.timeouts.retry_s)
         stored = StoredPages()
         self.fetcher = Fetcher(

@@ -18,7 +18,8 @@ MIN_PAGE_TOKENS = 16
 MAX_PAGE_TOKENS = 256
 
 _HELP = {
-    "remote": "Address of the storage peer, grpc://HOST:PORT.",
+    "remote": "Address of the storage peer, grpc://HOST:PORT, or of several, grpc://HOST:PORT,HOST:PORT.",
+    "replicas": "Of several storage peers, on how many each page is kept.",
     "profile": f"Quality tier: {', '.join(PROFILES)}; 'exact' restores the KV cache bit for bit.",
     "host_cache_bytes": "Bound of the fetched page objects kept in host memory, e.g. 8GB.",
     "publish_queue_bytes": "Bound of the KV that waits to be encoded, e.g. 512MiB; what does not fit is dropped.",

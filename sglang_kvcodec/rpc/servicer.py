@@ -20,7 +20,7 @@ import grpc.aio
 
 from sglang_kvcodec import __version__, peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES, MIB
-from sglang_kvcodec.errors import FormatError, PeerTimeoutError
+from sglang_kvcodec.errors import FormatError, PeerTimeoutError, StorageError
 from sglang_kvcodec.format.exchange import PutResult
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc import peer_pb2 as pb
@@ -29,6 +29,7 @@ from sglang_kvcodec.rpc.budget import ByteBudget
 from sglang_kvcodec.rpc.calls import StreamSlots, serving
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
+from sglang_kvcodec.rpc.prefix_order import PrefixOrder
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
 from sglang_kvcodec.rpc.requests import announced_object, parsed, storage_keys
 from sglang_kvcodec.rpc.wire import decode_put
@@ -41,6 +42,8 @@ T = TypeVar("T")
 _HEADERS_PER_READ = 32
 _READ_AHEAD_BYTES = 2 * MIB
 """Payload that a Fetch reads at once in a thread; it holds two of these. A hand-over costs more than a message."""
+_NETWORK_THREADS = 16
+"""Calls at once of an engine that only waits: for its reads, and as many for its writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +73,14 @@ class PeerServicer:
         self._engine = engine
         self._limits = limits or PeerLimits()
         # Apart, so that no Lookup waits for the disk behind a queue of writes.
-        self._readers = ThreadPoolExecutor(self._limits.read_threads, "kvcodec-read")
-        self._writers = ThreadPoolExecutor(self._limits.write_threads, "kvcodec-write")
+        least_threads = _NETWORK_THREADS if engine.waits_for_network else 1
+        self._readers = ThreadPoolExecutor(max(self._limits.read_threads, least_threads), "kvcodec-read")
+        self._writers = ThreadPoolExecutor(max(self._limits.write_threads, least_threads), "kvcodec-write")
         self._budget = ByteBudget(self._limits.receive_bytes)
         bits_per_s = self._limits.bandwidth_bits_per_s
         self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None
         self._stream = StreamSlots(self._limits.max_streams)
+        self._order = PrefixOrder()
 
     def close(self) -> None:
         """Waits for the engine's calls under way."""
@@ -87,6 +92,7 @@ class PeerServicer:
         async with self._serving("Lookup", context):
             request = parsed(pb.LookupRequest, data)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
+            self._order.learn(keys)
             sizes = await self._read(self._engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
             return pb.LookupResponse(
@@ -102,15 +108,20 @@ class PeerServicer:
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             most_bytes = self._bandwidth.message_bytes if self._bandwidth else MAX_MESSAGE_BYTES
             size_bytes = message_bytes(request.max_message_bytes, most_bytes)
-            layouts = await self._send_headers(keys, size_bytes, context)
-            await self._send_payload(keys, layouts, size_bytes, context)
+            sizes = await self._read(self._engine.sizes, keys)
+            stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
+            with self._engine.reading_ahead([(keys[index], size) for index, size in stored]):
+                layouts = await self._send_headers(keys, stored, size_bytes, context)
+                await self._send_payload(keys, layouts, size_bytes, context)
 
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
         """See ``protos/``."""
         async with self._serving("Put", context), self._stream("Put"):
             storing: list[asyncio.Task[PutResult]] = []
+            keys: list[bytes] = []
             try:
                 while (incoming := await self._receive(context)) is not None:
+                    keys.append(incoming.key.to_bytes())
                     # Stored while the next one arrives.
                     storing.append(asyncio.create_task(self._store(incoming)))
                     if len(storing) > MAX_PAGES_PER_REQUEST:
@@ -118,6 +129,7 @@ class PeerServicer:
             finally:
                 # What is committed is stored before the client hears how its stream ended.
                 ended = await asyncio.gather(*storing, return_exceptions=True)
+                await self._keep_heads(keys)
             response = pb.PutResponse()
             for result in ended:
                 if isinstance(result, BaseException):
@@ -147,13 +159,28 @@ class PeerServicer:
                 software_version=__version__,
             )
 
+    async def _keep_heads(self, keys: Sequence[bytes]) -> None:
+        """Has the pages before those that were put outlive them. Pages of one Put are in prefix order."""
+        if not keys:
+            return
+        try:
+            await self._read(self._engine.sizes, self._order.with_heads(keys))
+        except StorageError as error:
+            logger.warning("the order of use of %d pages was not kept: %s", len(keys), error)
+
     async def _send_headers(
-        self, keys: Sequence[bytes], size_bytes: int, context: grpc.aio.ServicerContext
+        self,
+        keys: Sequence[bytes],
+        stored: Sequence[tuple[int, int]],
+        size_bytes: int,
+        context: grpc.aio.ServicerContext,
     ) -> dict[int, PageLayout]:
-        """Tells which pages are missing and sends the headers of the others; gives their layouts by page index."""
-        sizes = await self._read(self._engine.sizes, keys)
-        stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
-        response = pb.FetchResponse(missing=[index for index, size in enumerate(sizes) if size is None])
+        """Tells which pages are missing and sends the headers of the others; gives their layouts by page index.
+
+        ``stored``: index and size in bytes of the pages that are stored.
+        """
+        found = {index for index, _ in stored}
+        response = pb.FetchResponse(missing=[index for index in range(len(keys)) if index not in found])
         layouts: dict[int, PageLayout] = {}
         held_bytes = 0
         for first in range(0, len(stored), _HEADERS_PER_READ):

@@ -2,6 +2,20 @@
 
 from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine, StoreStat
-from sglang_kvcodec.storage.registry import open_engine, open_store
+from sglang_kvcodec.storage.read_ahead import ReadAheadEngine
+from sglang_kvcodec.storage.registry import open_engine, open_store, without_password
+from sglang_kvcodec.storage.wrappers import EngineWrapper, ExpiringEngine, FaultyEngine, MeteredEngine
 
-__all__ = ["ArtifactStore", "StorageEngine", "StoreStat", "open_engine", "open_store"]
+__all__ = [
+    "ArtifactStore",
+    "EngineWrapper",
+    "ExpiringEngine",
+    "FaultyEngine",
+    "MeteredEngine",
+    "ReadAheadEngine",
+    "StorageEngine",
+    "StoreStat",
+    "open_engine",
+    "open_store",
+    "without_password",
+]

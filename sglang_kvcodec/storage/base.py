@@ -38,6 +38,8 @@ class StorageEngine(abc.ABC):
     name: str
     reads_wait = True
     """Whether a read may wait for a disk, and so belongs into a thread of its own."""
+    waits_for_network = False
+    """Whether every call waits for another machine, so that many threads at once are of use."""
 
     @abc.abstractmethod
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
@@ -73,6 +75,17 @@ class StorageEngine(abc.ABC):
         """
         yield self.get_range
 
+    @contextlib.contextmanager
+    def reading_ahead(self, objects: Sequence[tuple[bytes, int]]) -> Iterator[None]:
+        """Tells that the parts of these objects, given with their sizes in bytes, are about to be read in the block.
+
+        Takes no time by itself. What is read may be as it was when the block began.
+
+        Raises:
+            StorageUnavailableError: the engine failed.
+        """
+        yield
+
     @abc.abstractmethod
     def put(self, key: bytes, value: bytes) -> bool:
         """Stores an object: afterwards it is there whole and survives a crash as far as the engine can promise.
@@ -90,6 +103,25 @@ class StorageEngine(abc.ABC):
     @abc.abstractmethod
     def delete(self, key: bytes) -> bool:
         """Removes an object; whether it was there."""
+
+    @abc.abstractmethod
+    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+        """When each object was put, in seconds of Unix time; None where there is none. Does not mark it as used."""
+
+    @abc.abstractmethod
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """All keys, some at a time, in no order: every object that stays while they are listed, at least once.
+
+        Raises:
+            StorageUnavailableError: the engine failed.
+        """
+
+    def tidy(self) -> None:  # noqa: B027  (most engines leave nothing behind)
+        """Removes what a crash has left beside the objects; for a thread that has time.
+
+        Raises:
+            StorageUnavailableError: the engine failed.
+        """
 
     @abc.abstractmethod
     def stat(self) -> StoreStat:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import pathlib
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
@@ -16,6 +17,7 @@ from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
 _TOUCHES_HELD = 4096
 """Uses remembered before they are written without a put to do it."""
 _EVICTIONS_PER_TRANSACTION = 1024
+_KEYS_PER_BATCH = 1024
 _ROOM_ATTEMPTS = 6
 """How often room is made in a full data file before giving up; each time twice as much is evicted."""
 
@@ -50,6 +52,7 @@ class LmdbEngine(StorageEngine):
         """
         self._capacity_bytes = capacity_bytes
         self._environment = LmdbEnvironment(directory, max_file_bytes or 2 * capacity_bytes + (256 << 20))
+        self._opened_at_s = time.time()
         self._write_lock = threading.Lock()
         self._touch_lock = threading.Lock()
         self._touches: dict[bytes, int] = {}
@@ -114,6 +117,23 @@ class LmdbEngine(StorageEngine):
                 return False
         with self._write_lock, self._environment.writing() as store:
             return store.remove(key)
+
+    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+        """See the base class. What was put before there was a record of it counts as put when the store was opened."""
+        with self._environment.reading() as store:
+            found = [store.stored_at_ms(key) for key in keys]
+        return [at_ms if at_ms is None else at_ms / 1000 or self._opened_at_s for at_ms in found]
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """See the base class. Each batch is a snapshot of its own, so that a slow walk keeps no old pages alive."""
+        last = b""
+        while True:
+            with self._environment.reading() as store:
+                batch = store.keys_after(last, _KEYS_PER_BATCH)
+            if not batch:
+                return
+            yield batch
+            last = batch[-1]
 
     def stat(self) -> StoreStat:
         """See the base class."""

@@ -14,7 +14,14 @@ import lmdb
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
 from sglang_kvcodec.storage.artifacts import ARTIFACTS_DIRECTORY
-from sglang_kvcodec.storage.lmdb_tables import FORMAT_KEY, FORMAT_VERSION, TABLE_COUNT, StoreTransaction, Tables
+from sglang_kvcodec.storage.lmdb_tables import (
+    FORMAT_KEY,
+    FORMAT_VERSION,
+    READ_VERSIONS,
+    TABLE_COUNT,
+    StoreTransaction,
+    Tables,
+)
 from sglang_kvcodec.storage.ownership import OWNER_FILE, own_directory
 
 _DATA_FILE = "data.mdb"
@@ -137,14 +144,15 @@ class LmdbEnvironment:
                     is_new = transaction.stat()["entries"] == 0
                 if not is_new and version is None:
                     raise ConfigurationError(f"{self._directory} holds another program's LMDB data")
-                if not is_new and version != FORMAT_VERSION:
+                if not is_new and version not in READ_VERSIONS:
                     raise ConfigurationError(
                         f"the store {self._directory} has format {version.decode(errors='replace')}, this version of"
                         f" sglang-kvcodec reads {FORMAT_VERSION.decode()}: name an empty directory"
                     )
                 with self._environment.begin(write=True) as transaction:
                     self._tables = Tables.open(self._environment, transaction)
-                    if is_new:
+                    if version != FORMAT_VERSION:
+                        # What is written from here on is not for a version that does not know it.
                         transaction.put(FORMAT_KEY, FORMAT_VERSION)
                 undo.pop_all()
 

@@ -1,23 +1,29 @@
 """What an LMDB store holds, as operations inside one transaction.
 
-Four tables: ``objects`` (key -> bytes), ``meta`` (key -> sequence number of the last use, size), ``order`` (sequence
-number -> key: the least recently used object is the first record) and LMDB's unnamed one (format mark and counts).
-Sizes and order are apart from the objects so that no bookkeeping ever reads an object.
+Four tables: ``objects`` (key -> bytes), ``meta`` (key -> sequence number of the last use, size, time of the put),
+``order`` (sequence number -> key: the least recently used object is the first record) and LMDB's unnamed one (format
+mark and counts). Records of format 1 have no time; they are read as of the time when the store was opened. Sizes and
+order are apart from the objects so that no bookkeeping ever reads an object.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
+import time
 from typing import Any
 
 FORMAT_KEY = b"sglang-kvcodec store"
-FORMAT_VERSION = b"1"
+FORMAT_VERSION = b"2"
+READ_VERSIONS = frozenset({b"1", b"2"})
 TABLE_COUNT = 3
 
 _COUNTS_KEY = b"counts"
 _COUNTS = struct.Struct(">QQ")
-_META = struct.Struct(">QQ")
+_META = struct.Struct(">QQQ")
+"""Sequence number, bytes, milliseconds of Unix time."""
+_META_1 = struct.Struct(">QQ")
 _SEQUENCE = struct.Struct(">Q")
 
 
@@ -52,7 +58,19 @@ class StoreTransaction:
     def size_bytes(self, key: bytes) -> int | None:
         """Size of an object, None where there is none."""
         record = self._transaction.get(key, db=self._tables.meta)
-        return None if record is None else int(_META.unpack(record)[1])
+        return None if record is None else _read_meta(record)[1]
+
+    def stored_at_ms(self, key: bytes) -> int | None:
+        """When an object was put, in ms of Unix time; 0 if the store does not know; None where there is none."""
+        record = self._transaction.get(key, db=self._tables.meta)
+        return None if record is None else _read_meta(record)[2]
+
+    def keys_after(self, key: bytes, most: int) -> list[bytes]:
+        """The next keys in their order; from the first on after an empty ``key``."""
+        with self._transaction.cursor(self._tables.meta) as cursor:
+            if not (cursor.set_range(key + b"\0") if key else cursor.first()):
+                return []
+            return [bytes(found) for found in itertools.islice(cursor.iternext(keys=True, values=False), most)]
 
     def read(self, key: bytes) -> bytes | None:
         """A copy of an object, None where there is none."""
@@ -78,7 +96,7 @@ class StoreTransaction:
     def add(self, key: bytes, value: bytes, sequence: int) -> None:
         """Adds an object that is not there."""
         self._transaction.put(key, value, db=self._tables.objects)
-        self._place(key, sequence, len(value))
+        self._place(key, sequence, len(value), time.time_ns() // 10**6)
         self.stored_bytes += len(value)
 
     def touch(self, key: bytes, sequence: int) -> None:
@@ -86,17 +104,17 @@ class StoreTransaction:
         record = self._transaction.get(key, db=self._tables.meta)
         if record is None:
             return
-        old_sequence, size_bytes = _META.unpack(record)
+        old_sequence, size_bytes, stored_at_ms = _read_meta(record)
         if sequence > old_sequence:
             self._transaction.delete(_SEQUENCE.pack(old_sequence), db=self._tables.order)
-            self._place(key, sequence, size_bytes)
+            self._place(key, sequence, size_bytes, stored_at_ms)
 
     def remove(self, key: bytes) -> bool:
         """Removes an object; whether it was there."""
         record = self._transaction.pop(key, db=self._tables.meta)
         if record is None:
             return False
-        sequence, size_bytes = _META.unpack(record)
+        sequence, size_bytes, _ = _read_meta(record)
         self._transaction.delete(_SEQUENCE.pack(sequence), db=self._tables.order)
         self._transaction.delete(key, db=self._tables.objects)
         self.stored_bytes -= size_bytes
@@ -116,6 +134,12 @@ class StoreTransaction:
         """Writes the counts; called once, before the commit."""
         self._transaction.put(_COUNTS_KEY, _COUNTS.pack(self.stored_bytes, self.evicted_objects))
 
-    def _place(self, key: bytes, sequence: int, size_bytes: int) -> None:
-        self._transaction.put(key, _META.pack(sequence, size_bytes), db=self._tables.meta)
+    def _place(self, key: bytes, sequence: int, size_bytes: int, stored_at_ms: int) -> None:
+        self._transaction.put(key, _META.pack(sequence, size_bytes, stored_at_ms), db=self._tables.meta)
         self._transaction.put(_SEQUENCE.pack(sequence), key, db=self._tables.order)
+
+
+def _read_meta(record: bytes | memoryview) -> tuple[int, int, int]:
+    if len(record) == _META_1.size:
+        return (*_META_1.unpack(record), 0)
+    return _META.unpack(record)

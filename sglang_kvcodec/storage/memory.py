@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
 from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+
+_KEYS_PER_BATCH = 1024
 
 
 class MemoryEngine(StorageEngine):
@@ -20,6 +23,7 @@ class MemoryEngine(StorageEngine):
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._objects: OrderedDict[bytes, bytes] = OrderedDict()
+        self._stored_at_s: dict[bytes, float] = {}
         self._stored_bytes = 0
         self._evicted_objects = 0
         self._closed = False
@@ -61,10 +65,12 @@ class MemoryEngine(StorageEngine):
                 self._objects.move_to_end(key)
                 return False
             while self._stored_bytes + len(value) > self._capacity_bytes:
-                _, evicted = self._objects.popitem(last=False)
+                oldest, evicted = self._objects.popitem(last=False)
+                del self._stored_at_s[oldest]
                 self._stored_bytes -= len(evicted)
                 self._evicted_objects += 1
             self._objects[key] = value
+            self._stored_at_s[key] = time.time()
             self._stored_bytes += len(value)
             return True
 
@@ -75,8 +81,23 @@ class MemoryEngine(StorageEngine):
             value = self._objects.pop(key, None)
             if value is None:
                 return False
+            del self._stored_at_s[key]
             self._stored_bytes -= len(value)
             return True
+
+    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+        """See the base class."""
+        with self._lock:
+            self._require_open()
+            return [self._stored_at_s.get(key) for key in keys]
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """See the base class."""
+        with self._lock:
+            self._require_open()
+            keys = list(self._objects)
+        for first in range(0, len(keys), _KEYS_PER_BATCH):
+            yield keys[first : first + _KEYS_PER_BATCH]
 
     def stat(self) -> StoreStat:
         """See the base class."""
@@ -89,6 +110,7 @@ class MemoryEngine(StorageEngine):
         with self._lock:
             self._closed = True
             self._objects.clear()
+            self._stored_at_s.clear()
 
     def _require_open(self) -> None:
         if self._closed:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 
 from sglang_kvcodec.errors import ConfigurationError
@@ -16,16 +18,18 @@ from sglang_kvcodec.storage.base import StorageEngine
 
 @contextlib.contextmanager
 def open_store(
-    url: str, capacity_bytes: int, calibration_capacity_bytes: int
-) -> Iterator[tuple[StorageEngine, ArtifactStore]]:
+    url: str, capacity_bytes: int, calibration_capacity_bytes: int, calibration_directory: str | None = None
+) -> Iterator[tuple[StorageEngine, ArtifactStore | None]]:
     """Everything that a peer keeps under one URL, as :func:`open_engine` takes it; closed at the end of the block.
 
-    With ``lmdb:DIR`` the calibrations are in a directory inside ``DIR``, so that a peer owns both or neither.
+    With ``lmdb:DIR`` the calibrations are in a directory inside ``DIR``, so that a peer owns both or neither. Engines
+    on other machines keep no calibrations: there are none without a directory for them.
 
     Args:
         url: see :func:`open_engine`.
         capacity_bytes: bound of the bytes of all page objects together.
         calibration_capacity_bytes: bound of the bytes of all calibration artifacts together.
+        calibration_directory: where to keep calibrations, if not where the engine has them.
 
     Raises:
         ConfigurationError: as :func:`open_engine`.
@@ -37,8 +41,11 @@ def open_store(
         )
     with (
         contextlib.closing(open_engine(url, capacity_bytes)) as engine,
-        contextlib.closing(_open_artifacts(url, calibration_capacity_bytes)) as artifacts,
+        contextlib.ExitStack() as stack,
     ):
+        artifacts = _open_artifacts(url, calibration_capacity_bytes, calibration_directory)
+        if artifacts is not None:
+            stack.callback(artifacts.close)
         yield engine, artifacts
 
 
@@ -46,7 +53,9 @@ def open_engine(url: str, capacity_bytes: int) -> StorageEngine:
     """The engine that ``url`` names.
 
     Args:
-        url: ``memory:`` (lost at exit) or ``lmdb:DIR`` (kept in that directory, which is created if need be).
+        url: ``memory:`` (lost at exit), ``lmdb:DIR`` (kept in that directory, which is created if need be),
+            ``redis://HOST:PORT`` and ``rediscluster://HOST:PORT,...`` (see :class:`RedisAddress`) or ``s3://BUCKET/PREFIX``
+            (see :class:`S3Address`).
         capacity_bytes: bound of the bytes of all objects together.
 
     Raises:
@@ -59,7 +68,14 @@ def open_engine(url: str, capacity_bytes: int) -> StorageEngine:
     return _SCHEMES[scheme].open_engine(location, capacity_bytes)
 
 
-def _open_artifacts(url: str, capacity_bytes: int) -> ArtifactStore:
+def without_password(url: str) -> str:
+    """A store's URL as it may be logged."""
+    return re.sub(r"//[^/?]*@", "//***@", url)
+
+
+def _open_artifacts(url: str, capacity_bytes: int, directory: str | None) -> ArtifactStore | None:
+    if directory is not None:
+        return DirectoryArtifactStore(_directory(directory), capacity_bytes)
     scheme, location = _parse(url)
     return _SCHEMES[scheme].open_artifacts(location, capacity_bytes)
 
@@ -68,7 +84,7 @@ def _parse(url: str) -> tuple[str, str]:
     scheme, colon, location = url.partition(":")
     if not colon or scheme not in _SCHEMES:
         known = ", ".join(known.form for known in _SCHEMES.values())
-        raise ConfigurationError(f"unknown storage engine {url!r}; there are {known}")
+        raise ConfigurationError(f"unknown storage engine {without_password(url)!r}; there are {known}")
     return scheme, location
 
 
@@ -86,12 +102,32 @@ def _open_lmdb(location: str, capacity_bytes: int) -> StorageEngine:
     try:
         from sglang_kvcodec.storage.lmdb_engine import LmdbEngine
     except ModuleNotFoundError as error:
-        if error.name != "lmdb":
-            raise
-        raise ConfigurationError(
-            "the engine lmdb: needs the package lmdb: pip install sglang-kvcodec[server]"
-        ) from error
+        raise _needs_package(error, "lmdb", "lmdb", "server") from error
     return LmdbEngine(_directory(location), capacity_bytes)
+
+
+def _open_redis(scheme: str, location: str, capacity_bytes: int) -> StorageEngine:
+    try:
+        from sglang_kvcodec.storage.redis_connection import RedisAddress
+        from sglang_kvcodec.storage.redis_engine import RedisEngine
+    except ModuleNotFoundError as error:
+        raise _needs_package(error, scheme, "redis", "redis") from error
+    return RedisEngine(RedisAddress.parse(scheme, location), capacity_bytes)
+
+
+def _open_s3(location: str, capacity_bytes: int) -> StorageEngine:
+    try:
+        from sglang_kvcodec.storage.s3_bucket import S3Address
+        from sglang_kvcodec.storage.s3_engine import S3Engine
+    except ModuleNotFoundError as error:
+        raise _needs_package(error, "s3", "obstore", "s3") from error
+    return S3Engine(S3Address.parse(location), capacity_bytes)
+
+
+def _needs_package(error: ModuleNotFoundError, scheme: str, package: str, extra: str) -> Exception:
+    if error.name != package:
+        return error
+    return ConfigurationError(f"the engine {scheme}: needs the package {package}: pip install sglang-kvcodec[{extra}]")
 
 
 def _open_memory_artifacts(location: str, capacity_bytes: int) -> ArtifactStore:
@@ -102,6 +138,10 @@ def _open_artifact_directory(location: str, capacity_bytes: int) -> ArtifactStor
     return DirectoryArtifactStore(_directory(location) / ARTIFACTS_DIRECTORY, capacity_bytes)
 
 
+def _open_no_artifacts(location: str, capacity_bytes: int) -> None:
+    return None
+
+
 def _directory(location: str) -> pathlib.Path:
     return pathlib.Path(location).expanduser()
 
@@ -110,11 +150,21 @@ def _directory(location: str) -> pathlib.Path:
 class _Scheme:
     form: str
     open_engine: Callable[[str, int], StorageEngine]
-    open_artifacts: Callable[[str, int], ArtifactStore]
+    open_artifacts: Callable[[str, int], ArtifactStore | None]
 
 
 _SCHEMES = {
     "memory": _Scheme("memory:", _open_memory, _open_memory_artifacts),
     "lmdb": _Scheme("lmdb:DIR", _open_lmdb, _open_artifact_directory),
+    **{
+        scheme: _Scheme(f"{scheme}://{hosts}", functools.partial(_open_redis, scheme), _open_no_artifacts)
+        for scheme, hosts in (
+            ("redis", "HOST:PORT"),
+            ("rediss", "HOST:PORT"),
+            ("rediscluster", "HOST:PORT,..."),
+            ("redisscluster", "HOST:PORT,..."),
+        )
+    },
+    "s3": _Scheme("s3://BUCKET/PREFIX", _open_s3, _open_no_artifacts),
 }
 """Scheme -> how its URL is written, and what opens it."""

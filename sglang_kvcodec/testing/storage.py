@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -150,6 +151,54 @@ class StorageEngineContract:
         assert engine.get_range(make_key("a"), 0, 5) == make_value("a", 10)[:5]
         engine.put(make_key("c"), make_value("c", 10))
         assert engine.sizes([make_key(name) for name in "abc"]) == [None, 10, 10]
+
+    def test_the_time_of_the_put(self, make_engine: EngineFactory) -> None:
+        """Is known, stays, and asking for it is no use."""
+        engine = make_engine(30)
+        before_s = time.time()
+        for name in "abc":
+            engine.put(make_key(name), bytes(10))
+        engine.put(make_key("c"), bytes(10))
+        stored_at_s = engine.stored_at_s([make_key(name) for name in "axbc"])
+        assert stored_at_s[1] is None
+        # A store has a clock of its own, and some count in whole seconds.
+        assert all(at is not None and before_s - 2 < at < time.time() + 2 for at in (stored_at_s[0], *stored_at_s[2:]))
+        engine.get(make_key("b"))
+        engine.stored_at_s([make_key("a")])
+        engine.put(make_key("d"), bytes(10))
+        assert engine.stored_at_s([make_key("b"), make_key("a")]) == [stored_at_s[2], None]
+
+    def test_all_keys(self, make_engine: EngineFactory) -> None:
+        """Listed once each while nothing changes, without marking them as used; changes do no harm."""
+        count = 2_503
+        engine = make_engine(count)
+        assert list(engine.key_batches()) == []
+        for i in range(count):
+            engine.put(make_key(i), b"x")
+        batches = list(engine.key_batches())
+        assert len(batches) > 1
+        assert sorted(key for batch in batches for key in batch) == sorted(make_key(i) for i in range(count))
+        engine.put(make_key("new"), b"x")
+        assert engine.sizes([make_key(0), make_key(1)]) == [None, 1]
+        walk = engine.key_batches()
+        listed = set(next(walk))
+        gone = {make_key(i) for i in range(0, count, 3)}
+        for key in gone:
+            engine.delete(key)
+        listed.update(key for batch in walk for key in batch)
+        assert listed >= {make_key(i) for i in range(1, count)} - gone
+
+    def test_tidying_an_orderly_store(self, make_engine: EngineFactory) -> None:
+        """Changes nothing that can be seen."""
+        engine = make_engine(100)
+        for name in "abcd":
+            engine.put(make_key(name), make_value(name, 30))
+        engine.delete(make_key("c"))
+        engine.tidy()
+        assert engine.stat() == StoreStat(2, 60, 100, 1)
+        assert [engine.get(make_key(name)) for name in "abcd"] == [
+            make_value(name, 30) if name in "bd" else None for name in "abcd"
+        ]
 
     def test_an_object_that_is_there_is_left(self, make_engine: EngineFactory) -> None:
         """The second put changes nothing, whatever it brings."""
@@ -318,6 +367,8 @@ class StorageEngineContract:
             lambda: engine.put(make_key("b"), b"value"),
             lambda: engine.delete(make_key("a")),
             engine.stat,
+            lambda: engine.stored_at_s([make_key("a")]),
+            lambda: list(engine.key_batches()),
             lambda: _read_in_a_row(engine),
         ):
             with pytest.raises(StorageUnavailableError):

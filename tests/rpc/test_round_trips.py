@@ -1,5 +1,6 @@
 """Client and peer together: what is put comes back, in the promised order, within the promised bounds."""
 
+import contextlib
 import threading
 
 import grpc
@@ -49,6 +50,26 @@ def test_what_is_put_is_fetched(start_peer, connect, namespace, page, max_messag
     hashes = [page_hash for page_hash, _ in pages]
     assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(pages)}
     assert peer.lookup(namespace, hashes) == LookupResult(3, (True,) * 3, sum(len(data) for _, data in pages))
+
+
+def test_a_fetch_tells_what_it_will_read(peer, engine, namespace, page):
+    pages = put_pages(peer, namespace, page)
+    told = []
+
+    @contextlib.contextmanager
+    def reading_ahead(objects):
+        told.append(list(objects))
+        engine.before = lambda method, key: method == "get_range" and told[0].append(method)
+        yield
+        told.append("the end")
+
+    engine.reading_ahead = reading_ahead
+    hashes = [pages[0][0], bytes(32), *(page_hash for page_hash, _ in pages[1:])]
+    assert assemble(peer.fetch(namespace, hashes))[1] is None
+    stored = [(namespace + page_hash, len(data)) for page_hash, data in pages]
+    assert told[0][: len(pages)] == stored
+    assert set(told[0][len(pages) :]) == {"get_range"}
+    assert told[1:] == ["the end"]
 
 
 def test_an_engine_that_never_waits_is_read_without_threads(start_peer, connect, engine, namespace, page):

@@ -395,7 +395,7 @@ def change_mark(directory, version):
             transaction.put(b"sglang-kvcodec store", version)
 
 
-@pytest.mark.parametrize(("version", "says"), [(None, "another program"), (b"2", "format 2, this version .* reads 1")])
+@pytest.mark.parametrize(("version", "says"), [(None, "another program"), (b"3", "format 3, this version .* reads 2")])
 def test_lmdb_data_of_another_kind_is_refused(open_store, tmp_path, version, says):
     store = open_store()
     store.put(make_key("a"), b"value")
@@ -403,5 +403,33 @@ def test_lmdb_data_of_another_kind_is_refused(open_store, tmp_path, version, say
     change_mark(tmp_path / "store", version)
     with pytest.raises(ConfigurationError, match=says):
         open_store()
-    change_mark(tmp_path / "store", b"1")
+    change_mark(tmp_path / "store", b"2")
     assert open_store().get(make_key("a")) == b"value"
+
+
+def test_a_store_of_format_1_is_taken_over(open_store, tmp_path, monkeypatch):
+    """Its records have no time of the put; all else goes on, and what is touched keeps its place in the order."""
+    monkeypatch.setattr(lmdb_engine.time, "time", lambda: 1234.5)
+    store = open_store(100)
+    for name in "abc":
+        store.put(make_key(name), make_value(name, 30))
+    store.close()
+    environment = lmdb.open(str(tmp_path / "store"), max_dbs=3)
+    with environment:
+        meta = environment.open_db(b"meta")
+        with environment.begin(write=True) as transaction:
+            for name in "abc":
+                record = transaction.get(make_key(name), db=meta)
+                transaction.put(make_key(name), record[:16], db=meta)
+    change_mark(tmp_path / "store", b"1")
+
+    store = open_store(100)
+    assert store.stored_at_s([make_key(name) for name in "abcd"]) == [1234.5, 1234.5, 1234.5, None]
+    store.get(make_key("a"))
+    store.put(make_key("d"), bytes(40))
+    assert contents(store, "abcd") == {"a": make_value("a", 30), "d": bytes(40)} | {"c": make_value("c", 30)}
+    assert store.stat() == StoreStat(3, 100, 100, 1)
+    store.close()
+    environment = lmdb.open(str(tmp_path / "store"), max_dbs=3)
+    with environment, environment.begin() as transaction:
+        assert transaction.get(b"sglang-kvcodec store") == b"2"

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
-from sglang_kvcodec.storage import open_engine, open_store
+from sglang_kvcodec.storage import open_engine, open_store, without_password
 
 
 def test_memory():
@@ -24,10 +24,23 @@ def test_lmdb_makes_its_directory(tmp_path):
         engine.close()
 
 
-@pytest.mark.parametrize("url", ["", "memory", "redis://host", "/var/lib/kvcodec", "LMDB:/tmp/x"])
+@pytest.mark.parametrize("url", ["", "memory", "http://u:p@host", "/var/lib/kvcodec", "LMDB:/tmp/x"])
 def test_unknown_engines_are_refused_with_the_known_ones(url):
-    with pytest.raises(ConfigurationError, match=r"memory:, lmdb:DIR"):
+    with pytest.raises(ConfigurationError, match=r"memory:, lmdb:DIR") as caught:
         open_engine(url, 1000)
+    assert "u:p" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "logged"),
+    [
+        ("lmdb:/a//b@c", "lmdb:/a//***@c"),
+        ("redis://user:secret@host:1/2?prefix=a@b", "redis://***@host:1/2?prefix=a@b"),
+        ("redis://host/1", "redis://host/1"),
+    ],
+)
+def test_a_password_is_not_logged(url, logged):
+    assert without_password(url) == logged
 
 
 @pytest.mark.parametrize(("url", "says"), [("lmdb:", "directory"), ("memory:4GB", "no location")])
@@ -42,20 +55,24 @@ def test_a_store_without_capacity_is_refused(capacity_bytes):
         open_engine("memory:", capacity_bytes)
 
 
-def test_a_machine_without_lmdb_has_the_memory_engine_and_a_clear_refusal(tmp_path):
+@pytest.mark.parametrize(
+    ("package", "url", "extra"),
+    [("lmdb", "lmdb:{}", "server"), ("redis", "redis://127.0.0.1:1", "redis"), ("obstore", "s3://bucket", "s3")],
+)
+def test_a_machine_without_a_package_has_the_memory_engine_and_a_clear_refusal(tmp_path, package, url, extra):
     code = f"""
 import sys
-sys.modules["lmdb"] = None
+sys.modules["{package}"] = None
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.storage import open_engine
 open_engine("memory:", 10).close()
 try:
-    open_engine("lmdb:{tmp_path}", 10)
+    open_engine("{url.format(tmp_path)}", 10)
 except ConfigurationError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert "pip install sglang-kvcodec[server]" in result.stdout
+    assert f"pip install sglang-kvcodec[{extra}]" in result.stdout
 
 
 def test_a_store_has_pages_and_calibrations():
@@ -86,6 +103,13 @@ def test_pages_may_be_thrown_away_without_the_calibrations(tmp_path):
     with open_store(url, 1000, 100) as (engine, artifacts):
         assert engine.stat().objects == 0
         assert artifacts.current(bytes(32)) == digest
+
+
+def test_calibrations_may_lie_elsewhere(tmp_path):
+    directory = tmp_path / "calibrations"
+    with open_store("memory:", 1000, 100, str(directory)) as (_, artifacts):
+        digest = artifacts.put(bytes(32), b"artifact")
+    assert (directory / bytes(32).hex() / digest.hex()).read_bytes() == b"artifact"
 
 
 def test_a_store_without_room_for_calibrations_is_refused(tmp_path):

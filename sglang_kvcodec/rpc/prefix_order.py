@@ -1,0 +1,51 @@
+"""Which pages come before which, as far as requests have told: a page is useless without those before it.
+
+A page that is put is newer than the pages before it, which were used when its request came in, so the least recently
+used page would be one of the head. A peer therefore marks what comes before a new page as used after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+_PAGES_REMEMBERED = 1 << 17
+_MOST_ANCESTORS = 1 << 14
+
+
+class PrefixOrder:
+    """Remembers for each page the one before it, of the pages that were asked for last. Thread-safe."""
+
+    def __init__(self, pages: int = _PAGES_REMEMBERED) -> None:
+        """Remembers at most ``pages`` of them."""
+        self._pages = pages
+        self._lock = threading.Lock()
+        self._before: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def learn(self, keys: Sequence[bytes]) -> None:
+        """Takes the keys of a request for pages, which are in prefix order."""
+        with self._lock:
+            for before, key in itertools.pairwise(keys):
+                # What was learned first stays: later requests leave out pages that their sender knows.
+                self._before.setdefault(key, before)
+                self._before.move_to_end(key)
+            while len(self._before) > self._pages:
+                self._before.popitem(last=False)
+
+    def with_heads(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Pages and all that is known to come before them, each after those before it."""
+        ordered: dict[bytes, None] = {}
+        left = _MOST_ANCESTORS
+        with self._lock:
+            for key in keys:
+                path: dict[bytes, None] = {}
+                at: bytes | None = key
+                # Requests may contradict each other: no page twice.
+                while at is not None and at not in ordered and at not in path and (left > 0 or at == key):
+                    path[at] = None
+                    at = self._before.get(at)
+                    left -= 1
+                ordered.update(dict.fromkeys(reversed(path)))
+        return list(ordered)

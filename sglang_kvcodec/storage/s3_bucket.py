@@ -1,0 +1,178 @@
+"""Objects of a bucket of an S3-compatible store, with the library's errors in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import obstore
+import obstore.exceptions
+from obstore.store import S3Store
+
+from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
+
+_CONNECT_TIMEOUT = datetime.timedelta(seconds=5)
+_ANSWER_TIMEOUT = datetime.timedelta(seconds=60)
+_RETRY: Any = {
+    "max_retries": 3,
+    "retry_timeout": datetime.timedelta(seconds=20),
+    "backoff": {
+        "base": 2,
+        "init_backoff": datetime.timedelta(milliseconds=50),
+        "max_backoff": datetime.timedelta(seconds=2),
+    },
+}
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_PREFIX = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Address:
+    """Where a store is.
+
+    Attributes:
+        bucket: its name.
+        prefix: of all names in it; empty for the whole bucket.
+        endpoint: URL of a store that is not Amazon's; None for Amazon, or what ``AWS_ENDPOINT_URL`` says.
+        region: of the bucket; None for what ``AWS_REGION`` says.
+    """
+
+    bucket: str
+    prefix: str
+    endpoint: str | None
+    region: str | None
+
+    @classmethod
+    def parse(cls, location: str) -> S3Address:
+        """The address in ``s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME]``.
+
+        Raises:
+            ConfigurationError: not such an address.
+        """
+        url = urllib.parse.urlsplit(location)
+        options = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        endpoint, region = options.pop("endpoint", None), options.pop("region", None)
+        if options:
+            raise ConfigurationError(f"an S3 store has no option {', '.join(options)}; there are endpoint and region")
+        prefix = url.path.strip("/")
+        if not _BUCKET.fullmatch(url.netloc) or not (prefix == "" or _PREFIX.fullmatch(prefix)):
+            raise ConfigurationError("not an S3 store; write s3://BUCKET/PREFIX")
+        if endpoint is not None and not re.fullmatch(r"https?://[^/@]+/?", endpoint):
+            raise ConfigurationError(f"not an endpoint: {endpoint!r}; write https://HOST")
+        return cls(url.netloc, prefix, endpoint, region)
+
+
+class FoundObject(NamedTuple):
+    """One line of a listing."""
+
+    name: str
+    size_bytes: int
+    modified_at_s: float
+
+
+class S3Bucket:
+    """Whole objects under names, each put once. Credentials come from ``AWS_*`` or the machine's role. Thread-safe."""
+
+    def __init__(self, address: S3Address) -> None:
+        """Connects with the first call.
+
+        Raises:
+            ConfigurationError: the library refuses the address or the environment.
+        """
+        self.where = f"s3://{address.bucket}/{address.prefix}"
+        options: dict[str, Any] = {"region": address.region or None}
+        if address.endpoint is not None:
+            options |= {"endpoint": address.endpoint.rstrip("/"), "virtual_hosted_style_request": False}
+        client = {
+            "allow_http": address.endpoint is not None and address.endpoint.startswith("http:"),
+            "connect_timeout": _CONNECT_TIMEOUT,
+            "timeout": _ANSWER_TIMEOUT,
+        }
+        try:
+            self._store: Any = S3Store(
+                address.bucket,
+                prefix=address.prefix or None,
+                client_options=client,
+                retry_config=_RETRY,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+        except (obstore.exceptions.BaseError, ValueError) as error:
+            raise ConfigurationError(f"can't use {self.where}: {error}") from error
+
+    def create(self, name: str, value: bytes) -> bool:
+        """Stores an object unless there is one, in one request, by a condition that the store checks.
+
+        Parts would be several requests, and S3 takes 5 GB in one.
+        """
+        try:
+            with self._errors_in_our_words():
+                obstore.put(self._store, name, value, mode="create", use_multipart=False)
+        except _ExistsError:
+            return False
+        return True
+
+    def replace(self, name: str, value: bytes) -> None:
+        """Stores an object, whatever is there."""
+        with self._errors_in_our_words():
+            obstore.put(self._store, name, value, mode="overwrite")
+
+    def get(self, name: str) -> bytes | None:
+        """An object, None if there is none."""
+        try:
+            with self._errors_in_our_words():
+                return bytes(obstore.get(self._store, name).bytes())
+        except FileNotFoundError:
+            return None
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes | None:
+        """Bytes ``[start, stop)`` of an object, None if there is none."""
+        try:
+            with self._errors_in_our_words():
+                return bytes(obstore.get_range(self._store, name, start=start, end=stop))
+        except FileNotFoundError:
+            return None
+
+    def head(self, name: str) -> FoundObject | None:
+        """An object's size and time, None if there is none."""
+        try:
+            with self._errors_in_our_words():
+                return _found(obstore.head(self._store, name))
+        except FileNotFoundError:
+            return None
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Deletes objects; one that is not there is no error."""
+        with self._errors_in_our_words(), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, list(names))
+
+    def list(self, folder: str) -> Iterator[list[FoundObject]]:
+        """All objects of a folder, a thousand at a time."""
+        with self._errors_in_our_words():
+            for batch in obstore.list(self._store, folder, chunk_size=1000):
+                yield [_found(meta) for meta in batch]
+
+    @contextlib.contextmanager
+    def _errors_in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except obstore.exceptions.AlreadyExistsError as error:
+            raise _ExistsError from error
+        except (obstore.exceptions.BaseError, OSError) as error:
+            # The library's text has the whole request in it.
+            words = str(error).split("\n\nDebug source", 1)[0][:500]
+            raise StorageUnavailableError(f"the store {self.where} failed: {words}") from error
+
+
+class _ExistsError(Exception):
+    pass
+
+
+def _found(meta: Any) -> FoundObject:
+    return FoundObject(meta["path"], meta["size"], meta["last_modified"].timestamp())

@@ -1,0 +1,99 @@
+"""``kvcodec serve`` on engines of other machines: killed, restarted, several on one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all, metrics_of
+
+from sglang_kvcodec.errors import PeerRejectedError
+from sglang_kvcodec.format.exchange import PutOutcome
+from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.testing.seaweedfs import SeaweedProcess
+from sglang_kvcodec.testing.valkey import ValkeyProcess, valkey_cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with valkey_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    with SeaweedProcess(tmp_path_factory.mktemp("seaweedfs")) as process, pytest.MonkeyPatch.context() as patch:
+        for name, value in process.env.items():
+            patch.setenv(name, value)
+        yield f"s3://kvcodec/peer?endpoint={process.endpoint}"
+
+
+@pytest.fixture
+def store(request):
+    if request.param == "s3":
+        return request.getfixturevalue("bucket")
+    nodes = request.getfixturevalue("cluster")
+    return "rediscluster://" + ",".join(node.address for node in nodes)
+
+
+def put_all(client):
+    return [result.outcome for result in client.put(NAMESPACE, PAGES)]
+
+
+@pytest.mark.parametrize("store", ["s3", "rediscluster"], indirect=True)
+def test_what_is_put_outlives_a_kill(store):
+    with PeerProcess(store, arguments=("--metrics-port", "0")) as process:
+        client = GrpcPeer(process.remote, PATIENT)
+        assert put_all(client) == [PutOutcome.STORED] * 4
+        assert client.stat().engine == store.partition(":")[0]
+        process.kill()
+        process.restart()
+        assert fetch_all(client) == [data for _, data in PAGES]
+        assert put_all(client) == [PutOutcome.ALREADY_STORED] * 4
+        assert 'kvcodec_store_call_seconds_count{method="put"} 4.0' in metrics_of(process)
+        assert client.delete(NAMESPACE, HASHES) == 4
+        # No directory for them was named.
+        with pytest.raises(PeerRejectedError):
+            client.list_calibrations()
+        client.close()
+
+
+def test_peers_on_one_cluster_are_interchangeable(cluster, tmp_path):
+    store = f"rediscluster://{cluster[2].address}?prefix=shared"
+    with (
+        PeerProcess(store, arguments=("--calibrations", str(tmp_path))) as one,
+        PeerProcess(store) as other,
+    ):
+        writer, reader = GrpcPeer(one.remote, PATIENT), GrpcPeer(other.remote, PATIENT)
+        assert put_all(writer) == [PutOutcome.STORED] * 4
+        assert fetch_all(reader) == [data for _, data in PAGES]
+        one.kill()
+        assert put_all(reader) == [PutOutcome.ALREADY_STORED] * 4
+        assert reader.delete(NAMESPACE, HASHES[:1]) == 1
+        one.restart()
+        assert writer.lookup(NAMESPACE, HASHES).present == (False, True, True, True)
+        digest = writer.put_calibration(bytes(32), b"calibration")
+        assert writer.get_calibration(bytes(32), digest) == b"calibration"
+        writer.close()
+        reader.close()
+
+
+def test_a_password_shows_nowhere(tmp_path, capfd):
+    with ValkeyProcess(tmp_path / "valkey", ("--requirepass", "hush-hush")) as valkey:
+        with PeerProcess(f"redis://:hush-hush@{valkey.address}") as process:
+            assert f"redis://***@{valkey.address}" in process.ready_line
+            client = GrpcPeer(process.remote, PATIENT)
+            assert put_all(client) == [PutOutcome.STORED] * 4
+            client.close()
+        command = [sys.executable, "-m", "sglang_kvcodec.cli.main", "serve", "--listen", "127.0.0.1:0"]
+        wrong = subprocess.run(
+            [*command, "--store", f"redis://{valkey.address}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "KVCODEC_STORE_PASSWORD": "hush-wrong"},
+        )
+    assert wrong.returncode == 2
+    assert "hush" not in wrong.stderr + "".join(capfd.readouterr())
+    assert wrong.stderr.count("\n") <= 2
