@@ -123,7 +123,7 @@ def klt_rows(layers_per_block: int) -> list[dict[str, object]]:
         names,
         lambda: kernel.restore(group, Side.KEY, with_escape, [64], torch.arange(64), buffers),
     )
-    basis = kernel._bases[group.index, Side.KEY]
+    basis = kernel.bases[group.index, Side.KEY]
     values = PAGES * 64 * width
     code_bytes = 2 * PAGES * 64 * basis.columns
     moved = {
