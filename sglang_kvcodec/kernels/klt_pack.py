@@ -206,7 +206,7 @@ def _quantise(
     columns: tl.tensor,
     rows: tl.tensor,
     TOKENS: tl.constexpr,
-    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
 ) -> tl.tuple:
     """Codes of places ``(n, 1)`` and tokens ``(1, m)`` of a page.
 
@@ -222,9 +222,9 @@ def _quantise(
     component = tl.load(components + row * columns + column, mask=exists, other=0)
     size = tl.load(sizes + block * rows + row, mask=exists, other=1)
     scaled = tl.div_rn(component, size)
-    magnitude = tl.floor(tl.abs(scaled) + rounding)
-    # Written so that no number is too large, too.
-    is_coded = magnitude <= LARGEST
+    magnitude = tl.abs(scaled) + rounding
+    # Written so that what is no number is too large.
+    is_coded = magnitude < LIMIT
     whole = tl.where(is_coded, magnitude, 0.0).to(tl.int32)
     shifted = tl.where(scaled < 0, -whole, whole) + ((1 << bits) >> 1)
     return shifted, shifted >> bits, exists & (is_coded == 0)
@@ -255,7 +255,7 @@ def _write_codes(
     BLOCK_PLACES: tl.constexpr,
     ZERO_CODE: tl.constexpr,
     LARGEST_CODE: tl.constexpr,
-    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
     TOO_LARGE: tl.constexpr,
 ) -> None:
     token_blocks: tl.constexpr = (TOKENS + BLOCK_TOKENS - 1) // BLOCK_TOKENS
@@ -266,7 +266,7 @@ def _write_codes(
     place = tl.program_id(1) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
     shifted, high, is_too_large = _quantise(
         components, sizes, place_column, place_block, place_bits, rounding, page, place[:, None], token, places,
-        columns, rows, TOKENS, LARGEST,
+        columns, rows, TOKENS, LIMIT,
     )  # fmt: skip
     is_code = (place < places)[:, None] & (token < TOKENS)
     is_escaped = is_code & (tl.abs(high) > LARGEST_CODE)
@@ -312,7 +312,7 @@ def _list_escapes(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
     LARGEST_CODE: tl.constexpr,
-    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
 ) -> None:
     token_blocks: tl.constexpr = (TOKENS + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -324,7 +324,7 @@ def _list_escapes(
         place = (tl.program_id(1) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES))[:, None]
         _, high, _ = _quantise(
             components, sizes, place_column, place_block, place_bits, rounding, page, place, token, places, columns,
-            rows, TOKENS, LARGEST,
+            rows, TOKENS, LIMIT,
         )  # fmt: skip
         is_escaped = (place < places) & (token < TOKENS) & (tl.abs(high) > LARGEST_CODE)
         size: tl.constexpr = BLOCK_PLACES * BLOCK_TOKENS
@@ -462,7 +462,7 @@ class KltPack:
                 "BLOCK_TOKENS": self._code_tokens,
                 "BLOCK_PLACES": CODE_VALUES // self._code_tokens,
                 "LARGEST_CODE": LARGEST_CODE,
-                "LARGEST": float(LARGEST_ESCAPE),
+                "LIMIT": float(LARGEST_ESCAPE + 1),
             }
             stored, counts = self._write_codes(arguments, basis, tables, planes_of(written))
             if written is not canvases:
