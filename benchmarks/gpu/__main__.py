@@ -80,11 +80,11 @@ def measure(rig: Any) -> dict[str, list[dict[str, Any]]]:
         "latency": lambda: video_parts.latency(rig),
         "restore_identity": lambda: kernel_parts.restore_identity(rig, ceiling("copy_gb_per_s")),
         "restore_klt": lambda: kernel_parts.restore_klt(rig, ceiling("matmul_tflop_per_s")),
+        "digest": lambda: kernel_parts.digest(rig, ceiling("copy_gb_per_s")),
         "pipeline": lambda: kernel_parts.pipeline(rig),
         "interference": lambda: kernel_parts.interference(rig),
         "decode_rates": lambda: video_parts.decode_rates(rig),
         "encoder": lambda: video_parts.encoder(rig),
-        "not_there_yet": lambda: kernel_parts.missing(rig),
     }
     start_s = time.perf_counter()
     for name, part in parts.items():

@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.gpu import plugs
 from benchmarks.gpu.rig import Rig
 from benchmarks.gpu.video_parts import MODEL, VALUES_PER_TOKEN, Row
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
+from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.page_object import PageObject
-from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
-from sglang_kvcodec.kernels import check_restore, open_restore
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups, picture_geometry
+from sglang_kvcodec.kernels import PageRestores, check_restore, open_restore
+from sglang_kvcodec.kernels.digest import plane_digests
+from sglang_kvcodec.kernels.planes import planes_of
 from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
 from sglang_kvcodec.transform import PackedSide, PageTransforms, get_transform
@@ -121,27 +124,31 @@ def _klt_rows(rig: Rig, matmul_tflop_per_s: float | None, layers_per_basis: int)
         }
 
     rows = [row("transform, torch", lambda: transform.restore(group, Side.KEY, packed, [0] * pages))]
-    try:
-        kernel = plugs.opener(plugs.RESTORE_CALIBRATED)(transforms, calibration.digest)
-    except plugs.NotThereError as error:
-        return [*rows, {"by": "kernel", "layers_per_basis": layers_per_basis, "not_measured": str(error)}]
+    kernel = PageRestores(transforms, rig.device).get("high", calibration.digest)
     slots = torch.arange(tokens, device=rig.device)
     buffers = list(torch.zeros((group.layers, tokens, *values.shape[3:]), dtype=values.dtype, device=rig.device))
-    return [*rows, row("kernel", lambda: kernel.restore(group, Side.KEY, packed, slots, buffers))]
+    return [*rows, row("kernel", lambda: kernel.restore(group, Side.KEY, packed, [0] * pages, slots, buffers))]
 
 
-def missing(rig: Rig) -> list[Row]:
-    """Kernels that the table needs and that are not called yet."""
-    rows = []
-    for name in (plugs.DIGEST, plugs.PACK, plugs.RESTORE_FRAMES):
-        try:
-            plugs.opener(name)
-            rows.append(
-                {"kernel": name, "not_measured": "it is there; benchmarks/gpu/kernel_parts.py does not call it"}
-            )
-        except plugs.NotThereError as error:
-            rows.append({"kernel": name, "not_measured": str(error)})
-    return rows
+def digest(rig: Rig, copy_gb_per_s: float | None) -> list[Row]:
+    """The digests of pictures that lie on the device: bytes read."""
+    pages = rig.pick(256, 2)
+    geometry = picture_geometry(spec_of(rig))
+    canvases = torch.randint(0, 256, (pages, *geometry.canvas_shape), dtype=torch.uint8, device=rig.device)
+    planes = planes_of(canvases)
+    expected = [plane_digest(canvas) for canvas in canvases[:2].cpu().numpy()]
+    found = plane_digests(planes, geometry.width, geometry.height)[:2].cpu().numpy().view(np.uint64).tolist()
+    if found != expected:
+        raise RuntimeError("the digest kernel does not give the digest of the pictures")
+    seconds = rig.seconds(lambda: plane_digests(planes, geometry.width, geometry.height))
+    gb_per_s = canvases.numel() / seconds / 1e9
+    return [
+        {
+            "pictures": pages,
+            "gb_per_s": gb_per_s,
+            "share_of_copy_bandwidth": gb_per_s / copy_gb_per_s if copy_gb_per_s else None,
+        }
+    ]
 
 
 class Pipeline:
@@ -217,7 +224,7 @@ def pipeline(rig: Rig) -> list[Row]:
         },
         {
             "path": "planes stay on the device",
-            "not_measured": "needs the restore kernel that takes frames and the digest kernel",
+            "not_measured": "kernels read an engine's planes where they lie, but the restorer does not yet let them",
         },
     ]
 
