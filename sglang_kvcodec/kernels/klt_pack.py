@@ -335,7 +335,7 @@ def _list_escapes(
         tl.store(numbers + at, tl.reshape(high, (size,)), mask=is_listed > 0)
 
 
-class _Tables:
+class PackTables:
     """What packing needs of one side of one group beside ``GroupBasis``, on the device.
 
     Attributes:
@@ -397,7 +397,7 @@ class KltPack:
         self._rope = calibration.rope
         self._tier = calibration.tiers[tier]
         self._device = torch.device(device)
-        self._bases = calibrated_bases(spec, calibration, tier, self._device) if bases is None else bases
+        self.bases = calibrated_bases(spec, calibration, tier, self._device) if bases is None else bases
         self._members = {
             group.index: [
                 index
@@ -407,9 +407,9 @@ class KltPack:
             for group in layer_groups(spec)
         }
         self._gain_models = calibration.gain_models
-        self._tables = {
-            (group.index, side): _Tables(
-                self._bases[group.index, side],
+        self.tables = {
+            (group.index, side): PackTables(
+                self.bases[group.index, side],
                 calibration.metrics[side][group.first_layer : group.first_layer + group.layers],
                 self._pairs(side),
                 [len(self._tier.low_bits[side][index]) for index in self._members[group.index]],
@@ -417,7 +417,7 @@ class KltPack:
             for group in layer_groups(spec)
             for side in spec.sides
         }
-        self.geometry = component_geometry(spec, max(basis.components for basis in self._bases.values()))
+        self.geometry = component_geometry(spec, max(basis.components for basis in self.bases.values()))
         self._runs = whole_canvas_runs(self.geometry).to(self._device)
         self._code_tokens = min(CODE_TOKENS, max(8, triton.next_power_of_2(spec.page_tokens)))
 
@@ -441,7 +441,7 @@ class KltPack:
         stride = one_stride(layers, group.layers)
         check_slots(slots, pages, spec, layers[0])
         canvases, written = device_canvases(canvases, pages, self.canvas_shape, slots.device)
-        basis, tables = self._bases[group.index, side], self._tables[group.index, side]
+        basis, tables = self.bases[group.index, side], self.tables[group.index, side]
         with torch.cuda.device_of(layers[0]):  # type: ignore[no-untyped-call]
             values, is_bad = self._read_values(basis, tables, side, first_positions, slots, layers, stride)
             components = self._analyse(basis, tables, values)
@@ -489,7 +489,7 @@ class KltPack:
     def _read_values(
         self,
         basis: GroupBasis,
-        tables: _Tables,
+        tables: PackTables,
         side: Side,
         first_positions: Sequence[int],
         slots: torch.Tensor,
@@ -539,7 +539,7 @@ class KltPack:
         )
         return values, is_bad
 
-    def _analyse(self, basis: GroupBasis, tables: _Tables, values: torch.Tensor) -> torch.Tensor:
+    def _analyse(self, basis: GroupBasis, tables: PackTables, values: torch.Tensor) -> torch.Tensor:
         """fp32 ``(pages * page_tokens, columns)``; columns of high digits are left as they come."""
         components = torch.empty((len(values), basis.columns), dtype=torch.float32, device=values.device)
         _analyse[(triton.cdiv(len(values), BLOCK_ROWS), len(tables.column_blocks))](
@@ -563,7 +563,7 @@ class KltPack:
 
     def _levels(
         self,
-        tables: _Tables,
+        tables: PackTables,
         group: LayerGroup,
         side: Side,
         components: torch.Tensor,
@@ -579,7 +579,7 @@ class KltPack:
         )
 
     def _write_codes(
-        self, arguments: Mapping[str, object], basis: GroupBasis, tables: _Tables, planes: Planes
+        self, arguments: Mapping[str, object], basis: GroupBasis, tables: PackTables, planes: Planes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Low bits, uint8 ``(pages, bytes)``; and how many escapes each program found, int32."""
         tokens, device = self._spec.page_tokens, planes.luma.device

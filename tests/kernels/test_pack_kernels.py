@@ -158,7 +158,7 @@ def test_each_coding_has_its_pack_and_tables_are_shared(device):
     assert packs.get("high", calibration.digest) is pack
     assert isinstance(packs.get("exact"), ExactPack)
     assert isinstance(packs.get("high"), ReferencePack)
-    assert pack._bases[group.index, Side.KEY].synthesis is restore.bases[group.index, Side.KEY].synthesis
+    assert pack.bases[group.index, Side.KEY].synthesis is restore.bases[group.index, Side.KEY].synthesis
 
 
 def test_pictures_go_where_they_are_wanted(device):
