@@ -163,8 +163,9 @@ def _next_step(tried: Mapping[float, float], aim: float) -> float:
             if low * 1.001 < step < high * 0.999:
                 return step
         return math.sqrt(low * high)
-    nearest = min(tried, key=lambda step: abs(math.log(tried[step] / aim)))
-    return nearest * min(_LONGEST_STRIDE, max(1 / _LONGEST_STRIDE, math.sqrt(aim / tried[nearest])))
+    # The outermost, not the one nearest to the aim: with few documents the curve is bumpy.
+    outermost = max(tried) if below else min(tried)
+    return outermost * min(_LONGEST_STRIDE, max(1 / _LONGEST_STRIDE, math.sqrt(aim / tried[outermost])))
 
 
 def make_tier(

@@ -69,6 +69,13 @@ def test_a_search_that_finds_nothing_good_gives_the_finest():
     assert found == 1.0
 
 
+def test_a_search_goes_on_where_a_finer_step_happens_to_be_no_better():
+    measured = {1.0: 1.2e-4}
+    step, found = search_step(lambda step: measured.get(step, 1.21e-4 if step > 0.8 else 0.9e-4), 1e-4, 1.0)
+    assert found <= 1e-4
+    assert step < 0.8
+
+
 def test_a_search_with_a_jump_stays_below_it():
     step, found = search_step(lambda step: 1e-6 if step < 2 else 1.0, 1e-4, 1.0)
     assert found == 1e-6
