@@ -6,8 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_kit import ScatteredPool, hard_values
-from test_klt_kernel import SHAPES, STEP, with_wide_components
+from kernel_kit import SHAPES, STEP, hard_values, pool_with, with_wide_components
 
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
@@ -28,15 +27,6 @@ from sglang_kvcodec.transform.klt import KltTransform
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value encountered:RuntimeWarning"
 )
-
-
-def pool_with(spec, values, device):
-    """A pool of random bits in whose slots the pages ``values`` lie."""
-    pool = ScatteredPool(spec, len(values), values.shape[1], device)
-    for layer, buffer in enumerate(pool.buffers):
-        rows = to_bits(values[:, layer]).flatten(0, 1)
-        buffer.view(rows.dtype)[pool.slots] = rows.to(device)
-    return pool
 
 
 def calibrated(spec, per_block, rope):
@@ -107,15 +97,15 @@ def test_escapes_are_listed_in_order_and_page_by_page(device):
             assert len(set(mine) ^ set(wanted)) <= 0.05 * len(wanted)
 
 
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("special", [float("nan"), -float("inf"), 3e38])
 def test_what_a_tier_cant_code_is_told(special, device):
-    spec, calibration, group = small()
+    spec, calibration, group = small(layers=1, tokens=5)
     kernel = KltPack(spec, calibration, "high", device)
-    values = kv_like(spec, 2, group.layers, seed=0)
-    assert kernel.pack(group, Side.KEY, [0, 17], *slots_and_buffers(spec, values, device)) is not None
-    values[1, 1, -1, 0, -1] = special
-    assert KltTransform(spec, calibration, "high").pack(group, Side.KEY, values, [0, 17]) is None
-    assert kernel.pack(group, Side.KEY, [0, 17], *slots_and_buffers(spec, values, device)) is None
+    values = kv_like(spec, 2, 1, seed=0)
+    assert kernel.pack(group, Side.KEY, [0, 5], *slots_and_buffers(spec, values, device)) is not None
+    values[1, 0, -1, 0, -1] = special
+    assert KltTransform(spec, calibration, "high").pack(group, Side.KEY, values, [0, 5]) is None
+    assert kernel.pack(group, Side.KEY, [0, 5], *slots_and_buffers(spec, values, device)) is None
 
 
 def slots_and_buffers(spec, values, device):
