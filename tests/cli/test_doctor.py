@@ -60,7 +60,7 @@ def test_a_machine_without_a_gpu(accepted, capsys):
 def test_model_link_and_prefill_give_a_break_even(accepted, capsys, peer):
     local, engine = peer
     remote = f"grpc://{local.address}"
-    findings = findings_of(capsys, "--model", str(MODEL), "--remote", remote, "--prefill-tokens-per-s", "1")
+    findings = findings_of(capsys, "--model", str(MODEL), "--remote", remote, "--prefill-tokens-per-s", "0.001")
     assert findings["break_even"]["values_per_token"] == 6 * 2 * 2 * 128
     assert findings["break_even"]["min_tokens"] >= 1
     assert findings["link"]["fetch_bits_per_s"] > 0
