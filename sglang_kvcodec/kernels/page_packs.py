@@ -55,6 +55,8 @@ class ReferencePack:
         if canvases.dtype != torch.uint8 or canvases.shape != made.shape:
             raise ValueError(f"expected uint8 canvases {tuple(made.shape)}, got {canvases.dtype} {canvases.shape}")
         canvases.copy_(made)
+        if canvases.device.type == "cuda":
+            torch.cuda.current_stream(canvases.device).synchronize()
         return [
             PackedSide(canvas, page.stored, page.escapes, page.steps)
             for canvas, page in zip(canvases, packed, strict=True)
