@@ -58,6 +58,7 @@ def check_pack(
                 values = transform.restore(group, side, sides, positions).cpu()
             else:
                 values = torch.randn(shape, generator=generator).to(torch_dtype(spec.dtype))
+                values[0, 0, 0, 0, 0], values[-1, -1, -1, -1, -1] = float("nan"), 300.0
             pool = torch.zeros((group.layers, *slot_shape(spec, len(slots) + SPARE_SLOTS)), dtype=values.dtype)
             to_bits(pool)[:, slots] = to_bits(values.transpose(0, 1)).flatten(1, 2)
             got = pack.pack(group, side, positions, slots.to(device), list(pool.to(device)))

@@ -15,7 +15,7 @@ import triton.language as tl
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, picture_geometry
 from sglang_kvcodec.kernels.planes import plane_addresses, planes_of
 from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
-from sglang_kvcodec.kernels.written import device_canvases
+from sglang_kvcodec.kernels.written import device_canvases, to_host
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.exact import ResidualLayout
 from sglang_kvcodec.transform.floats import to_bytes
@@ -147,5 +147,5 @@ class ExactPack:
             if written is not canvases:
                 canvases.copy_(written, non_blocking=True)
             # Waits for all of the above.
-            rows = stored.cpu()
+            (rows,) = to_host(stored)
         return [PackedSide(canvas=canvas, stored=to_bytes(row)) for canvas, row in zip(canvases, rows, strict=True)]

@@ -37,7 +37,7 @@ from sglang_kvcodec.kernels.klt import (
 )
 from sglang_kvcodec.kernels.planes import Planes, planes_of
 from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
-from sglang_kvcodec.kernels.written import device_canvases
+from sglang_kvcodec.kernels.written import device_canvases, to_host
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.component_escapes import LARGEST_ESCAPE
 from sglang_kvcodec.transform.floats import to_bytes
@@ -468,11 +468,10 @@ class KltPack:
             if written is not canvases:
                 canvases.copy_(written, non_blocking=True)
             # Waits for all of the above.
-            counted = counts.cpu()
-            if bool((counted == _TOO_LARGE).any()) or bool(is_bad.any()):
+            counted, bad, rows, gains = to_host(counts, is_bad.any(), stored, levels)
+            if bool((counted == _TOO_LARGE).any()) or bool(bad):
                 return None
             escapes = self._escapes(arguments, basis, counted)
-            rows, gains = stored.cpu(), levels.cpu()
         return [
             PackedSide(
                 canvases[page],
@@ -620,7 +619,7 @@ class KltPack:
         _list_escapes[tuple(counts.shape)](
             **arguments, escape_end=ends.to(self._device), escape_at=where, numbers=numbers
         )
-        found, number = where.cpu().numpy(), numbers.cpu().numpy()
+        found, number = (each.numpy() for each in to_host(where, numbers))
         order = np.argsort(found)
         found, number = found[order], number[order]
         bounds = np.searchsorted(found, np.arange(1, pages) * page_values)

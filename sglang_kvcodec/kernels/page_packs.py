@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.profile import EXACT, HIGH
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side
 from sglang_kvcodec.kernels.base import PagePack, PageRestore
 from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
@@ -19,7 +19,7 @@ from sglang_kvcodec.transform.floats import from_bits
 class ReferencePack:
     """A ``PagePack`` without a kernel: slots are gathered by torch, on their device, and the transform does the rest.
 
-    For profile ``high``, whose steps come from sums in an order that is part of the format, and for pools on no GPU.
+    For profiles that are a plain copy, and to compare kernels with.
     """
 
     def __init__(self, spec: KVSpec, transform: PageTransform) -> None:
@@ -100,20 +100,25 @@ class PagePacks:
 
     def _open(self, profile_name: str, calibration_digest: bytes, like: PageRestore | None) -> PagePack:
         spec, transform = self._transforms.spec, self._transforms.get(profile_name, calibration_digest)
-        has_kernel = bool(calibration_digest) or profile_name == EXACT.name
+        has_kernel = bool(calibration_digest) or profile_name in (EXACT.name, HIGH.name)
         if not (self._use_kernels and has_kernel):
             return ReferencePack(spec, transform)
         try:
             from sglang_kvcodec.kernels.exact_pack import ExactPack
+            from sglang_kvcodec.kernels.high_pack import HighPack
             from sglang_kvcodec.kernels.klt import KltRestore
             from sglang_kvcodec.kernels.klt_pack import KltPack
         except ImportError as error:
             raise ConfigurationError(f"profile {profile_name!r} needs Triton to pack on a GPU: {error}") from error
-        if not calibration_digest:
+        if profile_name == EXACT.name:
             return ExactPack(spec)
-        calibration = self._transforms.calibration(calibration_digest)
-        bases = like.bases if isinstance(like, KltRestore) else None
-        pack = KltPack(spec, calibration, profile_name, self._device, bases)
+        pack: PagePack
+        if calibration_digest:
+            calibration = self._transforms.calibration(calibration_digest)
+            bases = like.bases if isinstance(like, KltRestore) else None
+            pack = KltPack(spec, calibration, profile_name, self._device, bases)
+        else:
+            pack = HighPack(spec, self._device)
         if self._device.type == "cuda":
             # The tables were copied on this thread's stream; others will read them on theirs.
             torch.cuda.synchronize(self._device)

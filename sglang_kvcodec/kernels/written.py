@@ -1,4 +1,4 @@
-"""Where a kernel leaves the pictures it makes."""
+"""Where a kernel leaves what it makes."""
 
 from __future__ import annotations
 
@@ -37,3 +37,18 @@ def device_canvases(
     if canvases.device.type != "cpu":
         raise ValueError(f"canvases on {canvases.device}, the pool on {device}")
     return canvases, torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of one device in host memory, after one wait for the current stream and all that was put there before.
+
+    They pass through pinned memory, which torch keeps and uses again: as much as one call needs, for each thread.
+    """
+    device = tensors[0].device
+    if device.type != "cuda":
+        return list(tensors)
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return copies

@@ -14,13 +14,16 @@ from sglang_kvcodec.kernels import PagePacks, ReferencePack, check_pack
 from sglang_kvcodec.kernels.check_pack import differences
 from sglang_kvcodec.kernels.exact_pack import ExactPack
 from sglang_kvcodec.kernels.floats import is_finite_bits, widen_bits
+from sglang_kvcodec.kernels.high_pack import HighPack
 from sglang_kvcodec.kernels.klt import KltRestore
 from sglang_kvcodec.kernels.klt_pack import KltPack
+from sglang_kvcodec.kernels.ordered_sum import folds, tree_sum, tree_terms
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
 from sglang_kvcodec.transform import PackedSide, PageTransforms, get_transform
 from sglang_kvcodec.transform.component_escapes import unpack_component_escapes
 from sglang_kvcodec.transform.floats import to_bits, torch_dtype
+from sglang_kvcodec.transform.high import ordered_sum
 from sglang_kvcodec.transform.klt import KltTransform
 
 # NumPy, which interprets the kernels, warns where a GPU does not.
@@ -120,9 +123,68 @@ def test_exact_pages_are_the_references_bit_for_bit(shape, dtype, device):
     for group in layer_groups(spec):
         values = hard_values("exact", spec, 3, group.layers, seed=group.index)
         got = ExactPack(spec).pack(group, Side.VALUE, [0, 0, 0], *slots_and_buffers(spec, values, device))
-        for ours, theirs in zip(got, get_transform("exact", spec).pack(values), strict=True):
-            assert torch.equal(ours.canvas.cpu(), theirs.canvas)
-            assert (ours.stored, ours.escapes, ours.steps) == (theirs.stored, theirs.escapes, theirs.steps)
+        assert_same(got, get_transform("exact", spec).pack(values))
+
+
+@pytest.mark.parametrize("dtype", [KVDtype.BFLOAT16, KVDtype.FLOAT16])
+@pytest.mark.parametrize("shape", [(2, 3, 21, 17), (5, 1, 9, 3), (4, 2, 64, 16), (1, 1, 576, 16), (1, 1, 64, 1)])
+def test_high_pages_are_the_references_bit_for_bit(shape, dtype, device):
+    """Steps, codes and escapes: NaN, infinities, and layers of noise whose escapes are the whole layer."""
+    spec = KVSpec(*shape, dtype)
+    for group in layer_groups(spec):
+        values = hard_values("high", spec, 3, group.layers, seed=group.index)
+        got = HighPack(spec, device).pack(group, Side.VALUE, [0, 0, 0], *slots_and_buffers(spec, values, device))
+        assert_same(got, get_transform("high", spec).pack(values))
+
+
+def test_each_step_that_can_be_taken_is_taken_as_the_reference_takes_it(device):
+    """Layers that need the first, a later or no step: noise, two values badly placed, zeros, one value, far powers."""
+    spec = KVSpec(6, 1, 64, 16, KVDtype.BFLOAT16)
+    (group,) = layer_groups(spec)
+    values = kv_like(spec, 2, 6, seed=7)
+    generator = torch.Generator().manual_seed(1)
+    values[:, 1] = torch.tensor([1.0, -1.0]).repeat(8)[:, None, None]
+    values[:, 2] = 100 + torch.randn(values[:, 2].shape, generator=generator).to(values.dtype)
+    values[:, 3] = 0
+    values[0, 4] = 5
+    values[1, 4] *= 1e-38
+    values[:, 5] *= 1e30
+    want = get_transform("high", spec).pack(values)
+    signal = (values.float() - values.float().mean(2, keepdim=True)).square().flatten(2).mean(2)
+    factors = torch.tensor([page.steps for page in want]) / (12e-3 * signal).sqrt()
+    taken = {round(float(factor), 2) for factor in factors.flatten() if 0 < factor < 1}
+    assert len(taken) >= 2
+    assert any(step == 0 for page in want for step in page.steps)
+    assert_same(HighPack(spec, device).pack(group, Side.KEY, [0, 0], *slots_and_buffers(spec, values, device)), want)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 27, 64, 1071, 5000])
+def test_sums_are_those_of_the_reference_bit_for_bit(count, device):
+    """In one program, and in programs whose sums another one adds up."""
+    terms = torch.randn(count, generator=torch.Generator().manual_seed(count)).square() * 10
+    want = ordered_sum(terms)
+    for levels in {0, min(3, folds(count)), folds(count)}:
+        left = -(-count >> levels)
+        block = min(8, triton.next_power_of_2(left))
+        sums = torch.full((left,), 7.0, device=device)
+        fold_all[(triton.cdiv(left, block),)](
+            terms.to(device), sums, count, levels, block, left, enable_fp_fusion=False
+        )
+        assert torch.equal(ordered_sum(sums.cpu()), want)
+
+
+@triton.jit
+def fold_all(terms, sums, COUNT: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr):
+    sum_ = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index, exists = tree_terms(sum_[None, :], tl.arange(0, 1 << LEVELS)[:, None], COUNT, LEVELS)
+    found = tl.load(terms + index, mask=exists, other=0)
+    tl.store(sums + sum_, tree_sum(found, LEVELS, BLOCK), mask=sum_ < LEFT)
+
+
+def assert_same(got, want):
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours.canvas.cpu(), theirs.canvas)
+        assert (ours.stored, ours.escapes, ours.steps) == (theirs.stored, theirs.escapes, theirs.steps)
 
 
 @pytest.mark.parametrize("profile", ["exact", "high", "raw"])
@@ -147,7 +209,8 @@ def test_each_coding_has_its_pack_and_tables_are_shared(device):
     assert isinstance(pack, KltPack)
     assert packs.get("high", calibration.digest) is pack
     assert isinstance(packs.get("exact"), ExactPack)
-    assert isinstance(packs.get("high"), ReferencePack)
+    assert isinstance(packs.get("high"), HighPack)
+    assert isinstance(PagePacks(PageTransforms(spec, "raw"), device).get("raw"), ReferencePack)
     assert pack.bases[group.index, Side.KEY].synthesis is restore.bases[group.index, Side.KEY].synthesis
 
 
@@ -169,7 +232,7 @@ def test_what_does_not_fit_is_refused(device):
     spec, calibration, group = small()
     values = kv_like(spec, 2, group.layers, seed=0)
     slots, buffers = slots_and_buffers(spec, values, device)
-    for pack in (KltPack(spec, calibration, "high", device), ExactPack(spec)):
+    for pack in (KltPack(spec, calibration, "high", device), ExactPack(spec), HighPack(spec, device)):
         right = torch.empty((2, *pack.canvas_shape), dtype=torch.uint8, device=device)
         for positions, bad_slots, bad_buffers, canvases in (
             ([0], slots, buffers, None),
@@ -216,6 +279,8 @@ def test_the_packs_pass_their_check(dtype, device):
     transforms = PageTransforms(spec, "high", [calibration], device)
     packs = PagePacks(transforms, device)
     check_pack(packs.get("exact"), transforms.get("exact"), spec, torch.device(device))
+    if dtype is KVDtype.BFLOAT16:
+        check_pack(packs.get("high"), transforms.get("high"), spec, torch.device(device))
     tier = transforms.get("high", calibration.digest)
     check_pack(packs.get("high", calibration.digest), tier, spec, torch.device(device), calibration, "high")
 
