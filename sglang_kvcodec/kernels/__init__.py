@@ -5,7 +5,7 @@ from sglang_kvcodec.kernels.check import check_calibrated, check_restore
 from sglang_kvcodec.kernels.check_pack import check_pack
 from sglang_kvcodec.kernels.page_packs import PagePacks, ReferencePack
 from sglang_kvcodec.kernels.pages import PageRestores
-from sglang_kvcodec.kernels.registry import open_calibrated_restore, open_restore
+from sglang_kvcodec.kernels.registry import open_calibrated_restore, open_restore, picture_digests
 
 __all__ = [
     "KernelRestore",
@@ -19,4 +19,5 @@ __all__ = [
     "check_restore",
     "open_calibrated_restore",
     "open_restore",
+    "picture_digests",
 ]
