@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
-from sglang_kvcodec.kernels import klt, open_restore, restore
+from sglang_kvcodec.kernels import exact_pack, klt, klt_pack, open_restore, restore
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
 from sglang_kvcodec.transform import PackedSide, get_transform
@@ -49,14 +50,19 @@ class AbsentGPU:
 
 
 class Compiling:
-    """In the place of a kernel: compiles for the arguments it is launched with."""
+    """In the place of a kernel: compiles for the arguments it is launched with, and has an effect of its own."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, effect: Callable[[dict[str, Any]], object]) -> None:
         self._kernel = kernel
+        self._effect = effect
         self.compiled: list[Any] = []
 
     def __getitem__(self, grid: object) -> Any:
-        return lambda **arguments: self.compiled.append(self._kernel.warmup(grid=grid, **arguments))
+        def launch(**arguments: Any) -> None:
+            self.compiled.append(self._kernel.warmup(grid=grid, **arguments))
+            self._effect(arguments)
+
+        return launch
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -89,10 +95,19 @@ _PATTERNS = {
 }
 
 
+_EFFECTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "_read_values": lambda arguments: arguments["is_bad"].zero_(),
+    "_write_codes": lambda arguments: arguments["escapes"].fill_(1),
+}
+"""What a launch that only compiles has to leave behind: values that can be coded, and escapes to list."""
+
+
 def compile_launches(module: Any, names: list[str], launch: Any) -> dict[str, Any]:
     """The first kernel compiled under each name while ``launch`` runs."""
     kernels = {name: getattr(module, name) for name in names}
-    stand_ins = {name: Compiling(kernel) for name, kernel in kernels.items()}
+    stand_ins = {
+        name: Compiling(kernel, _EFFECTS.get(name, lambda arguments: None)) for name, kernel in kernels.items()
+    }
     for name, stand_in in stand_ins.items():
         setattr(module, name, stand_in)
     try:
@@ -123,7 +138,7 @@ def klt_rows(layers_per_block: int) -> list[dict[str, object]]:
         names,
         lambda: kernel.restore(group, Side.KEY, with_escape, [64], torch.arange(64), buffers),
     )
-    basis = kernel._bases[group.index, Side.KEY]
+    basis = kernel.bases[group.index, Side.KEY]
     values = PAGES * 64 * width
     code_bytes = 2 * PAGES * 64 * basis.columns
     moved = {
@@ -147,6 +162,58 @@ def klt_rows(layers_per_block: int) -> list[dict[str, object]]:
         }
         for name, each in compiled.items()
     ]
+
+
+def klt_pack_rows(layers_per_block: int) -> list[dict[str, object]]:
+    """The kernels that pack K of a calibrated tier."""
+    spec = KVSpec(layers_per_block, 8, 128, 64, KVDtype.BFLOAT16)
+    calibration = random_calibration(spec, layers_per_block=layers_per_block, rope=neox_rope(128), gain_components=8)
+    group = layer_groups(spec)[0]
+    kernel = klt_pack.KltPack(spec, calibration, "high", "cpu")
+    buffers = [torch.zeros((64, 8, 128), dtype=torch.bfloat16) for _ in range(group.layers)]
+    compiled = compile_launches(
+        klt_pack,
+        ["_read_values", "_analyse", "_write_codes", "_list_escapes"],
+        lambda: kernel.pack(group, Side.KEY, [64], torch.arange(64), buffers),
+    )
+    basis, tables = kernel.bases[group.index, Side.KEY], kernel.tables[group.index, Side.KEY]
+    rows = PAGES * 64
+    values = rows * layers_per_block * spec.channels
+    scratch, components = 4 * rows * len(basis.tiles) * klt_pack.TILE_VALUES, 4 * rows * basis.columns
+    low_bytes = PAGES * basis.low_rows * 8
+    moved = {
+        "_read_values": 2 * values + rows * (2 * 64 * 4 + 8) + tables.metrics.nbytes + basis.means.nbytes + scratch,
+        "_analyse": scratch + basis.synthesis.nbytes + components,
+        "_write_codes": components + 4 * rows * basis.blocks + PAGES * kernel.geometry.picture_bytes + low_bytes,
+        "_list_escapes": 0,
+    }
+    flop_per_value = {"_read_values": 3 * 2 * spec.head_dim, "_analyse": 2 * 2 * basis.columns}
+    return [
+        {
+            "kernel": name.strip("_"),
+            "layers_per_block": layers_per_block,
+            **resources(each),
+            "bytes_per_value": round(moved[name] / values, 3),
+            "columns": basis.columns,
+            "components": basis.components,
+            "flop_per_value": flop_per_value.get(name, 0),
+        }
+        for name, each in compiled.items()
+    ]
+
+
+def exact_pack_row() -> dict[str, object]:
+    """The kernel that packs exact pages."""
+    spec = KVSpec(1, 8, 128, 64, KVDtype.BFLOAT16)
+    kernel = exact_pack.ExactPack(spec)
+    buffers = [torch.zeros((64, 8, 128), dtype=torch.bfloat16)]
+    compiled = compile_launches(
+        exact_pack,
+        ["_pack_exact"],
+        lambda: kernel.pack(layer_groups(spec)[0], Side.KEY, [0], torch.arange(64), buffers),
+    )["_pack_exact"]
+    # The canvas is filled before; exponents and residuals are a byte each.
+    return {"kernel": "pack_exact", **resources(compiled), "bytes_per_value": 2 + 1 + 1 + 1.0}
 
 
 _ESCAPE = b"\0" * 4 + (200).to_bytes(4, "little")
@@ -177,7 +244,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     arguments = parser.parse_args()
     driver.set_active(AbsentGPU())
-    rows = [*identity_rows(), *klt_rows(1), *klt_rows(3)]
+    rows = [*identity_rows(), *klt_rows(1), *klt_rows(3), exact_pack_row(), *klt_pack_rows(1), *klt_pack_rows(3)]
     for row in rows:
         print(json.dumps(row))
     if arguments.record:

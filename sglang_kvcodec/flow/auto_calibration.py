@@ -73,6 +73,10 @@ class AutoCalibration:
         self._thread = threading.Thread(target=self._run, args=(statistics,), name="kvcodec-calibrate", daemon=True)
         self._thread.start()
 
+    def wants_pages(self) -> bool:
+        """Whether it would take a page that is offered now."""
+        return not self._is_over.is_set() and not self._queue.full()
+
     def offer(self, values: Mapping[Side, torch.Tensor], first_position: int) -> None:
         """Offers a page for the statistics; returns at once, having copied the page if it is taken.
 
@@ -80,7 +84,7 @@ class AutoCalibration:
             values: per side ``(layers, page_tokens, kv_heads, head_dim)`` in host memory.
             first_position: of the page's first token.
         """
-        if self._is_over.is_set() or self._queue.full():
+        if not self.wants_pages():
             return
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(({side: tensor.clone() for side, tensor in values.items()}, first_position))

@@ -104,6 +104,16 @@ class PagedKVPool:
         return self._buffers()[side][first_layer : first_layer + layers]
 
     @contextlib.contextmanager
+    def reading(self, after: Sequence[Any] = ()) -> Iterator[Buffers]:
+        """Lets the body read the pool's tensors where they lie, on a stream of this thread; it has at the end.
+
+        Args:
+            after: device events the body's work on the device waits for.
+        """
+        with self.side_stream(after):
+            yield self._buffers()
+
+    @contextlib.contextmanager
     def writing(
         self, side: Side, first_layer: int, layers: int, after: Sequence[Any] = ()
     ) -> Iterator[Sequence[torch.Tensor]]:

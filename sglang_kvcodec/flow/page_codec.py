@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 
@@ -14,7 +15,46 @@ from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart
 from sglang_kvcodec.format.profile import EXACT
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
-from sglang_kvcodec.video import DecodedFrames, FrameDecoder, PictureEncoder
+from sglang_kvcodec.video import (
+    Canvases,
+    DecodedFrames,
+    DeviceCanvases,
+    DeviceEncoder,
+    EncodedPictures,
+    FrameDecoder,
+    PictureEncoder,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedPage:
+    """A page that was packed where it lay: all that an encoder needs of it.
+
+    Attributes:
+        profile_name: of its coding.
+        calibration_digest: of its calibration; empty for none.
+        first_position: of its first token; 0 where the coding does not depend on it.
+        sides: side after side of group after group; their canvases are parts of ``canvases``.
+        canvases: uint8 ``(pictures, height * 3 // 2, width)``, contiguous and written.
+        digests: of the planes of each, if they are where the encoder takes them from a device; None in host memory.
+    """
+
+    profile_name: str
+    calibration_digest: bytes
+    first_position: int
+    sides: Sequence[PackedSide]
+    canvases: torch.Tensor
+    digests: Sequence[int] | None = None
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether its pictures are for an encoder that takes them from a device."""
+        return self.digests is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it holds."""
+        return self.canvases.numel() + sum(len(side.stored) + len(side.escapes) for side in self.sides)
 
 
 class PageEncoder:
@@ -65,10 +105,30 @@ class PageEncoder:
             first_position = 0
         packed = self._pack(self._transform, values, first_position)
         if packed is not None:
-            return self._build(page_hash, packed, self._profile.name, self._calibration_digest, first_position)
+            coded = self._encode_pictures(packed)
+            return self._build(page_hash, packed, self._profile.name, self._calibration_digest, first_position, coded)
         exact = self._pack(self._transforms.get(EXACT.name), values, 0)
         assert exact is not None, "exact codes whatever there is"
-        return self._build(page_hash, exact, EXACT.name, b"", 0)
+        return self._build(page_hash, exact, EXACT.name, b"", 0, self._encode_pictures(exact))
+
+    def encode_packed(self, page_hash: bytes, page: PackedPage) -> bytes:
+        """The page object of a page that was packed for this namespace, or as an ``exact`` one.
+
+        Args:
+            page_hash: 32 bytes.
+            page: on a device only if the encoder is a ``DeviceEncoder``.
+
+        Raises:
+            CodecError: the encoder failed.
+        """
+        if page.digests is None:
+            coded = self._encode_canvases(page.canvases.numpy(), page.sides)
+        else:
+            encoded = self._encode_on_device(page.canvases)
+            coded = encoded.parameter_sets, _picture_parts(encoded, page.digests, page.sides)
+        return self._build(
+            page_hash, page.sides, page.profile_name, page.calibration_digest, page.first_position, coded
+        )
 
     def _pack(
         self, transform: PageTransform, values: Mapping[Side, torch.Tensor], first_position: int
@@ -91,9 +151,10 @@ class PageEncoder:
         profile_name: str,
         calibration_digest: bytes,
         first_position: int,
+        coded: tuple[bytes, Sequence[PicturePart | None]],
     ) -> bytes:
         spec = self._transforms.spec
-        parameter_sets, pictures = self._encode_pictures(packed)
+        parameter_sets, pictures = coded
         groups: list[GroupData] = [{} for _ in self._groups]
         places = [(group, side) for group in self._groups for side in spec.sides]
         for (group, side), data, picture in zip(places, packed, pictures, strict=True):
@@ -113,12 +174,31 @@ class PageEncoder:
         if self._encoder is None:
             return b"", [None] * len(packed)
         canvases = torch.stack([side.canvas for side in packed if side.canvas is not None]).cpu().numpy()
+        return self._encode_canvases(canvases, packed)
+
+    def _encode_canvases(
+        self, canvases: Canvases, packed: Sequence[PackedSide]
+    ) -> tuple[bytes, Sequence[PicturePart | None]]:
+        assert self._encoder is not None, "a profile with pictures has one"
         encoded = self._encoder.encode(canvases)
-        pictures = [
-            PicturePart(data, plane_digest(canvas), side.steps)
-            for data, canvas, side in zip(encoded.pictures, canvases, packed, strict=True)
-        ]
-        return encoded.parameter_sets, pictures
+        return encoded.parameter_sets, _picture_parts(encoded, map(plane_digest, canvases), packed)
+
+    def _encode_on_device(self, canvases: torch.Tensor) -> EncodedPictures:
+        pictures, rows, width = canvases.shape
+        # Only an encoder that says so of itself is given pages that stay on a device.
+        encoder = cast(DeviceEncoder, self._encoder)
+        return encoder.encode_device(
+            DeviceCanvases(canvases.data_ptr(), pictures, rows, width, lambda index: canvases[index].cpu().numpy())
+        )
+
+
+def _picture_parts(
+    encoded: EncodedPictures, digests: Iterable[int], packed: Sequence[PackedSide]
+) -> list[PicturePart | None]:
+    return [
+        PicturePart(data, digest, side.steps)
+        for data, digest, side in zip(encoded.pictures, digests, packed, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 Two threads and two bounded hand-overs: the copier takes pages out of the pool as soon as it can, so that their slots
 are free again, then the encoders code them and the sender stores them. What finds no room is dropped and counted.
+
+Out of a pool on a GPU pages come packed by kernels, and encoders code their pictures; elsewhere they come as they are,
+and encoders pack them first.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import KVCodecError, PeerError, PeerRejectedError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
-from sglang_kvcodec.flow.page_codec import PageEncoder
+from sglang_kvcodec.flow.page_codec import PackedPage, PageEncoder
+from sglang_kvcodec.flow.page_packer import PagePacker
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import PeerTransport, PutOutcome
@@ -45,19 +49,27 @@ class Offload:
         page_hashes: Sequence[bytes],
         slots: torch.Tensor,
         after: Sequence[Any] = (),
-        kv_bytes: int = 0,
+        page_bytes: int = 0,
         first_position: int = 0,
     ) -> None:
-        """An offload that is not settled yet; the arguments are those of :meth:`Publisher.offload`."""
+        """An offload that is not settled yet; the arguments are those of :meth:`Publisher.offload`.
+
+        ``page_bytes`` is what each page has reserved of the queue.
+        """
         self.namespace_digest = namespace_digest
         self.page_hashes = page_hashes
         self.slots = slots
         self.after = after
-        self.kv_bytes = kv_bytes
+        self.page_bytes = page_bytes
         self.first_position = first_position
         self.succeeded: bool | None = None
         """Whether the pages were taken over; None as long as their slots may still be read."""
         self._settled = threading.Event()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the queue, by all its pages."""
+        return self.page_bytes * len(self.page_hashes)
 
     def settle(self, succeeded: bool) -> None:
         """The slots are free again."""
@@ -73,9 +85,24 @@ class Offload:
 class _Page:
     namespace_digest: bytes
     page_hash: bytes
-    values: dict[Side, torch.Tensor]
-    kv_bytes: int
+    content: Mapping[Side, torch.Tensor] | PackedPage | None
+    """None once it is coded."""
+    held_bytes: int
+    """Of the queue."""
     first_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """What is left of a page when its slots are not read any more.
+
+    Attributes:
+        content: to encode.
+        shown: its values, if they are to be shown.
+    """
+
+    content: Mapping[Side, torch.Tensor] | PackedPage
+    shown: Mapping[Side, torch.Tensor] | None
 
 
 class Publisher:
@@ -89,7 +116,9 @@ class Publisher:
         pool: PagedKVPool,
         new_encoder: Callable[[bytes], PageEncoder],
         config: ServerConfig,
-        on_page: Callable[[Mapping[Side, torch.Tensor], int], None] = lambda values, first_position: None,
+        on_page: Callable[[Mapping[Side, torch.Tensor], int], None] | None = None,
+        wants_pages: Callable[[], bool] | None = None,
+        packer: PagePacker | None = None,
     ) -> None:
         """Starts the threads.
 
@@ -102,6 +131,8 @@ class Publisher:
             config: bounds.
             on_page: called on the copying thread with the values ``(layers, page_tokens, kv_heads, head_dim)`` of each
                 side of a page that will be published, and the position of its first token.
+            wants_pages: whether ``on_page`` has any use for a page now, which costs a copy; None if it always has.
+            packer: packs pages where they lie; None to copy them and to pack them on the encoding threads.
         """
         self._peer = peer
         self._monitor = monitor
@@ -110,6 +141,8 @@ class Publisher:
         self._new_encoder = new_encoder
         self._config = config
         self._on_page = on_page
+        self._wants_pages = wants_pages
+        self._packer = packer
         self._queue_changed = threading.Condition()
         self._queued_bytes = 0
         self._closed = threading.Event()
@@ -149,8 +182,8 @@ class Publisher:
             An offload that has succeeded already if the peer has all the pages, and failed already if there is no
             room or no peer.
         """
-        kv_bytes = len(page_hashes) * self._pool.spec.page_bytes
-        offload = Offload(namespace_digest, page_hashes, slots, after, kv_bytes, first_position)
+        page_bytes = self._page_bytes(namespace_digest)
+        offload = Offload(namespace_digest, page_hashes, slots, after, page_bytes, first_position)
         if self._config.read_only or not self._stored.missing(namespace_digest, page_hashes):
             offload.settle(True)
         elif self._closed.is_set():
@@ -159,7 +192,7 @@ class Publisher:
         elif not self._monitor.is_up:
             self._drop(len(page_hashes), "peer_down")
             offload.settle(False)
-        elif not self._reserve(kv_bytes):
+        elif not self._reserve(offload.reserved_bytes):
             self._drop(len(page_hashes), "queue_full")
             offload.settle(False)
         else:
@@ -190,18 +223,32 @@ class Publisher:
 
     # ---- accounting ----
 
-    def _reserve(self, kv_bytes: int) -> bool:
+    def _page_bytes(self, namespace_digest: bytes) -> int:
+        """What a page is taken to need before it is known."""
+        return self._packer.page_bytes(namespace_digest) if self._packer is not None else self._pool.spec.page_bytes
+
+    def _reserve(self, size_bytes: int) -> bool:
         with self._queue_changed:
             # One offload larger than the bound is taken when nothing else waits: else it never could be.
-            if self._queued_bytes and self._queued_bytes + kv_bytes > self._config.publish_queue_bytes:
+            if self._queued_bytes and self._queued_bytes + size_bytes > self._config.publish_queue_bytes:
                 return False
-            self._queued_bytes += kv_bytes
+            self._queued_bytes += size_bytes
             metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
             return True
 
-    def _release(self, kv_bytes: int) -> None:
+    def _resize(self, reserved_bytes: int, held_bytes: int) -> bool:
+        """Has a page hold what it is instead of what it was taken for; False if it is more, and there is no room."""
         with self._queue_changed:
-            self._queued_bytes -= kv_bytes
+            grown_bytes = held_bytes - reserved_bytes
+            if grown_bytes > 0 and self._queued_bytes + grown_bytes > self._config.publish_queue_bytes:
+                return False
+            self._queued_bytes += grown_bytes
+            metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
+            return True
+
+    def _release(self, size_bytes: int) -> None:
+        with self._queue_changed:
+            self._queued_bytes -= size_bytes
             metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
             self._queue_changed.notify_all()
 
@@ -217,37 +264,59 @@ class Publisher:
             missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
             try:
                 is_wanted = bool(missing) and not self._closed.is_set()
-                values = self._pool.gather(offload.slots, offload.after, missing) if is_wanted else {}
+                taken = self._take(offload, missing) if is_wanted else []
             except Exception:
                 # A thread's top: the pages' slots stay locked until this is answered.
                 logger.exception("kvcodec: pages could not be copied out of the pool")
                 self._drop(pages, "copy_failed")
-                self._release(offload.kv_bytes)
+                self._release(offload.reserved_bytes)
                 offload.settle(False)
                 continue
             if self._closed.is_set():
                 self._drop(pages, "closed")
-                self._release(offload.kv_bytes)
+                self._release(offload.reserved_bytes)
                 offload.settle(False)
                 continue
             offload.settle(True)
-            self._queue_missing(offload, missing, values)
+            self._queue_missing(offload, missing, taken)
 
-    def _queue_missing(self, offload: Offload, missing: Sequence[int], values: dict[Side, torch.Tensor]) -> None:
-        spec = self._pool.spec
+    def _take(self, offload: Offload, missing: Sequence[int]) -> list[_Taken]:
+        """What is left of each missing page when its slots are somebody else's."""
+        is_shown = self._on_page is not None and (self._wants_pages is None or self._wants_pages())
+        values: dict[Side, torch.Tensor] = {}
+        if self._packer is None or is_shown:
+            values = self._pool.gather(offload.slots, offload.after, missing)
+        by_page = [{side: tensor[i] for side, tensor in values.items()} for i in range(len(missing))]
+        if self._packer is None:
+            return [_Taken(page, page if is_shown else None) for page in by_page]
+        packed = self._packer.pack(
+            offload.namespace_digest, offload.slots, offload.after, missing, offload.first_position
+        )
+        return [_Taken(page, shown if is_shown else None) for page, shown in zip(packed, by_page, strict=True)]
+
+    def _queue_missing(self, offload: Offload, missing: Sequence[int], taken: list[_Taken]) -> None:
         hashes = [offload.page_hashes[i] for i in missing]
         present = self._present(offload.namespace_digest, hashes)
-        self._release((len(offload.page_hashes) - len(missing) + sum(present)) * spec.page_bytes)
+        self._release((len(offload.page_hashes) - len(missing) + sum(present)) * offload.page_bytes)
         if any(present):
             metrics.PUBLISHED_PAGES.labels(outcome="already_stored").inc(sum(present))
+        # So that what is not queued is not kept until the next offload.
+        taken.reverse()
         for i, page_hash in enumerate(hashes):
-            if not present[i]:
-                page_values = {side: tensor[i] for side, tensor in values.items()}
-                first_position = offload.first_position + missing[i] * spec.page_tokens
-                self._on_page(page_values, first_position)
-                self._to_encode.put(
-                    _Page(offload.namespace_digest, page_hash, page_values, spec.page_bytes, first_position)
-                )
+            page = taken.pop()
+            if present[i]:
+                continue
+            first_position = offload.first_position + missing[i] * self._pool.spec.page_tokens
+            if page.shown is not None and self._on_page is not None:
+                self._on_page(page.shown, first_position)
+            held_bytes = offload.page_bytes
+            if isinstance(page.content, PackedPage):
+                held_bytes = page.content.size_bytes
+                if not self._resize(offload.page_bytes, held_bytes):
+                    self._drop(1, "queue_full")
+                    self._release(offload.page_bytes)
+                    continue
+            self._to_encode.put(_Page(offload.namespace_digest, page_hash, page.content, held_bytes, first_position))
 
     def _present(self, namespace_digest: bytes, hashes: list[bytes]) -> Sequence[bool]:
         """Which of the pages the peer has: one RPC, so that no page is coded in vain."""
@@ -266,29 +335,42 @@ class Publisher:
         _be_nice()
         encoders: dict[bytes, PageEncoder] = {}
         while (page := self._to_encode.get()) is not None:
-            if self._closed.is_set() or not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
-                self._drop(1, "closed" if self._closed.is_set() else "peer_down")
-                self._release(page.kv_bytes)
-                continue
-            try:
-                if page.namespace_digest not in encoders:
-                    encoders = {page.namespace_digest: self._new_encoder(page.namespace_digest)}
-                start_s = time.monotonic()
-                # A calibrated tier packs on the pool's device: not on the stream that the model is launched on.
-                with self._pool.side_stream():
-                    coded = encoders[page.namespace_digest].encode(page.page_hash, page.values, page.first_position)
-                metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
-            except KVCodecError as error:
-                logger.error("kvcodec: a page could not be encoded: %s", error)
-                self._drop(1, error.reason)
-                self._release(page.kv_bytes)
-            except Exception:
-                # A thread's top: publishing goes on with the next page.
-                logger.exception("kvcodec: a page could not be encoded")
-                self._drop(1, "encode_failed")
-                self._release(page.kv_bytes)
-            else:
-                self._to_send.put((dataclasses.replace(page, values={}), coded))
+            self._encode_and_queue(page, encoders)
+            # It would be held until the next one comes.
+            del page
+
+    def _encode_and_queue(self, page: _Page, encoders: dict[bytes, PageEncoder]) -> None:
+        """``encoders``: the thread's, by namespace; no more than one."""
+        if self._closed.is_set() or not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
+            self._drop(1, "closed" if self._closed.is_set() else "peer_down")
+            self._release(page.held_bytes)
+            return
+        try:
+            if page.namespace_digest not in encoders:
+                encoders.clear()
+                encoders[page.namespace_digest] = self._new_encoder(page.namespace_digest)
+            start_s = time.monotonic()
+            coded = self._encode(encoders[page.namespace_digest], page)
+            metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
+        except KVCodecError as error:
+            logger.error("kvcodec: a page could not be encoded: %s", error)
+            self._drop(1, error.reason)
+            self._release(page.held_bytes)
+        except Exception:
+            # A thread's top: publishing goes on with the next page.
+            logger.exception("kvcodec: a page could not be encoded")
+            self._drop(1, "encode_failed")
+            self._release(page.held_bytes)
+        else:
+            self._to_send.put((dataclasses.replace(page, content=None), coded))
+
+    def _encode(self, encoder: PageEncoder, page: _Page) -> bytes:
+        assert page.content is not None, "it is coded once"
+        if isinstance(page.content, PackedPage):
+            return encoder.encode_packed(page.page_hash, page.content)
+        # A calibrated tier packs on the pool's device: not on the stream that the model is launched on.
+        with self._pool.side_stream():
+            return encoder.encode(page.page_hash, page.content, page.first_position)
 
     def _send_loop(self) -> None:
         _be_nice()
@@ -302,7 +384,7 @@ class Publisher:
                 logger.exception("kvcodec: pages could not be stored")
                 self._drop(len(batch), "send_failed")
             finally:
-                self._release(sum(page.kv_bytes for page, _ in batch))
+                self._release(sum(page.held_bytes for page, _ in batch))
 
     def _next_batch(self) -> tuple[list[tuple[_Page, bytes]], bool]:
         """Waits for a page and takes what else is there; and whether nothing comes after it."""
@@ -340,11 +422,11 @@ class Publisher:
                 self._stored.update(
                     namespace_digest, [page.page_hash for page, _ in pages], [r.outcome in kept for r in results]
                 )
-                for (page, coded), result in zip(pages, results, strict=True):
+                for (_, coded), result in zip(pages, results, strict=True):
                     metrics.PUBLISHED_PAGES.labels(outcome=result.outcome.value).inc()
                     if result.outcome is PutOutcome.STORED:
                         metrics.PUBLISHED_BYTES.inc(len(coded))
-                        metrics.PUBLISHED_KV_BYTES.inc(page.kv_bytes)
+                        metrics.PUBLISHED_KV_BYTES.inc(self._pool.spec.page_bytes)
                     elif result.outcome not in kept:
                         self._drop(1, result.outcome.value)
                         logger.warning("kvcodec: the peer did not store a page: %s", result.detail)

@@ -73,3 +73,45 @@ class PageRestore(Protocol):
             ValueError: what does not fit otherwise; the caller's mistake.
         """
         ...
+
+
+class PagePack(Protocol):
+    """Packs pages where they lie in the pool, as ``PageTransform.pack`` packs values. Thread-safe."""
+
+    @property
+    def canvas_shape(self) -> tuple[int, int]:
+        """Shape of the uint8 NV12 canvases, of a profile with pictures."""
+        ...
+
+    def pack(
+        self,
+        group: LayerGroup,
+        side: Side,
+        first_positions: Sequence[int],
+        slots: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        canvases: torch.Tensor | None = None,
+    ) -> list[PackedSide] | None:
+        """Packs one side of one layer group of many pages; only reads the slots.
+
+        What it starts runs on the current stream of the buffers' device, after what was put there before, and has
+        ended on return.
+
+        Args:
+            group: which layers.
+            side: which tensor of them.
+            first_positions: of each page's first token; only calibrated tiers use it.
+            slots: int64 ``(pages * page_tokens,)`` on the buffers' device.
+            buffers: the pool's tensors ``(slots, kv_heads, head_dim)`` of the group's layers, in order, with one
+                stride. A slot's values must lie side by side.
+            canvases: where the pictures are left: uint8 ``(pages, *canvas_shape)``, contiguous, on the buffers'
+                device or in host memory, best pinned; None for new ones on the device.
+
+        Returns:
+            The packed sides, their canvases part of ``canvases``; or None if there is a page that the coding can't
+            code, and then the canvases hold nothing of use.
+
+        Raises:
+            ValueError: slots, buffers or canvases that do not fit; the caller's mistake.
+        """
+        ...

@@ -219,6 +219,11 @@ def canvas_runs(geometry: ComponentGeometry) -> torch.Tensor:
     return torch.from_numpy((row << 15 | column << 1 | is_chroma).astype(np.int32))
 
 
+def whole_canvas_runs(geometry: ComponentGeometry) -> torch.Tensor:
+    """As :func:`canvas_runs`, for all bytes of a canvas: behind the components come those that hold nothing."""
+    return canvas_runs(dataclasses.replace(geometry, page_tokens=1, components=geometry.picture_bytes))
+
+
 def _places_on_canvas(counts: list[int]) -> list[npt.NDArray[np.int64]]:
     """For each block, where its components lie among those of the group: by rank, then by block."""
     ranks = np.concatenate([np.arange(count) for count in counts])

@@ -18,8 +18,8 @@ from sglang_kvcodec.transform.layout import CANVAS_FILL
 from sglang_kvcodec.transform.low_bits import low_bits_bytes
 from sglang_kvcodec.transform.token_gains import UNIT_LEVEL, pack_levels
 
-_PAGES = 2
-_SPARE_SLOTS = 3
+PAGES = 2
+SPARE_SLOTS = 3
 _SUM_ERROR = 2.0**-14
 """Of the largest value: sums of some thousand products, each good to 2**-24."""
 
@@ -32,12 +32,12 @@ def check_restore(kernel: KernelRestore, profile_name: str, spec: KVSpec, device
     """
     transform = get_transform(profile_name, spec)
     generator = torch.Generator().manual_seed(0)
-    slots = torch.arange(_PAGES * spec.page_tokens).flip(0) + 1
+    slots = torch.arange(PAGES * spec.page_tokens).flip(0) + 1
     for layers in sorted({group.layers for group in layer_groups(spec)}):
-        values = torch.randn((_PAGES, layers, *_slot_shape(spec, spec.page_tokens)), generator=generator)
+        values = torch.randn((PAGES, layers, *slot_shape(spec, spec.page_tokens)), generator=generator)
         values[0, 0, 0, 0, 0] = float("inf")
         packed = transform.pack(values.to(torch_dtype(spec.dtype)))
-        expected = torch.zeros((layers, *_slot_shape(spec, len(slots) + _SPARE_SLOTS)), dtype=torch_dtype(spec.dtype))
+        expected = torch.zeros((layers, *slot_shape(spec, len(slots) + SPARE_SLOTS)), dtype=torch_dtype(spec.dtype))
         pool = expected.to(device, copy=True)
         to_bits(expected)[:, slots] = to_bits(transform.restore(layers, packed)).transpose(0, 1).flatten(1, 2)
         kernel.restore(packed, slots.to(device), list(pool))
@@ -87,13 +87,13 @@ def check_calibrated(
     """
     spec = transform.spec
     generator = torch.Generator().manual_seed(0)
-    slots = torch.arange(_PAGES * spec.page_tokens).flip(0) + 1
+    slots = torch.arange(PAGES * spec.page_tokens).flip(0) + 1
     positions = [3 * spec.page_tokens, 0]
     dtype = torch_dtype(spec.dtype)
     for group in {group.layers: group for group in layer_groups(spec)}.values():
         for side in spec.sides:
-            packed = _made_up_pages(transform, calibration, tier, group, side, generator)
-            expected = torch.zeros((group.layers, *_slot_shape(spec, len(slots) + _SPARE_SLOTS)), dtype=dtype)
+            packed = made_up_pages(transform, calibration, tier, group, side, generator)
+            expected = torch.zeros((group.layers, *slot_shape(spec, len(slots) + SPARE_SLOTS)), dtype=dtype)
             pool = expected.to(device, copy=True)
             values = transform.restore(group, side, packed, positions).cpu()
             to_bits(expected)[:, slots] = to_bits(values).transpose(0, 1).flatten(1, 2)
@@ -108,7 +108,7 @@ def check_calibrated(
                 raise ConfigurationError(f"the kernel of tier {tier!r} restores wrong values on {device}")
 
 
-def _made_up_pages(
+def made_up_pages(
     transform: KltTransform,
     calibration: Calibration,
     tier: str,
@@ -127,12 +127,12 @@ def _made_up_pages(
     counts = torch.cat([torch.from_numpy(chosen.low_bits[side][index]) for index in blocks]).to(torch.int32)
     stored_bytes = low_bits_bytes(counts, spec.page_tokens)
     components = transform.components(group, side)
-    codes = torch.randint(CANVAS_FILL - 3, CANVAS_FILL + 4, (_PAGES, spec.page_tokens, components), generator=generator)
+    codes = torch.randint(CANVAS_FILL - 3, CANVAS_FILL + 4, (PAGES, spec.page_tokens, components), generator=generator)
     layout = component_layout(transform.geometry)
     canvases = components_to_canvas(codes.to(torch.uint8), transform.geometry, layout)
     # Whole bytes of low bits, the last of a row cut to the tokens it has.
-    stored = torch.randint(0, 256, (_PAGES, stored_bytes), generator=generator).to(torch.uint8)
-    stored.view(_PAGES, -1, -(-spec.page_tokens // 8))[..., -1] &= (1 << ((spec.page_tokens - 1) % 8 + 1)) - 1
+    stored = torch.randint(0, 256, (PAGES, stored_bytes), generator=generator).to(torch.uint8)
+    stored.view(PAGES, -1, -(-spec.page_tokens // 8))[..., -1] &= (1 << ((spec.page_tokens - 1) % 8 + 1)) - 1
     steps = tuple(chosen.steps[side][index] for index in blocks)
     pages = []
     for canvas, row in zip(canvases, stored, strict=True):
@@ -144,5 +144,6 @@ def _made_up_pages(
     return pages
 
 
-def _slot_shape(spec: KVSpec, slots: int) -> tuple[int, int, int]:
+def slot_shape(spec: KVSpec, slots: int) -> tuple[int, int, int]:
+    """Shape of a pool's layer, or of a page's."""
     return slots, spec.kv_heads, spec.head_dim

@@ -1,4 +1,4 @@
-"""fp32 to the bits of a pool's type, rounded to nearest even, on every device and in Triton's interpreter alike."""
+"""fp32 to the bits of a pool's type and back, the same on every device and in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def narrow_bits(
         subnormal = sum_.to(tl.int32, bitcast=True) - anchor
         bits = tl.where(magnitude < smallest, subnormal, normal - ((127 - BIAS) << MANTISSA_BITS))
     return bits | (sign << (EXPONENT_BITS + MANTISSA_BITS))
+
+
+@triton.jit
+def widen_bits(bits: tl.tensor, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr) -> tl.tensor:
+    """The value of a finite number of such a type as fp32, exact; of ``bits``, int32, the upper ones are ignored."""
+    if EXPONENT_BITS == 8:
+        wide = (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        # Fields of fp16 where they are narrower, with another bias.
+        sign = (bits >> (EXPONENT_BITS + MANTISSA_BITS) & 1) << 15
+        magnitude = (bits & ((1 << (EXPONENT_BITS + MANTISSA_BITS)) - 1)) << (10 - MANTISSA_BITS)
+        scale: tl.constexpr = 1 << (16 - (1 << (EXPONENT_BITS - 1)))
+        wide = (sign | magnitude).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * scale
+    return wide
+
+
+@triton.jit
+def is_finite_bits(bits: tl.tensor, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr) -> tl.tensor:
+    """Whether ``bits`` are a number. The e4m3 of pools has no infinities; all ones are none."""
+    ones: tl.constexpr = ((1 << EXPONENT_BITS) - 1) << MANTISSA_BITS
+    special: tl.constexpr = 0x7F if EXPONENT_BITS == 4 else ones
+    return (bits & special) != special

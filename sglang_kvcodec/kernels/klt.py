@@ -25,7 +25,7 @@ from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, component_geome
 from sglang_kvcodec.kernels.basis import DIGIT, HIGH_DIGIT, LOW_DIGIT, GroupBasis, canvas_runs, group_basis, pairing
 from sglang_kvcodec.kernels.floats import narrow_bits
 from sglang_kvcodec.kernels.planes import Planes, planes_to_read
-from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
+from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
 from sglang_kvcodec.kernels.upload import upload
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.checks import check_fields
@@ -45,6 +45,26 @@ CODE_COLUMNS = 32
 
 
 @triton.jit
+def canvas_pointers(
+    luma: tl.tensor,
+    chroma: tl.tensor,
+    runs: tl.tensor,
+    page: tl.tensor,
+    value: tl.tensor,
+    pitch_bytes: tl.tensor,
+    exists: tl.tensor,
+) -> tl.tensor:
+    """Where the values with numbers ``value`` lie on the canvases of ``page``."""
+    run = tl.load(runs + value // 16, mask=exists, other=0)
+    inside = value % 16
+    is_chroma = run & 1
+    row = (run >> 15) + inside // 4
+    column = ((run >> 1) & 0x3FFF) + inside % 4 * (1 + is_chroma)
+    first = tl.where(is_chroma == 1, tl.load(chroma + page), tl.load(luma + page))
+    return (first + (row * pitch_bytes + column)).to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
 def _canvas_values(
     luma: tl.tensor,
     chroma: tl.tensor,
@@ -56,13 +76,7 @@ def _canvas_values(
     ZERO_CODE: tl.constexpr,
 ) -> tl.tensor:
     """The values with numbers ``value`` on the canvases of ``page``, as int32."""
-    run = tl.load(runs + value // 16, mask=exists, other=0)
-    inside = value % 16
-    is_chroma = run & 1
-    row = (run >> 15) + inside // 4
-    column = ((run >> 1) & 0x3FFF) + inside % 4 * (1 + is_chroma)
-    first = tl.where(is_chroma == 1, tl.load(chroma + page), tl.load(luma + page))
-    pointers = (first + (row * pitch_bytes + column)).to(tl.pointer_type(tl.uint8))
+    pointers = canvas_pointers(luma, chroma, runs, page, value, pitch_bytes, exists)
     return tl.load(pointers, mask=exists, other=0).to(tl.int32) - ZERO_CODE
 
 
@@ -267,11 +281,31 @@ def _restore_klt_tile(
         tl.store(channels + dim_b[None, :], bits_b, mask=exists_b)
 
 
+def calibrated_bases(
+    spec: KVSpec, calibration: Calibration, tier: str, device: torch.device
+) -> dict[tuple[int, Side], GroupBasis]:
+    """The tables of each layer group and side, on the device: about as many bytes as the calibration has of bases."""
+    return {
+        (group.index, side): group_basis(
+            spec,
+            calibration,
+            tier,
+            group,
+            side,
+            tile_values=TILE_VALUES,
+            column_block=BLOCK_COLUMNS,
+            device=device,
+        )
+        for group in layer_groups(spec)
+        for side in spec.sides
+    }
+
+
 class KltRestore:
     """One tier of one calibration. Thread-safe: what a call makes is on the stream of its thread."""
 
     def __init__(self, spec: KVSpec, calibration: Calibration, tier: str, device: torch.device | str) -> None:
-        """Takes the bases to the device: about as many bytes as the calibration has of them.
+        """Takes the bases to the device.
 
         Args:
             spec: of the pages.
@@ -282,21 +316,8 @@ class KltRestore:
         self._spec = spec
         self._rope = calibration.rope
         self._device = torch.device(device)
-        self._bases = {
-            (group.index, side): group_basis(
-                spec,
-                calibration,
-                tier,
-                group,
-                side,
-                tile_values=TILE_VALUES,
-                column_block=BLOCK_COLUMNS,
-                device=self._device,
-            )
-            for group in layer_groups(spec)
-            for side in spec.sides
-        }
-        self.geometry = component_geometry(spec, max(basis.components for basis in self._bases.values()))
+        self.bases = calibrated_bases(spec, calibration, tier, self._device)
+        self.geometry = component_geometry(spec, max(basis.components for basis in self.bases.values()))
         self._runs = canvas_runs(self.geometry).to(self._device)
         self._local = threading.local()
 
@@ -313,12 +334,11 @@ class KltRestore:
         """See ``PageRestore.restore``."""
         spec = self._spec
         layers = writable_layers(spec, buffers)
-        if len(layers) != group.layers or len({layer.stride(0) for layer in layers}) != 1:
-            raise ValueError(f"expected {group.layers} layers with one stride")
+        stride = one_stride(layers, group.layers)
         check_slots(slots, len(packed), spec, layers[0])
         if len(first_positions) != len(packed):
             raise ValueError("expected a position for each page")
-        basis = self._bases[group.index, side]
+        basis = self.bases[group.index, side]
         stored = self._stored(basis, packed, planes is None)
         escapes = self._escapes(basis, packed)
         planes = planes_to_read(packed, planes, self.geometry, slots.device)
@@ -344,7 +364,7 @@ class KltRestore:
                 slots=slots,
                 layers=upload(addresses, slots.device),
                 columns=basis.columns,
-                slot_stride=layers[0].stride(0),
+                slot_stride=stride,
                 slot_count=len(layers[0]),
                 rows=rows,
                 HEADS=spec.kv_heads,
@@ -355,8 +375,7 @@ class KltRestore:
                 EXPONENT_BITS=spec.dtype.exponent_bits,
                 MANTISSA_BITS=spec.dtype.mantissa_bits,
                 LARGEST=float(torch.finfo(torch_dtype(spec.dtype)).max),
-                IS_ALIGNED=all(layer.data_ptr() % 16 == 0 for layer in layers)
-                and layers[0].stride(0) * item_bytes % 16 == 0,
+                IS_ALIGNED=all(layer.data_ptr() % 16 == 0 for layer in layers) and stride * item_bytes % 16 == 0,
                 TILE_FIELDS=basis.tiles.shape[1],
                 DIGIT=DIGIT,
                 BLOCK_ROWS=BLOCK_ROWS,

@@ -34,6 +34,18 @@ def writable_layers(spec: KVSpec, buffers: Sequence[torch.Tensor]) -> list[torch
     return [buffer.view(_INTEGERS[spec.dtype.item_bytes]).view(len(buffer), spec.channels) for buffer in buffers]
 
 
+def one_stride(layers: Sequence[torch.Tensor], expected: int) -> int:
+    """From a slot to the next, in values, of all of ``expected`` layers that :func:`writable_layers` gave.
+
+    Raises:
+        ValueError: another number of layers, or another stride in one of them.
+    """
+    strides = {layer.stride(0) for layer in layers}
+    if len(layers) != expected or len(strides) != 1:
+        raise ValueError(f"expected {expected} layers with one stride")
+    return strides.pop()
+
+
 def check_slots(slots: torch.Tensor, pages: int, spec: KVSpec, layer: torch.Tensor) -> None:
     """Refuses slots that are not those of ``pages`` pages, without waiting for the device.
 

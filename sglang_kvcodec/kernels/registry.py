@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from sglang_kvcodec.errors import ConfigurationError
@@ -52,3 +53,17 @@ def open_calibrated_restore(
     except ImportError as error:
         raise ConfigurationError(f"tier {tier!r} needs Triton to restore on a GPU: {error}") from error
     return KltRestore(spec, calibration, tier, device)
+
+
+def picture_digests(canvases: torch.Tensor) -> list[int]:
+    """``plane_digest`` of pictures where they lie; waits for the current stream of their device.
+
+    Args:
+        canvases: uint8 ``(pictures, height * 3 // 2, width)``, contiguous.
+    """
+    from sglang_kvcodec.kernels.digest import plane_digests
+    from sglang_kvcodec.kernels.planes import planes_of
+
+    _, rows, width = canvases.shape
+    found = plane_digests(planes_of(canvases), width, rows * 2 // 3)
+    return [int(digest) for digest in found.cpu().numpy().view(np.uint64)]

@@ -15,7 +15,9 @@ from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
+from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
@@ -75,6 +77,9 @@ class Runtime:
         self._weights_changed = False
         profile = transforms.profile(self._calibration_digest)
         self._kernels = restore_kernels(pool, transforms, self._calibration_digest)
+        self._packs = (
+            pack_kernels(pool, transforms, self._kernels, self._calibration_digest) if not config.read_only else None
+        )
         decoders: DecoderSource | None = None
         encoders: EncoderSource | None = None
         if profile.has_pictures:
@@ -108,8 +113,23 @@ class Runtime:
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )
-        on_page = [self._auto_calibration.offer] if self._auto_calibration is not None else []
-        self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config, *on_page)
+        packer = None
+        if self._packs is not None:
+            takes_device = encoders is not None and encoders.takes_device_canvases
+            room_bytes = DEVICE_CANVASES_BYTES if takes_device else 0
+            packer = PagePacker(pool, transforms, self._packs, self._calibration_of.__getitem__, room_bytes)
+        auto = self._auto_calibration
+        self.publisher = Publisher(
+            self._peer,
+            self._monitor,
+            stored,
+            pool,
+            new_encoder,
+            config,
+            on_page=auto.offer if auto is not None else None,
+            wants_pages=auto.wants_pages if auto is not None else None,
+            packer=packer,
+        )
         logger.info(
             "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
             config.remote,
@@ -157,10 +177,14 @@ class Runtime:
         """What is published from now on is coded with it; called on a thread of its own.
 
         Raises:
-            ConfigurationError: its pages can't be restored here by a kernel.
+            ConfigurationError: its pages can't be packed or restored here by a kernel.
         """
-        if self._kernels is not None:
-            check_calibrated_kernel(self._kernels, self._transforms, calibration.digest, self.pool)
+        # Not on the stream that the model is launched on.
+        with self.pool.side_stream():
+            if self._kernels is not None:
+                check_calibrated_kernel(self._kernels, self._transforms, calibration.digest, self.pool)
+            if self._packs is not None:
+                check_calibrated_pack(self._packs, self._transforms, self._kernels, calibration.digest, self.pool)
         self._calibration_digest = calibration.digest
 
     def weights_changing(self) -> None:

@@ -143,19 +143,24 @@ class RehearsalEncoder:
 
     DELAY = 3
 
-    def __init__(self, library: RehearsalLibrary, size: tuple[int, int], options: dict[str, Any]) -> None:
+    def __init__(
+        self, library: RehearsalLibrary, size: tuple[int, int], is_on_host: bool, options: dict[str, Any]
+    ) -> None:
         self.options = options
         self._library = library
         self._size = size
+        self._is_on_host = is_on_host
         self._x265 = SoftwareEncoder()
         self._held: list[dict[str, Any]] = []
         self._has_ended = False
 
-    def Encode(self, frame: npt.NDArray[np.uint8], flags: int) -> list[dict[str, Any]]:
-        """Takes a picture in host memory; gives those that are ready."""
+    def Encode(self, frame: Any, flags: int) -> list[dict[str, Any]]:
+        """Takes a picture, an array in host memory or an object with planes; gives those that are ready."""
         if self._has_ended:
             raise PyNvVCException("the session has been flushed")
         width, height = self._size
+        if not self._is_on_host:
+            frame = _of_planes(frame.cuda(), width, height)
         if frame.size != height * 3 // 2 * width or flags != 6:
             raise PyNvVCException(f"frame of shape {frame.shape}, flags {flags}")
         canvas = frame.reshape(-1, width)
@@ -228,12 +233,12 @@ class RehearsalLibrary:
     def CreateEncoder(
         self, width: int, height: int, fmt: str, usecpuinputbuffer: bool, **options: Any
     ) -> RehearsalEncoder:
-        """An encoder of pictures in host memory."""
+        """An encoder."""
         if not self.has_encoder:
             raise PyNvVCException("Codec not supported on this GPU")
-        if (fmt, usecpuinputbuffer) != ("NV12", True):
-            raise NotImplementedError("pictures in device memory are not rehearsed")
-        return RehearsalEncoder(self, (width, height), options)
+        if fmt != "NV12":
+            raise NotImplementedError("other formats are not rehearsed")
+        return RehearsalEncoder(self, (width, height), usecpuinputbuffer, options)
 
     def GetDecoderCaps(self, gpuid: int, codec: Any, chromaformat: Any, bitdepth: int) -> dict[str, int]:
         """Limits, as a Hopper's are said to be."""
@@ -334,6 +339,17 @@ def _concealed(parameter_sets: bytes, picture: bytes, size: tuple[int, int]) -> 
         if (frame.width, frame.height) == size and frame.format.name == "yuv420p":
             grey[: size[1]] = frame.reformat(format="gray").to_ndarray()
     return grey
+
+
+def _of_planes(planes: Sequence[Any], width: int, height: int) -> npt.NDArray[np.uint8]:
+    """The bytes of NV12 planes that are described by ``__cuda_array_interface__``, and lie in host memory here."""
+    described = [plane.__cuda_array_interface__ for plane in planes]
+    if [each["shape"] for each in described] != [(height, width, 1), (height // 2, width // 2, 2)] or any(
+        (each["typestr"], each["strides"]) != ("|u1", None) for each in described
+    ):
+        raise PyNvVCException(f"planes {described}")
+    parts = [ctypes.string_at(each["data"][0], int(np.prod(each["shape"]))) for each in described]
+    return np.frombuffer(b"".join(parts), np.uint8)
 
 
 def _scaled(canvas: Canvases, size: tuple[int, int]) -> Canvases:

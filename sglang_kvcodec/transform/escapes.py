@@ -14,7 +14,7 @@ import torch
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.spec import KVDtype
 
-_POSITION_BYTES = 4
+POSITION_BYTES = 4
 
 
 def widen_where_dense(escaped: torch.Tensor, dtype: KVDtype) -> torch.Tensor:
@@ -25,7 +25,7 @@ def widen_where_dense(escaped: torch.Tensor, dtype: KVDtype) -> torch.Tensor:
         dtype: of the values.
     """
     count = escaped.sum(-1, keepdim=True)
-    whole = count * (_POSITION_BYTES + dtype.item_bytes) > escaped.shape[-1] * dtype.item_bytes
+    whole = count * (POSITION_BYTES + dtype.item_bytes) > escaped.shape[-1] * dtype.item_bytes
     return escaped | whole
 
 
@@ -62,14 +62,14 @@ def unpack_escapes(
     Raises:
         FormatError: not such bytes.
     """
-    head = layers * _POSITION_BYTES
+    head = layers * POSITION_BYTES
     if len(data) < head:
         raise FormatError("escapes without their counts")
     counts = np.frombuffer(data, "<u4", layers).astype(np.int64)
     if (counts > layer_values).any() or not counts.any():
         raise FormatError("an impossible count of escapes")
     listed = np.where(counts == layer_values, 0, counts)
-    values_at = head + int(listed.sum()) * _POSITION_BYTES
+    values_at = head + int(listed.sum()) * POSITION_BYTES
     if len(data) != values_at + int(counts.sum()) * dtype.item_bytes:
         raise FormatError(f"escapes of {len(data)} bytes do not match their counts")
     positions = np.frombuffer(data, "<u4", int(listed.sum()), head).astype(np.int64)

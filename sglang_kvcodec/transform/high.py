@@ -28,12 +28,13 @@ from sglang_kvcodec.transform.layout import CANVAS_FILL, from_canvas, to_canvas
 
 NOISE_TO_SIGNAL = 1e-3
 """The promise: largest noise power over signal power."""
-_NOISE_BUDGET = 0.999 * NOISE_TO_SIGNAL
+NOISE_BUDGET = 0.999 * NOISE_TO_SIGNAL
 """A little less, for the rounding of the sums that check it."""
-_STEP_FACTORS = (31 / 32, 7 / 8, 3 / 4, 1 / 2, 1 / 4)
+STEP_FACTORS = (31 / 32, 7 / 8, 3 / 4, 1 / 2, 1 / 4)
 """Tried in this order. The first leaves the rounding to the pool's type and chance 6 % of the noise."""
-_LARGEST = 127
-_MIN_POWER, _MAX_POWER = 2.0**-80, 2.0**80
+LARGEST_CODE = 127
+"""The largest magnitude on the canvas."""
+MIN_POWER, MAX_POWER = 2.0**-80, 2.0**80
 """Signal powers for which no square over- or underflows in fp32 in a way that matters."""
 
 
@@ -91,17 +92,19 @@ class HighTransform:
         mean = ordered_sum(wide.transpose(2, 3)) / self._spec.page_tokens
         signal = ordered_sum(((wide - mean[:, :, None]) ** 2).flatten(2))
         power = signal / count
-        usable = torch.isfinite(power) & (power >= _MIN_POWER) & (power <= _MAX_POWER)
-        first_step = torch.sqrt(torch.where(usable, power, 0.0) * (12 * NOISE_TO_SIGNAL))
+        usable = torch.isfinite(power) & (power >= MIN_POWER) & (power <= MAX_POWER)
+        # In fp32, the library that torch calls on a CPU rounds some roots to the second nearest; from fp64 none.
+        wide_root = torch.sqrt((torch.where(usable, power, 0.0) * (12 * NOISE_TO_SIGNAL)).to(torch.float64))
+        first_step = wide_root.to(torch.float32)
         steps = torch.zeros_like(first_step)
         quantised, escaped = self._apply(values, wide, finite, steps)[:2]
         open_ = usable
-        for factor in _STEP_FACTORS:
+        for factor in STEP_FACTORS:
             if not bool(open_.any()):
                 break
             trial = first_step * factor
             trial_quantised, trial_escaped, noise = self._apply(values, wide, finite, trial)
-            good = open_ & (noise <= signal * _NOISE_BUDGET)
+            good = open_ & (noise <= signal * NOISE_BUDGET)
             steps = torch.where(good, trial, steps)
             quantised = torch.where(good[:, :, None, None], trial_quantised, quantised)
             escaped = torch.where(good[:, :, None, None], trial_escaped, escaped)
@@ -118,8 +121,8 @@ class HighTransform:
             Whole numbers, what is escaped, and the noise sum per page and layer.
         """
         divisor = torch.where(steps > 0, steps, 1.0)[:, :, None, None]
-        inside = (wide.abs() < (_LARGEST + 0.5) * steps[:, :, None, None]) | (wide == 0)
-        quantised = torch.where(inside, torch.round(wide / divisor), 0.0).clamp(-_LARGEST, _LARGEST)
+        inside = (wide.abs() < (LARGEST_CODE + 0.5) * steps[:, :, None, None]) | (wide == 0)
+        quantised = torch.where(inside, torch.round(wide / divisor), 0.0).clamp(-LARGEST_CODE, LARGEST_CODE)
         restored = self._dequantise(quantised, steps).to(torch.float32)
         escaped = ~finite | ~inside | ~torch.isfinite(restored)
         error = torch.where(escaped, 0.0, restored - wide)

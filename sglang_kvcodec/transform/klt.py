@@ -32,11 +32,10 @@ from sglang_kvcodec.transform.low_bits import join_low_bits, low_bits_bytes, spl
 from sglang_kvcodec.transform.rope import rotate, unrotate
 from sglang_kvcodec.transform.token_gains import (
     gains_of_levels,
-    level_of_gain,
     pack_levels,
-    predicted_levels,
     stored_low_bits,
     token_steps,
+    written_levels,
 )
 
 LARGEST_CODE = 127
@@ -159,7 +158,7 @@ class KltTransform:
         tokens = wide.transpose(1, 2).flatten(2)
         blocks = self._blocks[group.index, side]
         components = [(tokens[..., block.start : block.stop] - block.mean) @ block.analysis for block in blocks]
-        levels = self._levels(components, blocks, first_positions)
+        levels = written_levels(components, [block.gain_model for block in blocks], self._tier, first_positions)
         steps = torch.tensor([block.step for block in blocks], dtype=torch.float32, device=self._device)
         sizes = steps[:, None] * gains_of_levels(levels)
         codes = _interleave(
@@ -245,21 +244,6 @@ class KltTransform:
         tokens = self._spec.page_tokens
         low_bytes = low_bits_bytes(self._low_bits[group.index, side], tokens)
         return token_steps(packed, len(self._blocks[group.index, side]), tokens, low_bytes).to(self._device)
-
-    def _levels(
-        self, components: Sequence[torch.Tensor], blocks: Sequence[_Block], first_positions: Sequence[int]
-    ) -> torch.Tensor:
-        """The gain of each token as a level: uint8 ``(pages, blocks, page_tokens)``."""
-        levels = torch.stack(
-            [predicted_levels(part, block.gain_model) for part, block in zip(components, blocks, strict=True)], dim=1
-        )
-        for page, first in enumerate(first_positions):
-            for token in range(self._spec.page_tokens):
-                gain = self._tier.gain(first + token)
-                if gain is None:
-                    break  # Later ones have none either.
-                levels[page, :, token] = level_of_gain(gain)
-        return levels
 
     def _quantise(self, components: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """fp32 ``(pages, page_tokens, components)`` in steps ``(pages, page_tokens)``, whole numbers."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sglang_kvcodec.errors import FormatError
-from sglang_kvcodec.format.calibration import GAIN_LOG_OFFSET, GainModel
+from sglang_kvcodec.format.calibration import GAIN_LOG_OFFSET, GainModel, Tier
 from sglang_kvcodec.transform.base import PackedSide
 
 UNIT_LEVEL = 12
@@ -60,6 +60,31 @@ def predicted_levels(components: torch.Tensor, model: GainModel) -> torch.Tensor
     # A sum that is no number says nothing: its token is coded like any other.
     levels = torch.round(2 * log2_gain).nan_to_num(0.0) + UNIT_LEVEL
     return levels.clamp(0, COARSEST_LEVEL).to(torch.uint8)
+
+
+def written_levels(
+    components: Sequence[torch.Tensor], models: Sequence[GainModel], tier: Tier, first_positions: Sequence[int]
+) -> torch.Tensor:
+    """The levels that a writer of a tier gives tokens: the first ones what the tier says, all others what is predicted.
+
+    Args:
+        components: of each block fp32 ``(pages, page_tokens, components)``.
+        models: of each block.
+        tier: of the pages.
+        first_positions: of each page's first token.
+
+    Returns:
+        uint8 ``(pages, blocks, page_tokens)``, on the components' device.
+    """
+    predicted = [predicted_levels(part, model) for part, model in zip(components, models, strict=True)]
+    levels = torch.stack(predicted, dim=1)
+    for page, first in enumerate(first_positions):
+        for token in range(levels.shape[-1]):
+            gain = tier.gain(first + token)
+            if gain is None:
+                break  # Later ones have none either.
+            levels[page, :, token] = level_of_gain(gain)
+    return levels
 
 
 def pack_levels(levels: torch.Tensor) -> bytes:

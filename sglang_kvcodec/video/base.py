@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,30 @@ import numpy.typing as npt
 
 Canvases = npt.NDArray[np.uint8]
 """uint8 ``(pictures, height * 3 // 2, width)``: luma rows, then rows of interleaved chroma bytes. C-contiguous."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceCanvases:
+    """Canvases of one size in the memory of an encoder's device, written and left alone until they are encoded.
+
+    Attributes:
+        address: of the first; the others follow without a gap, and so do the rows.
+        pictures: how many.
+        rows: of each canvas, ``height * 3 // 2``.
+        width: bytes of a row.
+        to_host: a canvas ``(rows, width)`` by its index, copied to host memory.
+    """
+
+    address: int
+    pictures: int
+    rows: int
+    width: int
+    to_host: Callable[[int], Canvases]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As of ``Canvases``."""
+        return (self.pictures, self.rows, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +68,24 @@ class PictureEncoder(Protocol):
         ...
 
 
+class DeviceEncoder(PictureEncoder, Protocol):
+    """An encoder that can take pictures from the memory of its device."""
+
+    def encode_device(self, canvases: DeviceCanvases) -> EncodedPictures:
+        """As ``encode``, without a copy to the host.
+
+        Raises:
+            CodecError: as ``encode``.
+        """
+        ...
+
+
 class EncoderSource(Protocol):
     """Gives each thread an encoder. Thread-safe."""
 
     name: str
+    takes_device_canvases: bool
+    """Whether its encoders are ``DeviceEncoder``."""
 
     def encoder(self, *, uniform_blocks: bool = False) -> PictureEncoder:
         """An encoder for one thread.

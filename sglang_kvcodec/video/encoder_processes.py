@@ -40,6 +40,7 @@ class EncoderProcesses:
     """
 
     name = "x265"
+    takes_device_canvases = False
 
     def __init__(self, count: int) -> None:
         """Starts them and waits until they are ready.

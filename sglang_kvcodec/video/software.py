@@ -122,6 +122,7 @@ class SoftwareEncoders:
     """libx265 on the threads that ask for it."""
 
     name = "x265"
+    takes_device_canvases = False
 
     def encoder(self, *, uniform_blocks: bool = False) -> SoftwareEncoder:
         """See ``EncoderSource.encoder``."""

@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
-from sglang_kvcodec.kernels import digest, klt, open_restore, restore
+from sglang_kvcodec.kernels import digest, exact_pack, klt, klt_pack, open_restore, restore
 from sglang_kvcodec.kernels.planes import planes_of
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.transform import get_transform
@@ -41,14 +41,19 @@ class AbsentGPU:
 
 
 class CompileOnly:
-    """In the place of a kernel: compiles for the arguments it is launched with."""
+    """In the place of a kernel: compiles for the arguments it is launched with, and has an effect of its own."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, effect=lambda arguments: None):
         self._kernel = kernel
+        self._effect = effect
         self.compiled = []
 
     def __getitem__(self, grid):
-        return lambda **arguments: self.compiled.append(self._kernel.warmup(grid=grid, **arguments))
+        def launch(**arguments):
+            self.compiled.append(self._kernel.warmup(grid=grid, **arguments))
+            self._effect(arguments)
+
+        return launch
 
 
 def compile_group(profile, spec):
@@ -61,10 +66,14 @@ def compile_group(profile, spec):
     return compile_all(restore, names, lambda: open_restore(profile, spec).restore(packed, slots, buffers))
 
 
-def compile_all(module, names, launch):
+def no_effect(arguments):
+    pass
+
+
+def compile_all(module, names, launch, effects=None):
     """What ``launch`` compiles of the named kernels of a module."""
     kernels = {name: getattr(module, name) for name in names}
-    stand_ins = {name: CompileOnly(kernel) for name, kernel in kernels.items()}
+    stand_ins = {name: CompileOnly(kernel, (effects or {}).get(name, no_effect)) for name, kernel in kernels.items()}
     for name, stand_in in stand_ins.items():
         setattr(module, name, stand_in)
     launch()
@@ -90,6 +99,40 @@ def compile_calibrated(spec, rope, side):
             kernel.restore(group, side, packed, [64], slots, buffers)
 
     return compile_all(klt, ["_read_codes", "_read_escapes", "_restore_klt_tile"], launch)
+
+
+PACK_EFFECTS = {
+    "_read_values": lambda arguments: arguments["is_bad"].zero_(),
+    "_write_codes": lambda arguments: arguments["escapes"].fill_(1),
+}
+"""Values that can be coded, and escapes to list."""
+
+
+def compile_klt_pack(spec, rope, side):
+    """What is compiled to pack all layer groups of a model, one page each."""
+    calibration = random_calibration(spec, layers_per_block=1, rope=rope, gain_components=2)
+    kernel = klt_pack.KltPack(spec, calibration, "high", "cpu")
+
+    def launch():
+        for group in layer_groups(spec):
+            layers = empty_layers(spec, group.layers)
+            assert kernel.pack(group, side, [64], torch.arange(spec.page_tokens), layers) is not None
+
+    return compile_all(klt_pack, ["_read_values", "_analyse", "_write_codes", "_list_escapes"], launch, PACK_EFFECTS)
+
+
+def compile_exact_pack(spec):
+    def launch():
+        for group in layer_groups(spec):
+            layers = empty_layers(spec, group.layers)
+            exact_pack.ExactPack(spec).pack(group, Side.KEY, [0], torch.arange(spec.page_tokens), layers)
+
+    return compile_all(exact_pack, ["_pack_exact"], launch)["_pack_exact"]
+
+
+def empty_layers(spec, count):
+    shape = (spec.page_tokens, spec.kv_heads, spec.head_dim)
+    return [torch.zeros(shape).to(torch_dtype(spec.dtype)) for _ in range(count)]
 
 
 def compile_digest():
@@ -121,6 +164,11 @@ def main():
             for name, compiled in compile_calibrated(KVSpec(*shape, dtype), rope, side).items():
                 check(compiled, capability)
                 print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
+            for name, compiled in compile_klt_pack(KVSpec(*shape, dtype), rope, side).items():
+                check(compiled, capability)
+                print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
+            check(compile_exact_pack(KVSpec(*shape, dtype)), capability)
+            print(f"compiled _pack_exact {dtype.torch_name} {shape} for sm_{capability}")
         check(compile_digest()["_add_digest"], capability)
         print(f"compiled digest for sm_{capability}")
 

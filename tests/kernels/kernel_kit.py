@@ -1,14 +1,58 @@
 """Pools with a canary in every slot, and what a restore has to make of them."""
 
+import dataclasses
+
+import numpy as np
 import torch
 
+from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side
 from sglang_kvcodec.kernels import open_restore
 from sglang_kvcodec.kernels.planes import Planes
+from sglang_kvcodec.testing.calibrations import neox_rope
 from sglang_kvcodec.testing.synthetic import kv_like, random_bits
 from sglang_kvcodec.transform import get_transform
 from sglang_kvcodec.transform.floats import to_bits
 
 SPARE_SLOTS = 21
+STEP = 0.08
+"""Of calibrated pages."""
+
+
+def gptj_rope(head_dim, rotary_dim=None):
+    return dataclasses.replace(neox_rope(head_dim, rotary_dim), is_interleaved=True)
+
+
+SHAPES = {
+    "three_layers_a_basis": (KVSpec(4, 1, 64, 16, KVDtype.BFLOAT16), 3, neox_rope(64), 3),
+    "one_layer_a_basis": (KVSpec(3, 2, 64, 16, KVDtype.FLOAT16), 1, neox_rope(64), 2),
+    "nothing_is_even": (KVSpec(2, 3, 21, 17, KVDtype.BFLOAT16), 3, neox_rope(21, 6, 1.3), 2),
+    "partial_rotary_of_80": (KVSpec(1, 1, 80, 13, KVDtype.FLOAT16), 1, neox_rope(80, 32), 5),
+    "neighbours": (KVSpec(1, 2, 96, 16, KVDtype.FLOAT8_E4M3), 1, gptj_rope(96), 3),
+    "neighbours_partial_odd": (KVSpec(2, 3, 9, 7, KVDtype.FLOAT8_E5M2), 1, gptj_rope(9, 4), 4),
+    "head_of_192": (KVSpec(1, 1, 192, 11, KVDtype.BFLOAT16), 1, neox_rope(192), 1),
+    "head_of_256": (KVSpec(1, 1, 256, 5, KVDtype.FLOAT16), 1, neox_rope(256), 3),
+    "head_of_128_page_of_64": (KVSpec(1, 1, 128, 64, KVDtype.BFLOAT16), 1, neox_rope(128), 2),
+    "not_rotated": (KVSpec(1, 1, 33, 16, KVDtype.FLOAT16), 1, None, 1),
+    "latent": (KVSpec(1, 1, 576, 3, KVDtype.BFLOAT16, (Side.LATENT,)), 1, None, 1),
+}
+"""Spec, layers of a basis, rotation, pages."""
+
+
+def with_wide_components(calibration):
+    """Low bits as wide components have them, up to the most there can be, in no order; some components cut."""
+    generator = np.random.default_rng(1)
+
+    def bits(count):
+        result = generator.integers(0, 4, count).astype(np.uint8)
+        result[generator.integers(0, count, 3)] = [4, 9, 15]
+        return result[: max(1, count - 3)]
+
+    def changed(tier):
+        return dataclasses.replace(
+            tier, low_bits={side: tuple(bits(len(each)) for each in low) for side, low in tier.low_bits.items()}
+        )
+
+    return dataclasses.replace(calibration, tiers={name: changed(tier) for name, tier in calibration.tiers.items()})
 
 
 class ScatteredPool:
@@ -55,6 +99,15 @@ def assert_only_written(pool, whole, values, is_inside):
         around = to_bits(before.flip(0))
         assert torch.equal(to_bits(each.cpu())[: len(before)], around)
         assert torch.equal(to_bits(each.cpu())[-len(before) :], around)
+
+
+def pool_with(spec, values, device, seed=0):
+    """A pool of random bits in whose slots the pages ``values`` lie."""
+    pool = ScatteredPool(spec, len(values), values.shape[1], device, seed)
+    for layer, buffer in enumerate(pool.buffers):
+        rows = to_bits(values[:, layer]).flatten(0, 1)
+        buffer.view(rows.dtype)[pool.slots] = rows.to(device)
+    return pool
 
 
 def hard_values(profile, spec, pages, layers, seed=0):

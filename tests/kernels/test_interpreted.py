@@ -10,14 +10,14 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-RESTORER = "test_frames_to_pool.py"
-"""In a process of its own, for it takes long."""
+LONG = ("test_frames_to_pool.py", "test_pack_kernels.py")
+"""In processes of their own."""
 
 
 @pytest.mark.parametrize(
     ("paths", "least"),
-    [([f"--ignore={HERE / RESTORER}", str(HERE)], 100), ([str(HERE / RESTORER)], 10)],
-    ids=["kernels", "restorer"],
+    [([*(f"--ignore={HERE / name}" for name in LONG), str(HERE)], 100), *(([str(HERE / name)], 10) for name in LONG)],
+    ids=["others", *LONG],
 )
 def test_all_tests_of_this_folder_in_the_interpreter(paths, least):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "[cpu", *paths]

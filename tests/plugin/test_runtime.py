@@ -47,6 +47,7 @@ class FakeAuto:
         self.on_calibration = on_calibration
         self.calls = []
         self.offer = lambda values, first_position: None
+        self.wants_pages = lambda: True
         self.stop = lambda: self.calls.append("stop")
         self.close = lambda: self.calls.append("close")
 
