@@ -1,7 +1,7 @@
 """What a calibration loses on text of kinds that it has not seen: every kind of text that ships against every other.
 
-Calibrates on each kind alone and on all together, with the same number of tokens, and runs ``kvcodec bench accuracy`` on
-each kind. ``share_of_own`` compares ratios where both diverge as much as the own kind's tier does, both logarithms
+Calibrates on each kind alone and on all together, with the same number of tokens, and runs ``kvcodec bench accuracy``
+on each kind. ``share_of_own`` compares ratios where both diverge as much as the own kind's tier does, both logarithms
 interpolated between tiers; there is none beyond the last one.
 ``python -m benchmarks.bench_foreign_text [--model PATH]``
 """
