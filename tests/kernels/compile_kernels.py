@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
-from sglang_kvcodec.kernels import digest, exact_pack, klt, klt_pack, open_restore, restore
+from sglang_kvcodec.kernels import digest, exact_pack, high_pack, klt, klt_pack, open_restore, restore
 from sglang_kvcodec.kernels.planes import planes_of
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.transform import get_transform
@@ -16,6 +16,7 @@ from sglang_kvcodec.transform.floats import torch_dtype
 from sglang_kvcodec.transform.klt import KltTransform
 
 CASES = [("high", KVDtype.BFLOAT16), ("high", KVDtype.FLOAT16), *(("exact", dtype) for dtype in KVDtype)]
+HIGH_PACKED = [(KVDtype.BFLOAT16, (4, 8, 128, 64)), (KVDtype.FLOAT16, (2, 3, 21, 17))]
 CALIBRATED = [
     (KVDtype.BFLOAT16, (4, 2, 128, 64), neox_rope(128), Side.KEY),
     (KVDtype.FLOAT8_E4M3, (2, 3, 21, 17), neox_rope(21, 6), Side.KEY),
@@ -130,6 +131,33 @@ def compile_exact_pack(spec):
     return compile_all(exact_pack, ["_pack_exact"], launch)["_pack_exact"]
 
 
+HIGH_EFFECTS = {
+    "_first_steps": lambda arguments: arguments["escaped"].fill_(1),
+    "_write_high": lambda arguments: arguments["counts"].zero_(),
+}
+"""An escape to list in each layer."""
+TRIED_TWICE = ("_noise_sums", "_choose_steps")
+"""For the first step, and for all the others at once: two kernels under one name."""
+
+
+def compile_high_pack(spec):
+    """What is compiled to pack all layer groups of a model, one page each."""
+    kernel = high_pack.HighPack(spec, "cpu")
+    names = ["_channel_means", "_signal_sums", "_first_steps", *TRIED_TWICE, "_write_high", "_list_high_escapes"]
+
+    def launch():
+        for group in layer_groups(spec):
+            layers = empty_layers(spec, group.layers)
+            (page,) = kernel.pack(group, Side.KEY, [0], torch.arange(spec.page_tokens), layers)
+            assert page.escapes
+
+    compiled = compile_all(high_pack, names, launch, HIGH_EFFECTS)
+    for name in TRIED_TWICE:
+        both = compiled.pop(name)
+        compiled |= {f"{name} of the first": both[::2], f"{name} of the others": both[1::2]}
+    return compiled
+
+
 def empty_layers(spec, count):
     shape = (spec.page_tokens, spec.kv_heads, spec.head_dim)
     return [torch.zeros(shape).to(torch_dtype(spec.dtype)) for _ in range(count)]
@@ -160,6 +188,10 @@ def main():
                 for name, compiled in kernels.items():
                     check(compiled, capability)
                     print(f"compiled {name} {dtype.torch_name} {shape} for sm_{capability}")
+        for dtype, shape in HIGH_PACKED:
+            for name, compiled in compile_high_pack(KVSpec(*shape, dtype)).items():
+                check(compiled, capability)
+                print(f"compiled {name} {dtype.torch_name} {shape} for sm_{capability}")
         for dtype, shape, rope, side in CALIBRATED:
             for name, compiled in compile_calibrated(KVSpec(*shape, dtype), rope, side).items():
                 check(compiled, capability)
