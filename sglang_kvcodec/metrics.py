@@ -23,7 +23,7 @@ DECODER_BYTES = Gauge(
 )
 GPU_MEMORY_BYTES = Gauge(
     "kvcodec_gpu_memory_bytes",
-    "GPU memory beside SGLang's pool: bound, taken by decoders at start, estimate for restore buffers",
+    "GPU memory beside SGLang's pool: bound, taken by decoders at start, estimates for restoring and packing",
     ["part"],
     multiprocess_mode="livesum",
 )

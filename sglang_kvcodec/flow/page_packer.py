@@ -13,7 +13,7 @@ import torch
 from sglang_kvcodec.flow.kv_pool import Buffers, PagedKVPool
 from sglang_kvcodec.flow.page_codec import PackedPage
 from sglang_kvcodec.format.profile import EXACT
-from sglang_kvcodec.format.spec import layer_groups
+from sglang_kvcodec.format.spec import KVSpec, layer_groups
 from sglang_kvcodec.kernels import PagePacks, picture_digests
 from sglang_kvcodec.transform import PackedSide, PageTransforms
 from sglang_kvcodec.transform.exact import ResidualLayout
@@ -26,6 +26,27 @@ _SCRATCH_PER_VALUE_BYTES = 10
 """Of a calibrated tier, which takes most: values and components in fp32, codes and low bits."""
 DEVICE_CANVASES_BYTES = 64 << 20
 """Of the device, for pictures that wait for an engine."""
+
+
+_ALLOCATOR_BYTES = 22 << 20
+"""What torch's allocator keeps beyond what is asked for: a block of 20 MiB and one of 2 MiB."""
+
+
+def pack_buffer_bytes(spec: KVSpec, *, takes_device_canvases: bool) -> int:
+    """What packing keeps of the GPU's memory at most; an estimate, without the calibration's tables.
+
+    Args:
+        spec: of the pages.
+        takes_device_canvases: whether pictures wait on the device for an engine.
+    """
+    launch_bytes = _values_of_a_page(spec) * _SCRATCH_PER_VALUE_BYTES
+    waiting_bytes = DEVICE_CANVASES_BYTES if takes_device_canvases else 0
+    return max(SCRATCH_BYTES, launch_bytes) + waiting_bytes + _ALLOCATOR_BYTES
+
+
+def _values_of_a_page(spec: KVSpec) -> int:
+    """Those that one call packs: of one side of the largest layer group."""
+    return max(group.layers for group in layer_groups(spec)) * spec.layer_values
 
 
 class PagePacker:
@@ -193,8 +214,8 @@ class PagePacker:
         return self._staging[: shape[0] * shape[1] * shape[2]].view(shape)
 
     def _pages_of_a_launch(self) -> int:
-        values = max(group.layers for group in self._groups) * self._pool.spec.layer_values
-        return min(BATCH_PAGES, max(1, SCRATCH_BYTES // (values * _SCRATCH_PER_VALUE_BYTES)))
+        page_bytes = _values_of_a_page(self._pool.spec) * _SCRATCH_PER_VALUE_BYTES
+        return min(BATCH_PAGES, max(1, SCRATCH_BYTES // page_bytes))
 
 
 class _Room:

@@ -11,13 +11,14 @@ import torch
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
-from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker
+from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
@@ -86,9 +87,19 @@ class Runtime:
             # Refuses here, at start, rather than on a thread later.
             device = _cuda_device(pool)
             decoders = open_decoders(config.decoder, threads=config.decode_threads, device=device)
-            _prepare(decoders, pool, _picture_sizes(transforms, self._calibration_digest), config, device)
             if not config.read_only:
                 encoders = open_encoders(config.encoder, processes=config.encoder_processes, device=device)
+            packs_bytes = 0
+            if self._packs is not None:
+                takes_device = encoders is not None and encoders.takes_device_canvases
+                packs_bytes = pack_buffer_bytes(pool.spec, takes_device_canvases=takes_device)
+            sizes = _picture_sizes(transforms, self._calibration_digest)
+            try:
+                _prepare(decoders, pool, sizes, config, device, packs_bytes)
+            except ConfigurationError:
+                if encoders is not None:
+                    encoders.close()
+                raise
         self._decoders, self._encoders = decoders, encoders
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
@@ -231,22 +242,47 @@ def _prepare(
     sizes: Sequence[tuple[int, int]],
     config: ServerConfig,
     device: int | None,
+    packs_bytes: int = 0,
 ) -> None:
-    """Warms the decoders, on a GPU as many as fit into the memory that SGLang left to them, and says what that is."""
+    """Warms the decoders, on a GPU as many as fit into the memory that SGLang left to them, and says what that is.
+
+    Args:
+        decoders: to warm.
+        pool: where pages go.
+        sizes: width and height of the pictures to come.
+        config: with the bound.
+        device: ordinal of the pool's CUDA device; None for a pool elsewhere.
+        packs_bytes: of the bound, for what packs pages.
+
+    Raises:
+        ConfigurationError: nothing is left for decoders, or they don't work.
+    """
     if device is None:
         decoders.prepare(sizes, SEGMENT_PAGES)
         return
     bound_bytes = config.gpu_memory_bytes
     each_bytes = restore_buffer_bytes(pool.spec, SEGMENT_PAGES, from_host=decoders.name == "software")
-    decoders.prepare(sizes, SEGMENT_PAGES, most_bytes=bound_bytes, bytes_beside=each_bytes)
-    parts = {"bound": bound_bytes, "decoders": decoders.used_bytes, "restore": decoders.threads * each_bytes}
+    if packs_bytes >= bound_bytes:
+        raise ConfigurationError(
+            f"packing takes up to {packs_bytes >> 20} MiB of the {bound_bytes >> 20} MiB of GPU memory allowed "
+            "(--kvcodec-gpu-memory), and nothing is left for decoders"
+        )
+    decoders.prepare(sizes, SEGMENT_PAGES, most_bytes=bound_bytes - packs_bytes, bytes_beside=each_bytes)
+    parts = {
+        "bound": bound_bytes,
+        "decoders": decoders.used_bytes,
+        "restore": decoders.threads * each_bytes,
+        "pack": packs_bytes,
+    }
     for part, size_bytes in parts.items():
         metrics.GPU_MEMORY_BYTES.labels(part=part).set(size_bytes)
     logger.info(
-        "kvcodec: GPU memory: %d decoders took %d MiB, restoring takes up to %d MiB; bound %d MiB, bases not counted",
+        "kvcodec: GPU memory: %d decoders took %d MiB, restoring takes up to %d MiB, packing %d MiB; bound %d MiB, "
+        "bases not counted",
         decoders.threads,
         parts["decoders"] >> 20,
         parts["restore"] >> 20,
+        parts["pack"] >> 20,
         bound_bytes >> 20,
     )
 

@@ -7,7 +7,9 @@ import torch
 from prometheus_client import REGISTRY
 
 from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, pack_buffer_bytes
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.format.namespace import Namespace
@@ -151,7 +153,28 @@ def test_decoders_of_a_gpu_are_bounded_and_their_memory_is_told(name, caplog):
     assert counted("kvcodec_gpu_memory_bytes", part="bound") == 200 << 20
     assert counted("kvcodec_gpu_memory_bytes", part="decoders") == 6000
     assert counted("kvcodec_gpu_memory_bytes", part="restore") == 2 * beside
+    assert counted("kvcodec_gpu_memory_bytes", part="pack") == 0
     assert "2 decoders took 0 MiB" in caplog.text
+
+
+def test_what_packs_pages_is_part_of_the_bound():
+    decoders = FakeDecoders("nvdec", 2)
+    config = ServerConfig("grpc://127.0.0.1:1", gpu_memory_bytes=200 << 20)
+    pool = PagedKVPool(SPEC, dict, torch.device("cpu"))
+    on_host, on_device = (pack_buffer_bytes(SPEC, takes_device_canvases=takes) for takes in (False, True))
+    assert on_device - on_host == DEVICE_CANVASES_BYTES
+    runtime_module._prepare(decoders, pool, [(192, 192)], config, 0, on_device)
+    assert decoders.asked[2] == (200 << 20) - on_device
+    assert counted("kvcodec_gpu_memory_bytes", part="pack") == on_device
+    decoders.asked = None
+    with pytest.raises(ConfigurationError, match="nothing is left for decoders"):
+        runtime_module._prepare(decoders, pool, [(192, 192)], config, 0, 200 << 20)
+    assert decoders.asked is None
+
+
+def test_a_page_that_takes_more_than_the_scratch_is_counted():
+    wide = KVSpec(3, 64, 576, 64, KVDtype.BFLOAT16)
+    assert pack_buffer_bytes(wide, takes_device_canvases=False) > 10 * wide.layer_values
 
 
 def test_without_a_gpu_no_memory_of_one_is_bounded():
