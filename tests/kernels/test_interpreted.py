@@ -10,7 +10,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-LONG = ("test_frames_to_pool.py", "test_pack_kernels.py")
+LONG = ("test_frames_to_pool.py", "test_pack_kernels.py", "test_page_packer.py")
 """In processes of their own."""
 
 

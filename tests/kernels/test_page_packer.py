@@ -121,14 +121,7 @@ def coding(name):
     return ("high", CALIBRATION) if name == "calibrated" else (name, None)
 
 
-@pytest.fixture(params=["exact", "high", "calibrated"])
-def rig(request, device):
-    return Rig(device, *coding(request.param))
-
-
-@pytest.fixture
-def calibrated(device):
-    return Rig(device, *coding("calibrated"))
+ALL_CODINGS = pytest.mark.parametrize("name", ["exact", "high", "calibrated"])
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +130,9 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(page_packer, "BATCH_PAGES", 2)
 
 
-def test_page_objects_of_packed_pages_are_those_of_their_values(rig):
+@ALL_CODINGS
+def test_page_objects_of_packed_pages_are_those_of_their_values(name, device):
+    rig = Rig(device, *coding(name))
     only, first_position = [3, 0, 2], 5 * SPEC.page_tokens
     packed = rig.pack(only, first_position)
     # What is packed is nobody else's: neither the slots' next owner's nor the next pages'.
@@ -151,9 +146,9 @@ def test_page_objects_of_packed_pages_are_those_of_their_values(rig):
         rig.assert_as_the_reference(encoder.encode_packed(hash_of(number), page), number, position)
 
 
-def test_only_a_page_that_a_tier_cant_code_is_exact(calibrated, monkeypatch):
-    monkeypatch.setattr(page_packer, "BATCH_PAGES", 16)
-    rig = Rig(calibrated.device, *coding("calibrated"))
+def test_only_a_page_that_a_tier_cant_code_is_exact(device, monkeypatch):
+    monkeypatch.setattr(page_packer, "BATCH_PAGES", PAGES)
+    rig = Rig(device, *coding("calibrated"))
     rig.set_value(2, float("nan"))
     packed = rig.pack()
     assert [page.profile_name for page in packed] == ["high", "high", "exact", "high"]
@@ -165,8 +160,8 @@ def test_only_a_page_that_a_tier_cant_code_is_exact(calibrated, monkeypatch):
     assert same_bits(rig.decode(PageObject(encoder.encode_packed(hash_of(2), packed[2]))), rig.values[2])
 
 
-def test_no_pages_are_no_pages(calibrated):
-    assert calibrated.pack([]) == []
+def test_no_pages_are_no_pages(device):
+    assert Rig(device, "exact").pack([]) == []
 
 
 def test_room_on_the_device_is_bounded_and_comes_back_with_the_pages(device, monkeypatch):
@@ -261,7 +256,9 @@ def dropped(reason):
     return metrics.PUBLISH_DROPS.labels(reason=reason)._value.get()
 
 
-def test_published_pages_are_those_of_their_values(rig, stack):
+@ALL_CODINGS
+def test_published_pages_are_those_of_their_values(name, device, stack):
+    rig = Rig(device, *coding(name))
     shown = []
     publishing = Publishing(rig, stack, on_page=lambda values, position: shown.append((position, values)))
     first_position = 3 * SPEC.page_tokens
