@@ -90,6 +90,7 @@ class Publisher:
         new_encoder: Callable[[bytes], PageEncoder],
         config: ServerConfig,
         on_page: Callable[[Mapping[Side, torch.Tensor], int], None] = lambda values, first_position: None,
+        on_coded: Callable[[bytes, bytes], None] = lambda page_hash, coded: None,
     ) -> None:
         """Starts the threads.
 
@@ -102,6 +103,7 @@ class Publisher:
             config: bounds.
             on_page: called on the copying thread with the values ``(layers, page_tokens, kv_heads, head_dim)`` of each
                 side of a page that will be published, and the position of its first token.
+            on_coded: called on an encoding thread with the hash and the page object of each page, before it is sent.
         """
         self._peer = peer
         self._monitor = monitor
@@ -110,6 +112,7 @@ class Publisher:
         self._new_encoder = new_encoder
         self._config = config
         self._on_page = on_page
+        self._on_coded = on_coded
         self._queue_changed = threading.Condition()
         self._queued_bytes = 0
         self._closed = threading.Event()
@@ -278,6 +281,7 @@ class Publisher:
                 with self._pool.side_stream():
                     coded = encoders[page.namespace_digest].encode(page.page_hash, page.values, page.first_position)
                 metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
+                self._on_coded(page.page_hash, coded)
             except KVCodecError as error:
                 logger.error("kvcodec: a page could not be encoded: %s", error)
                 self._drop(1, error.reason)

@@ -16,6 +16,8 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder
+from sglang_kvcodec.flow.rates import RestoreMeter
+from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
 from sglang_kvcodec.kernels import PageRestores
@@ -106,6 +108,8 @@ class Restorer:
         new_decoder: Callable[[], GroupDecoder],
         threads: int,
         kernels: PageRestores | None = None,
+        meter: RestoreMeter | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Opens nothing yet: a thread opens its decoder when it first needs it.
 
@@ -114,9 +118,13 @@ class Restorer:
             new_decoder: opens a decoder for one thread.
             threads: how many.
             kernels: restore on the pool's device; None to restore with the transforms and copy.
+            meter: told what there is to do and what each part took.
+            tracer: told what the threads do.
         """
         self._pool = pool
         self._kernels = kernels
+        self._meter = meter
+        self._tracer = tracer or Tracer()
         self._new_decoder = new_decoder
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
@@ -143,6 +151,8 @@ class Restorer:
             for i in range(0, len(job.pages), SEGMENT_PAGES)
         ]
         restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure)
+        if self._meter is not None:
+            self._meter.queued(sum(len(page) for job in jobs for page in job.pages))
         for group in layer_groups(spec):
             for pages, slots in segments:
                 for side in spec.sides:
@@ -163,9 +173,14 @@ class Restorer:
         after: Sequence[Any],
     ) -> None:
         error: KVCodecError | None = None
+        took_s: float | None = None
         try:
             if not restore.has_failed:
+                # Outside of the measurement: a thread opens it once.
+                self._decoder()
+                start_s = time.monotonic()
                 self._decode_and_write(group, side, pages, slots, after)
+                took_s = time.monotonic() - start_s
         except KVCodecError as caught:
             logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
             restore.found_bad(self._unreadable(pages, group, side))
@@ -175,6 +190,8 @@ class Restorer:
             logger.exception("kvcodec: a restore failed, its requests are computed")
             restore.found_bad(pages)
             error = KVCodecError(str(caught))
+        if self._meter is not None:
+            self._meter.part_ended(sum(map(len, pages)), took_s)
         restore.part_done(group.index, error)
 
     def _decode_and_write(
@@ -183,12 +200,16 @@ class Restorer:
         start_s = time.monotonic()
         decoder = self._decoder()
         packed = decoder.unpack(pages, group.index, side)
-        metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+        decoded_s = time.monotonic()
+        metrics.DECODE_SECONDS.observe(decoded_s - start_s)
+        of_what = {"group": group.index, "side": side.name, "pages": len(pages)}
+        self._tracer.work("decode", start_s, decoded_s, **of_what)
         with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
             if self._kernels is None:
                 self._pool.write(layers, decoder.restore(pages, packed, group.index, side), slots)
             else:
                 self._write_by_kernels(self._kernels, group, side, pages, packed, slots, layers)
+        self._tracer.work("restore", decoded_s, time.monotonic(), **of_what)
 
     def _write_by_kernels(
         self,

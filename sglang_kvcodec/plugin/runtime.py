@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,14 +17,19 @@ from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
+from sglang_kvcodec.flow.planner import restoring_pays
 from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
 from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.trace import open_tracer
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
+from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.spec import layer_groups
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import DecoderSource, EncoderSource, open_decoders, open_encoders
@@ -45,6 +51,8 @@ class Runtime:
         calibration: Calibration | None,
         new_namespace: Callable[[], Namespace],
         new_auto_calibration: NewAutoCalibration | None = None,
+        pass_tokens: int = 0,
+        rank: int = 0,
     ) -> None:
         """Connects and starts the threads; does not wait for the peer.
 
@@ -56,9 +64,11 @@ class Runtime:
                 loaded: it then codes them badly, not wrongly.
             new_namespace: computes the namespace of uncalibrated pages from the weights that are loaded now.
             new_auto_calibration: starts to make a calibration; None to stay as it is.
+            pass_tokens: of a prompt that one forward pass computes at most; 0 for no bound.
+            rank: of this process, for the trace.
 
         Raises:
-            ConfigurationError: a codec or its device's kernel is missing.
+            ConfigurationError: a codec or its device's kernel is missing, or the trace can't be written.
         """
         self.config = config
         self.pool = pool
@@ -83,13 +93,28 @@ class Runtime:
             if not config.read_only:
                 encoders = open_encoders(config.encoder, processes=config.encoder_processes, device=device)
         self._decoders, self._encoders = decoders, encoders
+        self.tracer = open_tracer(config.trace, f"sglang-kvcodec rank {rank}", rank)
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
         self._peer = GrpcPeer(config.remote, config.timeouts)
-        self._monitor = PeerMonitor(self._peer, config.timeouts.retry_s)
+        decode_threads = decoders.threads if decoders is not None else config.decode_threads
+        self.rates = Rates(
+            LinkMeter(),
+            RestoreMeter(len(layer_groups(pool.spec)), len(pool.spec.sides), SEGMENT_PAGES, decode_threads),
+            PrefillMeter(pass_tokens),
+        )
+        self._monitor = PeerMonitor(self._peer, config.timeouts.retry_s, self.rates.link.round_trip)
         stored = StoredPages()
         self.fetcher = Fetcher(
-            self._peer, self._monitor, self.cache, stored, transforms, config, on_done=self.progress.set
+            self._peer,
+            self._monitor,
+            self.cache,
+            stored,
+            transforms,
+            config,
+            self.rates,
+            on_done=self.progress.set,
+            tracer=self.tracer,
         )
 
         def new_decoder() -> GroupDecoder:
@@ -101,13 +126,14 @@ class Runtime:
             encoder = encoders.encoder(uniform_blocks=has_components) if encoders is not None else None
             return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
-        decode_threads = decoders.threads if decoders is not None else config.decode_threads
-        self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels)
+        self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels, self.rates.restore, self.tracer)
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )
-        on_page = [self._auto_calibration.offer] if self._auto_calibration is not None else []
-        self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config, *on_page)
+        hooks: dict[str, Any] = {"on_coded": self._keep_coded}
+        if self._auto_calibration is not None:
+            hooks["on_page"] = self._auto_calibration.offer
+        self.publisher = Publisher(self._peer, self._monitor, stored, pool, new_encoder, config, **hooks)
         logger.info(
             "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
             config.remote,
@@ -118,6 +144,19 @@ class Runtime:
             pool.spec.head_dim,
             (self.namespace_digest() or b"").hex()[:16],
         )
+
+    def _keep_coded(self, page_hash: bytes, coded: bytes) -> None:
+        """What was just coded comes back from host memory when the device has no room for it any more."""
+        self.cache.put(page_hash, PageObject(coded))
+
+    def restoring_pays(self, pages: int, coded_bytes: int) -> bool:
+        """Whether page objects in host memory are restored sooner than computed; they are while that is not known."""
+        if self.config.plan == "always":
+            return True
+        restore, prefill = self.rates.restore.model(), self.rates.prefill.model()
+        if restore is None or prefill is None:
+            return True
+        return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)
 
     def namespace_digest(self) -> bytes | None:
         """The namespace of pages computed now; None while pages of old weights may be around."""
@@ -190,6 +229,7 @@ class Runtime:
         self.restorer.close()
         if self._decoders is not None:
             self._decoders.close()
+        self.tracer.close()
 
 
 def _cuda_device(pool: PagedKVPool) -> int | None:

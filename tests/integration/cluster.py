@@ -43,13 +43,15 @@ class Cluster:
 
     # ---- processes ----
 
-    def start_server(self, name: str, kvcodec: bool = True, profile="exact", **options) -> SGLangProcess:
+    def start_server(
+        self, name: str, kvcodec: bool = True, profile="exact", plan="always", kvcodec_args=(), **options
+    ) -> SGLangProcess:
         """Starts an SGLang server; does not wait for it. ``options`` are those of ``SGLangProcess``."""
         server = SGLangProcess(
             name,
             MODEL,
             self.work_dir / f"{name}.log",
-            KVCodecArgs(self.remote, profile) if kvcodec else None,
+            KVCodecArgs(self.remote, profile, tuple(kvcodec_args), plan) if kvcodec else None,
             **options,
         )
         # SGLang takes long to end when asked to.
