@@ -250,7 +250,10 @@ class Fetcher:
         if reason:
             self._end(ticket, reason)
         else:
-            self._threads.submit(self._run, ticket, tuple(namespace_digests))
+            prefix = Prefix((), self._page_tokens, tokens_before, prompt_tokens)
+            flight = Flight(Stage(LOOKUP, ticket.start_s, prefix), functools.partial(self._overtaken, ticket))
+            self._pacer.add(flight)
+            self._threads.submit(self._run, ticket, tuple(namespace_digests), flight)
         return ticket
 
     def close(self) -> None:
@@ -264,13 +267,10 @@ class Fetcher:
             rates.link.round_trip_s, rates.link.bytes_per_s(), (), rates.restore.model(), rates.prefill.model()
         )
 
-    def _run(self, ticket: FetchTicket, namespace_digests: Sequence[bytes]) -> None:
+    def _run(self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight) -> None:
         outcome = "error"
         pages: list[PageObject] = []
         damaged: list[PageKey] = []
-        prefix = Prefix((), self._page_tokens, ticket.tokens_before, ticket.prompt_tokens)
-        flight = Flight(Stage(LOOKUP, time.monotonic(), prefix), functools.partial(self._overtaken, ticket))
-        self._pacer.add(flight)
         try:
             outcome = self._fetch(ticket, namespace_digests, flight, pages, damaged)
         except PeerError as error:
@@ -292,6 +292,8 @@ class Fetcher:
 
     def _overtaken(self, ticket: FetchTicket, phase: str) -> None:
         """Computing is faster than what is left of the fetch; called on the pacer's thread."""
+        if ticket.is_cancelled:
+            return
         logger.debug("kvcodec: a fetch is given up in phase %s: computing is faster by now", phase)
         if phase == PROGRESS:
             metrics.FETCH_CUTS.labels(phase=phase).inc()
@@ -325,7 +327,7 @@ class Fetcher:
     ) -> str:
         """Fetches what is worth it; why it ended. Appends the pages that can be used, and those that can't."""
         deadline_s = ticket.start_s + self._config.timeouts.fetch_s
-        if ticket.is_cancelled:
+        if ticket.is_cancelled or ticket.was_cut():
             return "cancelled"
         if time.monotonic() > deadline_s:
             return "too_slow"
@@ -342,12 +344,12 @@ class Fetcher:
         metrics.LOOKUP_PAGES.labels(outcome="missing").inc(asked_pages - covered_pages)
         if ticket.was_cut():
             return OVERTAKEN
-        plan, stage = self._plan(ticket, runs, flight)
+        plan, prefix = self._plan(ticket, runs, flight)
         if plan.pages == 0:
             # The request goes on; what follows is for the next ones.
             self._end(ticket, plan.reason)
             if plan.reason == LINK_TOO_SLOW and not self._always:
-                pages_to_try = self._explorer.pages(self._rates.link.age_s, stage.prefix.page_bytes)
+                pages_to_try = self._explorer.pages(self._rates.link.age_s, prefix.page_bytes)
                 if pages_to_try:
                     self._explore(runs, ticket.page_hashes[:pages_to_try], damaged)
             return plan.reason
@@ -355,7 +357,9 @@ class Fetcher:
         outcome = plan.reason
         wanted = ticket.page_hashes[: plan.pages]
         receiver = self._receiver(runs, wanted)
-        flight.stage = stage
+        flight.begin(
+            FIRST_BYTE, time.monotonic(), dataclasses.replace(prefix, page_bytes=prefix.page_bytes[: plan.pages])
+        )
         try:
             for event in self._events(runs, wanted, ticket.stop, flight, ticket.rid):
                 receiver.add(event)
@@ -366,9 +370,7 @@ class Fetcher:
                 if time.monotonic() > deadline_s:
                     outcome = "too_slow"
                     break
-                flight.stage = dataclasses.replace(
-                    flight.stage, received_bytes=receiver.received_bytes, whole_pages=receiver.whole_pages
-                )
+                flight.progress(receiver.received_bytes, receiver.whole_pages)
         except PeerError as error:
             # What had arrived whole is still good.
             self._monitor.failed("fetch", error)
@@ -379,8 +381,8 @@ class Fetcher:
             return OVERTAKEN
         return receiver.failure or ("cancelled" if ticket.is_cancelled else outcome)
 
-    def _plan(self, ticket: FetchTicket, runs: Sequence[_Run], flight: Flight) -> tuple[FetchPlan, Stage]:
-        """The plan, and the stage of a fetch that follows it."""
+    def _plan(self, ticket: FetchTicket, runs: Sequence[_Run], flight: Flight) -> tuple[FetchPlan, Prefix]:
+        """The plan, and what is stored."""
         sizes = [size for run in runs for size in run.page_bytes]
         prefix = Prefix(sizes, self._page_tokens, ticket.tokens_before, ticket.prompt_tokens)
         bounds = Bounds(self._config.min_fetch_tokens, self._config.host_cache_bytes)
@@ -394,8 +396,7 @@ class Fetcher:
         now_s = time.monotonic()
         self._tracer.span(ticket.rid, "plan", now_s, now_s, **dataclasses.asdict(plan))
         ticket.plan = plan
-        planned = sizes[: plan.pages] if plan.pages else sizes
-        return plan, Stage(FIRST_BYTE, time.monotonic(), dataclasses.replace(prefix, page_bytes=planned))
+        return plan, prefix
 
     def _receiver(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> _Receiver:
         places = [run.namespace_digest for run in runs for _ in range(run.pages)]
@@ -437,10 +438,8 @@ class Fetcher:
                 try:
                     for event in self._peer.fetch(run.namespace_digest, block, stop):
                         if not isinstance(event, FetchedMissing):
-                            if flight is not None and flight.stage.phase != PROGRESS:
-                                flight.stage = dataclasses.replace(
-                                    flight.stage, phase=PROGRESS, since_s=time.monotonic()
-                                )
+                            if flight is not None and flight.phase != PROGRESS:
+                                flight.begin(PROGRESS, time.monotonic())
                             transfer.received(_bytes_of(event))
                             received_bytes += _bytes_of(event)
                         yield first, event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict
 
@@ -79,7 +79,7 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
 
 
 class Flight:
-    """One fetch under watch. Its thread sets :attr:`stage`, a value; the pacer reads it."""
+    """One fetch under watch. Its thread tells how far it is; the pacer reads it."""
 
     def __init__(self, stage: Stage, give_up: Callable[[str], None]) -> None:
         """A fetch that begins.
@@ -88,10 +88,30 @@ class Flight:
             stage: where it is.
             give_up: called once with the phase, on the pacer's thread, when computing has overtaken it.
         """
-        self.stage = stage
+        self._stage = stage
+        self._received_bytes = 0
+        self._whole_pages = 0
         self._give_up = give_up
         self._bad_since_s: float | None = None
         self._is_over = False
+
+    @property
+    def phase(self) -> str:
+        """Of its :attr:`stage`."""
+        return self._stage.phase
+
+    @property
+    def stage(self) -> Stage:
+        """Where it is now."""
+        return dataclasses.replace(self._stage, received_bytes=self._received_bytes, whole_pages=self._whole_pages)
+
+    def begin(self, phase: str, now_s: float, prefix: Prefix | None = None) -> None:
+        """The next phase begins, with another prefix if one is given."""
+        self._stage = Stage(phase, now_s, prefix or self._stage.prefix)
+
+    def progress(self, received_bytes: int, whole_pages: int) -> None:
+        """So much has arrived, of all."""
+        self._received_bytes, self._whole_pages = received_bytes, whole_pages
 
     def judge(self, known: Knowledge, now_s: float) -> None:
         """Gives it up if it is due."""
@@ -142,8 +162,8 @@ class Pacer:
     def knowledge(self, flight: Flight) -> Knowledge:
         """What is known now, with what all other fetches have yet to receive."""
         with self._changed:
-            others = [other.stage.missing_bytes for other in self._flights if other is not flight]
-        return dataclasses.replace(self._known(), others_bytes=[size for size in others if size])
+            flights = list(self._flights)
+        return _beside(flight, self._known(), _missing_bytes(flights))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -160,7 +180,19 @@ class Pacer:
                 if self._is_closed:
                     return
                 flights = list(self._flights)
+            known, missing = self._known(), _missing_bytes(flights)
             for flight in flights:
-                flight.judge(self.knowledge(flight), time.monotonic())
+                flight.judge(_beside(flight, known, missing), time.monotonic())
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, timeout=PERIOD_S)
+
+
+def _missing_bytes(flights: Iterable[Flight]) -> dict[Flight, int]:
+    """What each of those that receive has yet to receive."""
+    sizes = {flight: flight.stage.missing_bytes for flight in flights if flight.phase != LOOKUP}
+    return {flight: size for flight, size in sizes.items() if size}
+
+
+def _beside(flight: Flight, known: Knowledge, missing: Mapping[Flight, int]) -> Knowledge:
+    """What is known, for one of the flights."""
+    return dataclasses.replace(known, others_bytes=[size for other, size in missing.items() if other is not flight])

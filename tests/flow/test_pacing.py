@@ -92,9 +92,10 @@ def test_a_pause_is_forgiven_and_a_stop_is_not():
 
 def test_the_others_are_all_but_oneself():
     pacer = Pacer(lambda: known(1e6), is_watching=False)
-    flights = [Flight(progress(received), lambda phase: None) for received in (0, 19_000, 20_000)]
-    for flight in flights:
+    flights = [Flight(progress(), lambda phase: None) for _ in range(3)]
+    for flight, received in zip(flights, (0, 19_000, 20_000), strict=True):
         pacer.add(flight)
+        flight.progress(received, 0)
     assert pacer.knowledge(flights[0]).others_bytes == [1_000]
     pacer.remove(flights[0])
     assert pacer.knowledge(flights[1]).others_bytes == []

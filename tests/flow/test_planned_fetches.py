@@ -38,8 +38,12 @@ class Setup:
         self.clock = Clock()
         self.rates.link._clock = self.clock
         self.cache = BitstreamCache(1 << 30)
+        self._monitor, self._config = connection.monitor, config
+        self.fetcher = self.new_fetcher()
+
+    def new_fetcher(self):
         transforms = PageTransforms(SMALL, "raw")
-        self.fetcher = Fetcher(self.peer, connection.monitor, self.cache, StoredPages(), transforms, config, self.rates)
+        return Fetcher(self.peer, self._monitor, self.cache, StoredPages(), transforms, self._config, self.rates)
 
     def prefill_takes(self, token_s):
         for tokens in (100, 1000, 5000):
@@ -169,6 +173,22 @@ def test_a_request_does_not_wait_for_an_answer_longer_than_it_is_worth(setup, de
     assert ticket.pages == []
     assert setup.rates.link.round_trip_s > 0
     assert delta("kvcodec_fetches_total", outcome="overtaken") == 1
+
+
+def test_a_request_does_not_wait_for_a_thread_longer_than_it_is_worth(setup, delta, gate, monkeypatch):
+    monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
+    setup.fetcher.close()
+    setup.fetcher = setup.new_fetcher()
+    setup.prefill_takes(1e-2)
+    setup.peer.before = lambda name: gate.wait(LIMIT_S)
+    tickets = [setup.start(), setup.start()]
+    assert all(ticket.wait(LIMIT_S) for ticket in tickets)
+    assert not gate.is_set()
+    assert delta("kvcodec_fetch_cuts_total", phase="lookup") == 2
+    gate.set()
+    setup.fetcher.close()
+    # The second was not even begun.
+    assert setup.peer.calls == ["lookup"]
 
 
 def test_pages_are_fetched_in_blocks_so_that_what_came_before_a_cut_is_whole(setup, delta, monkeypatch):
