@@ -28,7 +28,8 @@ class OnlineFit:
 
     The shape comes from the last :data:`MAX_SAMPLES`: non-negative least squares of the relative error, reweighted so
     that outliers count little. The level comes from the last :data:`RECENT_SAMPLES`: the median of
-    what they took over what the shape says. Adding a sample is an append; it is fitted when it is next asked for.
+    what they took over what the shape says. Adding a sample is an append; it is fitted when it is next asked for, which
+    takes milliseconds: a scheduler's thread asks for what was fitted last.
 
     Where the samples can't tell features apart, all is put down to the primary one.
     """
@@ -62,16 +63,27 @@ class OnlineFit:
             self._samples.clear()
             self._fitted, self._is_stale = None, False
 
-    def coefficients(self) -> tuple[float, ...] | None:
-        """Seconds per unit of each feature; None before the first sample."""
+    def coefficients(self, refit: bool = True) -> tuple[float, ...] | None:
+        """Seconds per unit of each feature; None before the first sample.
+
+        Args:
+            refit: whether to take new samples into account; if not, this takes no time.
+        """
+        if not refit:
+            return self._fitted
         with self._lock:
-            if self._is_stale:
-                self._fitted, self._is_stale = self._fit(), False
+            if not self._is_stale:
+                return self._fitted
+            samples, self._is_stale = list(self._samples), False
+        fitted = self._fit(samples)
+        with self._lock:
+            # Unless all was forgotten meanwhile.
+            self._fitted = fitted if self._samples else None
             return self._fitted
 
-    def _fit(self) -> tuple[float, ...]:
-        features = np.array([sample for sample, _ in self._samples])
-        seconds = np.array([value for _, value in self._samples])
+    def _fit(self, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
+        features = np.array([sample for sample, _ in samples])
+        seconds = np.array([value for _, value in samples])
         scale = np.sqrt((features**2).mean(axis=0))
         used = [index for index in range(self._features) if scale[index] > 0]
         # Errors are relative to what the last round says: a sample that took far too little weighs no more than others.
@@ -96,8 +108,11 @@ def _non_negative(rows: Floats, values: Floats, weights: Floats, ridge: Floats) 
     columns = rows.shape[1]
     gram = (rows * weights[:, None]).T @ rows / len(rows) + np.diag(ridge)
     target = (rows * weights[:, None]).T @ values / len(rows)
+    whole = np.linalg.solve(gram, target)
+    if (whole >= 0).all():
+        return np.asarray(whole, dtype=np.float64)
     best, best_value = np.zeros(columns), 0.0
-    for size in range(1, columns + 1):
+    for size in range(1, columns):
         for chosen in itertools.combinations(range(columns), size):
             part = np.linalg.solve(gram[np.ix_(chosen, chosen)], target[list(chosen)])
             # What is left of the error where the gradient is zero.

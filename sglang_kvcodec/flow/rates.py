@@ -197,6 +197,8 @@ class RestoreMeter:
         self._lock = threading.Lock()
         self._queued_bytes = 0.0
         self._last_s = 0.0
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called on the thread that has restored the last of what was asked for."""
 
     def queued(self, coded_bytes: int) -> None:
         """So many coded bytes are to be restored."""
@@ -207,22 +209,27 @@ class RestoreMeter:
         """A part of a segment of ``coded_bytes`` is done; None if it was left out or failed."""
         share_bytes = coded_bytes / self._parts
         with self._lock:
-            self._queued_bytes = max(0.0, self._queued_bytes - share_bytes)
+            self._queued_bytes -= share_bytes
+            is_idle = self._queued_bytes < 1
+            if is_idle:
+                self._queued_bytes = 0.0
             self._last_s = self._clock()
         if seconds is not None:
             self._fit.add((1.0, share_bytes), seconds)
+        if is_idle:
+            self.on_idle()
 
-    def model(self) -> RestoreModel | None:
-        """What is known; None before the first restore and long after the last."""
+    def model(self, refit: bool = True) -> RestoreModel | None:
+        """What is known; None before the first restore and long after the last. ``refit`` as of ``OnlineFit``."""
         with self._lock:
             queued_bytes = self._queued_bytes
             if not queued_bytes and self._clock() - self._last_s > RESTORE_FORGOTTEN_S:
                 self._fit.forget()
-        fitted = self._fit.coefficients()
+        fitted = self._fit.coefficients(refit)
         if fitted is None:
             return None
         part_s, byte_s = fitted
-        if byte_s > 0:
+        if refit and byte_s > 0:
             metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s)
         return RestoreModel(
             part_s,
@@ -272,14 +279,15 @@ class PrefillMeter:
         pairs = sum(new * (prefix + new / 2) for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
         self._fit.add((1.0, sum(new_tokens), pairs), seconds)
 
-    def model(self) -> PrefillModel | None:
-        """What is known; None before the first pass."""
-        fitted = self._fit.coefficients()
+    def model(self, refit: bool = True) -> PrefillModel | None:
+        """What is known; None before the first pass. ``refit`` as of ``OnlineFit``."""
+        fitted = self._fit.coefficients(refit)
         if fitted is None:
             return None
         pass_s, token_s, pair_s = fitted
         model = PrefillModel(pass_s, token_s, pair_s, self._pass_tokens)
-        metrics.PREFILL_TOKENS_PER_SECOND.set(1024 / max(1e-9, model.seconds(1024, 0)))
+        if refit:
+            metrics.PREFILL_TOKENS_PER_SECOND.set(1024 / max(1e-9, model.seconds(1024, 0)))
         return model
 
 
@@ -287,7 +295,12 @@ class Rates:
     """All that is measured, for one server process and one peer."""
 
     def __init__(self, link: LinkMeter, restore: RestoreMeter, prefill: PrefillMeter) -> None:
-        """Puts them together."""
+        """Puts them together, and has both fits renewed after each restore: not only fetches ask for them."""
         self.link = link
         self.restore = restore
         self.prefill = prefill
+        restore.on_idle = self._refit
+
+    def _refit(self) -> None:
+        self.restore.model()
+        self.prefill.model()

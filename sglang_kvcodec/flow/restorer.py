@@ -190,9 +190,10 @@ class Restorer:
             logger.exception("kvcodec: a restore failed, its requests are computed")
             restore.found_bad(pages)
             error = KVCodecError(str(caught))
+        restore.part_done(group.index, error)
+        # Last: the forward pass does not wait for it.
         if self._meter is not None:
             self._meter.part_ended(sum(map(len, pages)), took_s)
-        restore.part_done(group.index, error)
 
     def _decode_and_write(
         self, group: LayerGroup, side: Side, pages: Sequence[PageObject], slots: torch.Tensor, after: Sequence[Any]

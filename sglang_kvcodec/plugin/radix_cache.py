@@ -161,6 +161,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
         super().check_hicache_events()
+        self._agree_on_fetches()
+
+    def _agree_on_fetches(self) -> None:
         waiting = [held for held in self._held.values() if held.agreed_pages is None]
         if not waiting:
             return

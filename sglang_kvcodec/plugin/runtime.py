@@ -153,7 +153,7 @@ class Runtime:
         """Whether page objects in host memory are restored sooner than computed; they are while that is not known."""
         if self.config.plan == "always":
             return True
-        restore, prefill = self.rates.restore.model(), self.rates.prefill.model()
+        restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
         if restore is None or prefill is None:
             return True
         return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)

@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+from flow_kit import new_rates
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -254,6 +255,18 @@ def test_restoring_is_learnt_per_part_and_byte():
     meter.queued(3_000_000)
     meter.part_ended(3_000_000, None)
     assert meter.model().queued_s == about(0.01 * 9 / 10)
+
+
+def test_a_scheduler_gets_what_was_fitted_last_and_a_restore_renews_it():
+    rates = new_rates()
+    rates.prefill.forward_pass([100], [0], 1.0)
+    assert rates.prefill.model(refit=False) is None
+    rates.restore.queued(2000)
+    rates.restore.part_ended(2000, 0.5)
+    assert rates.restore.model(refit=False) is None
+    rates.restore.part_ended(2000, 0.5)
+    assert rates.prefill.model(refit=False).seconds(100, 0) == about(1.0)
+    assert rates.restore.model(refit=False).seconds(1, 2000) == about(0.5)
 
 
 def test_an_old_restore_rate_is_unknown_again():
