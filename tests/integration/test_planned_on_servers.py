@@ -26,9 +26,9 @@ def stored_for_planner(fresh, planner):
     """A stored text that the planner does not hold, and the answer to it; the planner knows its prefill rate."""
     wait_up(planner)
     for _ in range(2):
-        ask(planner, fresh.fresh_text())
+        ask(planner, fresh.other_text())
     assert planner.client.wait_published()
-    text = fresh.fresh_text()
+    text = fresh.other_text()
     answer = ask(fresh.plain, text).text
     assert ask(fresh.a, text).text == answer
     assert fresh.a.client.wait_published()
@@ -118,3 +118,30 @@ def test_every_request_is_in_the_trace(fresh, planner, stored_for_planner):
     if plan["pages"]:
         assert begun["wire"]["args"]["bytes"] > 0
         assert "restore" in begun
+
+
+def test_two_ranks_plan_for_themselves_and_agree(fresh):
+    server = fresh.start_server(
+        "tp2-planner", plan="auto", extra_args=["--tp", "2"], env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    )
+    try:
+        server.wait_ready()
+        wait_up(server)
+        text = fresh.other_text()
+        first = ask(server, text)
+        assert server.client.wait_published()
+        for bandwidth in (None, "160Kbps"):
+            if bandwidth:
+                fresh.restart_peer(bandwidth)
+                wait_up(server)
+            for _ in range(2):
+                forget(server)
+                before = plans(server)
+                assert ask(server, text).text == first.text
+                # A rank may be given up on before it has planned.
+                cuts = metric(server, "kvcodec_fetch_cuts_total", phase="lookup")
+                assert plans(server) - before + cuts >= 2
+        assert server.alive
+    finally:
+        server.kill()
+        fresh.restart_peer()
