@@ -1,6 +1,7 @@
 """Fetches that are planned: with rates that are given, nothing here hangs on how fast this machine is."""
 
 import dataclasses
+import json
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.planner import LINK_TOO_SLOW
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.trace import FileTracer
 from sglang_kvcodec.format.exchange import FetchedFragment
 from sglang_kvcodec.testing.pages import Pages, hash_of
 from sglang_kvcodec.transform import PageTransforms
@@ -41,9 +43,11 @@ class Setup:
         self._monitor, self._config = connection.monitor, config
         self.fetcher = self.new_fetcher()
 
-    def new_fetcher(self):
+    def new_fetcher(self, tracer=None):
         transforms = PageTransforms(SMALL, "raw")
-        return Fetcher(self.peer, self._monitor, self.cache, StoredPages(), transforms, self._config, self.rates)
+        return Fetcher(
+            self.peer, self._monitor, self.cache, StoredPages(), transforms, self._config, self.rates, tracer=tracer
+        )
 
     def prefill_takes(self, token_s):
         for tokens in (100, 1000, 5000):
@@ -62,7 +66,7 @@ class Setup:
             self.rates.restore.part_ended(size, size / 2 * byte_s)
 
     def start(self):
-        return self.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES])
+        return self.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES], rid="r")
 
     def fetch(self):
         ticket = self.start()
@@ -93,6 +97,23 @@ def test_a_fast_link_is_used(setup, delta):
     assert len(ticket.pages) == len(NAMES)
     assert ticket.plan.reason == "whole_prefix"
     assert ticket.plan.ttft_s < ticket.plan.prefill_s
+
+
+def test_what_a_request_does_is_traced(setup, tmp_path, closing):
+    setup.fetcher.close()
+    tracer = FileTracer(tmp_path / "t.json", "a server")
+    setup.fetcher = setup.new_fetcher(tracer)
+    ticket = setup.fetch()
+    setup.fetcher.close()
+    tracer.close()
+    events = json.loads((tmp_path / "t.json").read_text())
+    begun = {event["name"]: event["args"] for event in events if event["ph"] == "b" and event["id"] == "r"}
+    assert list(begun) == ["fetch queue", "lookup", "plan", "wire"]
+    assert begun["lookup"] == {"asked_pages": len(NAMES), "stored_pages": len(NAMES)}
+    assert begun["plan"]["reason"] == "learning"
+    assert begun["plan"]["words"] == ticket.plan.words
+    assert begun["wire"] == {"bytes": sum(map(len, ticket.pages)), "pages": len(NAMES)}
+    assert [event["args"]["bytes_per_s"] > 0 for event in events if event["ph"] == "C"] == [True]
 
 
 def test_a_slow_link_is_not(setup, delta):
