@@ -103,6 +103,7 @@ def test_what_a_request_does_is_traced(setup, tmp_path, closing):
     setup.fetcher.close()
     tracer = FileTracer(tmp_path / "t.json", "a server")
     setup.fetcher = setup.new_fetcher(tracer)
+    setup.peer.on_event = lambda event: setattr(setup.clock, "now_s", setup.clock.now_s + 0.01)
     ticket = setup.fetch()
     setup.fetcher.close()
     tracer.close()
