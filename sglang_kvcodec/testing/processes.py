@@ -189,16 +189,18 @@ def _runs(pid: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class KVCodecArgs:
-    """The kvcodec flags of an SGLang server."""
+    """The kvcodec flags of an SGLang server; one that takes every hit, unless ``plan`` says otherwise."""
 
     remote: str
     profile: str = "exact"
     extra_args: tuple[str, ...] = ()
+    plan: str = "always"
 
     def to_args(self) -> tuple[str, ...]:
         """As SGLang's command line takes them."""
         return (
             *("--enable-kvcodec", "--kvcodec-remote", self.remote, "--kvcodec-profile", self.profile),
+            *("--kvcodec-plan", self.plan),
             *self.extra_args,
         )
 
