@@ -45,7 +45,7 @@ class Setup:
             self._new_encoder,
             config,
             on_page,
-            self.coded.__setitem__,
+            on_coded=self.coded.__setitem__,
         )
 
     def _new_encoder(self, namespace_digest):
