@@ -22,8 +22,17 @@ from typing import Self
 from sglang_kvcodec.testing.sglang_client import SGLangClient
 
 _POLL_S = 0.1
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+try:
+    os.execvp(sys.argv[1], sys.argv[1:])
+except OSError as error:
+    sys.exit(f"{sys.argv[1]}: {error.strerror}")
+"""
+"""Becomes another program that ends with whoever started it. Not a ``preexec_fn``: that would run in a fork of a process
+whose gRPC threads are gone, and gRPC aborts there now and then."""
 
 CPU_ENV = {"SGLANG_PLATFORM": "kvcodec_cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 """What lets stock SGLang run without a GPU, together with :data:`CPU_ARGS`.
@@ -63,13 +72,12 @@ class ManagedProcess:
         self.log_path = log_path
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def __enter__(self) -> Self:
@@ -145,10 +153,6 @@ class ManagedProcess:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
         _wait_gone(family)
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def process_tree(pid: int) -> list[int]:
