@@ -6,7 +6,6 @@ Standard library only: SGLang is not imported here, it runs in the processes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import pathlib
@@ -31,8 +30,8 @@ try:
 except OSError as error:
     sys.exit(f"{sys.argv[1]}: {error.strerror}")
 """
-"""Becomes another program that ends with whoever started it. Not a ``preexec_fn``: that would run in a fork of a process
-whose gRPC threads are gone, and gRPC aborts there now and then."""
+"""Becomes another program that ends with whoever started it. Not a ``preexec_fn``: that would run in a fork of a
+process whose gRPC threads are gone, and gRPC aborts there now and then."""
 
 CPU_ENV = {"SGLANG_PLATFORM": "kvcodec_cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 """What lets stock SGLang run without a GPU, together with :data:`CPU_ARGS`.
