@@ -25,10 +25,13 @@ _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+parent, *command = sys.argv[1:]
+if os.getppid() != int(parent):
+    sys.exit("whoever started this has ended")
 try:
-    os.execvp(sys.argv[1], sys.argv[1:])
+    os.execvp(command[0], command)
 except OSError as error:
-    sys.exit(f"{sys.argv[1]}: {error.strerror}")
+    sys.exit(f"{command[0]}: {error.strerror}")
 """
 """Becomes another program that ends with whoever started it. Not a ``preexec_fn``: that would run in a fork of a
 process whose gRPC threads are gone, and gRPC aborts there now and then."""
@@ -71,7 +74,7 @@ class ManagedProcess:
         self.log_path = log_path
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, *command],
+                [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
