@@ -1,7 +1,8 @@
 """What the calibrated tiers cost on a CPU: pack, encode, decode and restore, against x265 and FFmpeg alone.
 
 Both on the same pictures of a model's KV, in CPU seconds of one thread, in one run. Codec alone is the picture encoder
-and decoder on canvases that are there already; the whole is page values to page objects and back.
+and decoder on canvases that are there already; the whole is page values to page objects and back. ``products`` are the
+two products with the basis alone, of the same shapes: what is left when everything else is free.
 ``python -m benchmarks.bench_tiers --calibration FILE [--model PATH] [--tokens 2048]``, FILE of ``kvcodec calibrate``.
 """
 
@@ -60,7 +61,7 @@ def measure(tier, calibration, spec, pages):
     _, decode_s = cpu_s(
         lambda: [whole_decoder.decode(loaded, group.index, side) for group in layer_groups(spec) for side in spec.sides]
     )
-    x265_s = ffmpeg_s = 0.0
+    x265_s = ffmpeg_s = products_s = 0.0
     for group in layer_groups(spec):
         layers = slice(group.first_layer, group.first_layer + group.layers)
         for side in spec.sides:
@@ -71,7 +72,17 @@ def measure(tier, calibration, spec, pages):
             x265_s += seconds
             _, seconds = cpu_s(lambda encoded=encoded: decoder.decode(encoded.parameter_sets, encoded.pictures))
             ffmpeg_s += seconds
-    return encode_s, x265_s, decode_s, ffmpeg_s, sum(map(len, objects))
+            products_s += products_cpu_s(group.layers * spec.channels, transform.components(group, side), len(pages))
+    return encode_s, x265_s, decode_s, ffmpeg_s, products_s, sum(map(len, objects))
+
+
+def products_cpu_s(width, components, pages):
+    """Of one side of one group: page after page when packing, all pages together when restoring."""
+    basis = torch.randn(width, components)
+    page, segment = torch.randn(PAGE_TOKENS, width), torch.randn(pages * PAGE_TOKENS, components)
+    _, pack_s = cpu_s(lambda: [page @ basis for _ in range(pages)])
+    _, restore_s = cpu_s(lambda: segment @ basis.T)
+    return pack_s + restore_s
 
 
 def main():
@@ -90,7 +101,7 @@ def main():
     rows = []
     for tier in calibration.tiers:
         runs = [measure(tier, calibration, spec, pages) for _ in range(arguments.rounds)]
-        encode_s, x265_s, decode_s, ffmpeg_s, coded_bytes = (
+        encode_s, x265_s, decode_s, ffmpeg_s, products_s, coded_bytes = (
             statistics.median(column) for column in zip(*runs, strict=True)
         )
         rows.append(
@@ -107,6 +118,8 @@ def main():
                 "x265_share_of_encoding": round(x265_s / encode_s, 3),
                 "ffmpeg_share_of_decoding": round(ffmpeg_s / decode_s, 3),
                 "codec_share_of_all": round((x265_s + ffmpeg_s) / (encode_s + decode_s), 3),
+                "products_share_of_all": round(products_s / (encode_s + decode_s), 3),
+                "codec_share_of_codec_and_products": round((x265_s + ffmpeg_s) / (x265_s + ffmpeg_s + products_s), 3),
             }
         )
         print(rows[-1])

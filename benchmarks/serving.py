@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 
-from sglang_kvcodec.testing.conversation import source_slices
+from sglang_kvcodec.testing.conversation import definitions_of
 from sglang_kvcodec.testing.machine import gpu_names
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, process_tree
 from sglang_kvcodec.testing.sglang_client import ChatReply
@@ -89,19 +89,10 @@ def prompts(model: str, tokens: int) -> Iterator[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     for module in MODULES:
-        ids = tokenizer.encode(_whole_source(module), add_special_tokens=False)
+        ids = tokenizer.encode(definitions_of(module), add_special_tokens=False)
         for start in range(0, len(ids) - tokens + 1, tokens):
             yield tokenizer.decode(ids[start : start + tokens])
     raise RuntimeError("no text is left: fewer rounds, or more modules")
-
-
-def _whole_source(module: str) -> str:
-    import importlib.util
-
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return source_slices([len(pathlib.Path(spec.origin).read_text(encoding="utf-8"))], module)[0]
 
 
 def ask(server: SGLangProcess, text: str, max_tokens: int, ignore_eos: bool = False) -> ChatReply:

@@ -14,6 +14,7 @@ from sglang_kvcodec.errors import ConfigurationError
 
 DECODERS = ("auto", "nvdec", "software")
 ENCODERS = ("auto", "nvenc", "x265")
+PLANS = ("auto", "always")
 PROFILES = ("raw", "exact", "high", "balanced", "compact")
 MIB = 1 << 20
 MAX_OBJECT_BYTES = 256 * MIB
@@ -128,17 +129,19 @@ class ServerConfig:
     """Bound of the GPU memory of decoders and restore buffers, kept out of SGLang's pool; nothing without a GPU."""
     replicas: int = 2
     """Of several peers, on how many each page is kept."""
+    plan: str = "auto"
+    """``auto``: fetch what is predicted to be faster than prefill; ``always``: every stored prefix."""
+    trace: str = ""
+    """File for a trace of every request; empty for none."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         parse_remotes(self.remote)
         if self.profile not in PROFILES:
             raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
-        for direction, known in (("decoder", DECODERS), ("encoder", ENCODERS)):
-            if getattr(self, direction) not in known:
-                raise ConfigurationError(
-                    f"unknown {direction} {getattr(self, direction)!r}; there are {', '.join(known)}"
-                )
+        for name, known in (("decoder", DECODERS), ("encoder", ENCODERS), ("plan", PLANS)):
+            if getattr(self, name) not in known:
+                raise ConfigurationError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
         for name in (
             "host_cache_bytes",
             "publish_queue_bytes",

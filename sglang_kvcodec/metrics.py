@@ -36,6 +36,30 @@ PEER_UP = Gauge("kvcodec_peer_up", "1 while the peer answers", multiprocess_mode
 PEERS_UP = Gauge("kvcodec_peers_up", "Of several peers, those that answer", multiprocess_mode="livemin")
 PEER_ERRORS = Counter("kvcodec_peer_errors", "Failed RPCs by kind", ["rpc", "reason"])
 
+# ---- planning ----
+PLANS = Counter("kvcodec_plans", "Requests by what was planned for their stored prefix, and why", ["reason"])
+FETCH_CUTS = Counter("kvcodec_fetch_cuts", "Fetches given up because computing became faster, by phase", ["phase"])
+EXPLORATIONS = Counter("kvcodec_explorations", "Fetches that no request waited for, made to measure the link")
+TTFT_PREDICTED_SECONDS = Histogram(
+    "kvcodec_ttft_predicted_seconds", "What the planner expected from queueing to the first token", ["choice"]
+)
+TTFT_SECONDS = Histogram("kvcodec_ttft_seconds", "What it took the same requests", ["choice"])
+LINK_BYTES_PER_SECOND = Gauge(
+    "kvcodec_link_bytes_per_second", "Estimated bandwidth from the peer", multiprocess_mode="livemin"
+)
+ROUND_TRIP_SECONDS = Gauge(
+    "kvcodec_round_trip_seconds", "Estimated round trip to the peer", multiprocess_mode="livemax"
+)
+RESTORE_BYTES_PER_SECOND = Gauge(
+    "kvcodec_restore_bytes_per_second",
+    "Estimated coded bytes decoded and restored, all threads together",
+    multiprocess_mode="livemin",
+)
+PREFILL_TOKENS_PER_SECOND = Gauge(
+    "kvcodec_prefill_tokens_per_second", "Estimated rate of computing 1024 tokens", multiprocess_mode="livemin"
+)
+TRACE_DROPS = Counter("kvcodec_trace_drops", "Events left out of the trace for want of room")
+
 CALIBRATIONS = Counter("kvcodec_calibrations", "Calibrations asked for or made, by what came of it", ["outcome"])
 CALIBRATION_TOKENS = Gauge(
     "kvcodec_calibration_tokens", "Tokens gathered for a calibration of this server's own", multiprocess_mode="livesum"

@@ -114,6 +114,8 @@ def test_environment_names_are_the_fields_without_their_unit():
         "decoder": "KVCODEC_DECODER",
         "encoder": "KVCODEC_ENCODER",
         "gpu_memory_bytes": "KVCODEC_GPU_MEMORY",
+        "plan": "KVCODEC_PLAN",
+        "trace": "KVCODEC_TRACE",
     }
 
 
@@ -129,10 +131,13 @@ def test_every_setting_can_be_given_by_environment():
             "KVCODEC_DECODE_THREADS": "4",
             "KVCODEC_READ_ONLY": "TRUE",
             "KVCODEC_REPLICAS": "3",
+            "KVCODEC_PLAN": "always",
             "UNRELATED": "ignored",
         }
     )
-    assert config == ServerConfig("grpc://peer:50051", "high", 2 << 30, 10**6, 128, 3, 4, True, replicas=3)
+    assert config == ServerConfig(
+        "grpc://peer:50051", "high", 2 << 30, 10**6, 128, 3, 4, True, replicas=3, plan="always"
+    )
 
 
 def test_what_is_not_given_keeps_its_default():
@@ -163,6 +168,7 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         (REMOTE | {"KVCODEC_ENCODER_PROCESSES": "-1"}, r"encoder_processes must be at least 0"),
         (REMOTE | {"KVCODEC_DECODER": "x265"}, r"unknown decoder 'x265'; there are auto, nvdec, software"),
         (REMOTE | {"KVCODEC_ENCODER": "best"}, r"unknown encoder 'best'; there are auto, nvenc, x265"),
+        (REMOTE | {"KVCODEC_PLAN": "never"}, r"unknown plan 'never'; there are auto, always"),
         (REMOTE | {"KVCODEC_MIN_FETCH_TOKENS": "0"}, r"min_fetch_tokens must be at least 1"),
         (REMOTE | {"KVCODEC_AUTO_CALIBRATE": "true"}, r"profile 'exact' needs no calibration; leave .* away"),
         (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, PutOutcome
 from sglang_kvcodec.format.namespace import PageKey
@@ -38,6 +39,8 @@ _MAX_LINK_BYTES = 128 << 20
 _LINK_OBJECT_SPEC = KVSpec(layers=3, kv_heads=8, head_dim=128, page_tokens=64, dtype=KVDtype.BFLOAT16)
 _LINK_PART_BYTES = 512 << 10
 _GUARD_TIMEOUT_S = 180.0
+_TIMEOUTS = Timeouts(connect_s=5.0, lookup_s=10.0, progress_s=20.0)
+"""A slow link is what is to be found out, not a reason to give up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,7 @@ def measure_link(remote: str, seconds: float) -> Link:
         PeerError: the peer can't be reached or does not take them.
         ConfigurationError: not an address.
     """
-    peer = GrpcPeer(remote)
+    peer = GrpcPeer(remote, _TIMEOUTS)
     namespace = secrets.token_bytes(32)
     stored: list[bytes] = []
     try:

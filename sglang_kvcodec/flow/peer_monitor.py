@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import PeerError, PeerRejectedError
@@ -20,13 +22,17 @@ class PeerMonitor:
     probing while the peer is up, so that a peer that vanishes is noticed before a request has to wait for it.
     """
 
-    def __init__(self, peer: PeerTransport, retry_s: float) -> None:
+    def __init__(
+        self, peer: PeerTransport, retry_s: float, on_round_trip: Callable[[float], None] = lambda seconds: None
+    ) -> None:
         """Starts the probing thread.
 
         Args:
             peer: whom to probe.
             retry_s: time between two probes.
+            on_round_trip: told on that thread how many seconds each good probe took.
         """
+        self._on_round_trip = on_round_trip
         self._peer = peer
         self._retry_s = retry_s
         self._changed = threading.Condition()
@@ -82,11 +88,13 @@ class PeerMonitor:
                 self._changed.wait_for(lambda: self._is_closed, self._retry_s)
 
     def _probe(self) -> bool:
+        start_s = time.monotonic()
         try:
             stat = self._peer.stat()
         except PeerError as error:
             self._complain(f"kvcodec: no peer ({error}); prefixes are computed until it is there")
             return False
+        self._on_round_trip(time.monotonic() - start_s)
         if stat.format_version != FORMAT_VERSION:
             self._complain(
                 f"kvcodec: the peer keeps format version {stat.format_version}, this server speaks {FORMAT_VERSION}; "

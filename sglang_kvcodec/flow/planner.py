@@ -1,11 +1,94 @@
-"""Decides how much of a stored prefix is worth fetching: a pure function with a reason in words."""
+"""Decides how much of a stored prefix is worth fetching: a pure function with a reason in words.
+
+What it minimises is the predicted time to the first token, with the pipeline as it is: the request is admitted when
+the pages that it will use are in host memory; from then on they are decoded and restored layer group by layer group
+while the forward pass over the rest of the prompt follows one group behind. So with ``k`` pages
+
+    ttft(k) = fetch(k) + max(restore(k) + forward(k) / groups, restore(k) / groups + forward(k))
+
+where ``forward(k)`` computes what is left of the prompt, and ``ttft(0)`` is the prefill. Waiting for other prefills is
+left out: it comes on top of either.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
+from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+NOT_STORED = "not_stored"
+TOO_SHORT = "too_short"
 WHOLE_PREFIX = "whole_prefix"
+PART = "part"
+LEARNING = "learning"
 CUT_TO_HOST_MEMORY = "cut_to_host_memory"
+LINK_TOO_SLOW = "link_too_slow"
+RESTORE_TOO_SLOW = "restore_too_slow"
+REASONS = (NOT_STORED, TOO_SHORT, WHOLE_PREFIX, PART, LEARNING, CUT_TO_HOST_MEMORY, LINK_TOO_SLOW, RESTORE_TOO_SLOW)
+
+TAKE_GAIN = 0.1
+"""Where the last prefix of such a length was computed, the next is fetched if that is predicted to save this share."""
+BLIND_S = 2.0
+"""As long as nothing is known of prefill, a fetch may be predicted to take so long at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What is to be planned.
+
+    Attributes:
+        page_bytes: coded size of each page that the peer has, from the first missing one on, without a gap.
+        page_tokens: tokens per page.
+        tokens_before: tokens of the prompt before them, which are there already.
+        prompt_tokens: of the whole prompt; at least one is always computed.
+    """
+
+    page_bytes: Sequence[int]
+    page_tokens: int
+    tokens_before: int
+    prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a plan must keep to.
+
+    Attributes:
+        min_tokens: a shorter prefix is computed.
+        max_bytes: more is never fetched for one request: it would not fit into host memory.
+    """
+
+    min_tokens: int
+    max_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Knowledge:
+    """What was measured; None where nothing is known.
+
+    Attributes:
+        round_trip_s: of the peer.
+        bytes_per_s: from it, all fetches together.
+        others_bytes: what each fetch under way has yet to receive. They share the link evenly.
+        restore: decoding and restoring.
+        prefill: computing.
+    """
+
+    round_trip_s: float
+    bytes_per_s: float | None
+    others_bytes: Sequence[int]
+    restore: RestoreModel | None
+    prefill: PrefillModel | None
+
+
+NOTHING_KNOWN = Knowledge(0.0, None, (), None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,31 +97,155 @@ class FetchPlan:
 
     Attributes:
         pages: fetch this many pages, counted from the first missing one; 0 is a plain prefill.
-        reason: why, in words; a metric label and a log line.
+        reason: one of :data:`REASONS`, a metric label.
+        words: why, for the log and the trace.
+        ttft_s: predicted, with these pages; None where prefill is not known.
+        prefill_s: the same without a page.
+        fetch_s: predicted time of the fetch.
     """
 
     pages: int
     reason: str
+    words: str = ""
+    ttft_s: float | None = None
+    prefill_s: float | None = None
+    fetch_s: float | None = None
 
 
-def plan_fetch(covered_pages: int, covered_bytes: int, page_tokens: int, min_tokens: int, max_bytes: int) -> FetchPlan:
-    """Plans the fetch of a prefix of which the peer has ``covered_pages``.
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """For every number of pages from 0 on, float64 seconds.
+
+    Attributes:
+        fetch_s: until they are in host memory.
+        restore_s: from then until they are in the pool.
+        forward_s: to compute the rest of the prompt; zeros where prefill is not known.
+        ttft_s: of all.
+    """
+
+    fetch_s: Floats
+    restore_s: Floats
+    forward_s: Floats
+    ttft_s: Floats
+
+
+def predict(prefix: Prefix, known: Knowledge) -> Prediction:
+    """How long each number of pages would take; what is not known is taken to cost nothing."""
+    pages = np.arange(len(prefix.page_bytes) + 1)
+    coded_bytes = np.concatenate([[0], np.cumsum(np.asarray(prefix.page_bytes, dtype=np.float64))])
+    fetch_s = np.where(pages > 0, known.round_trip_s, 0.0)
+    if known.bytes_per_s is not None:
+        # Processor sharing: while ours runs, each of the others gets as much as ours, until it is through.
+        ahead = sum((np.minimum(coded_bytes, other) for other in known.others_bytes), np.zeros(len(pages)))
+        # A link that carries nothing takes for ever, but no page takes no time.
+        fetch_s += (coded_bytes + ahead) / max(known.bytes_per_s, 1e-9)
+    restore_s = np.zeros(len(pages))
+    groups = 1
+    if (restore := known.restore) is not None:
+        groups = restore.layer_groups
+        segments = -(-pages // restore.segment_pages)
+        work_s = segments * restore.parts * restore.part_s + coded_bytes * restore.byte_s
+        waited_s = np.maximum(0.0, restore.queued_s - fetch_s)
+        restore_s = np.where(pages > 0, work_s / restore.threads + waited_s, 0.0)
+    forward_s = _forward_s(prefix, known.prefill, pages)
+    ttft_s = fetch_s + np.maximum(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    return Prediction(fetch_s, restore_s, forward_s, ttft_s)
+
+
+def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Floats:
+    if prefill is None:
+        return np.zeros(len(pages))
+    before = prefix.tokens_before + pages * prefix.page_tokens
+    new = np.maximum(1, prefix.prompt_tokens - before)
+    passes = -(-new // prefill.pass_tokens) if prefill.pass_tokens else np.ones(len(pages))
+    seconds: Floats = passes * prefill.pass_s + new * prefill.token_s + new * (before + new / 2) * prefill.pair_s
+    return seconds
+
+
+def restoring_pays(
+    restore: RestoreModel, prefill: PrefillModel, pages: int, coded_bytes: int, page_tokens: int
+) -> bool:
+    """Whether restoring pages that are in host memory takes no longer than computing their tokens.
+
+    Asked on a scheduler's thread each time a request is matched, and therefore without what follows them: one token.
 
     Args:
-        covered_pages: pages the peer has, from the first missing one on, without a gap.
-        covered_bytes: their coded size.
-        page_tokens: tokens per page.
-        min_tokens: a shorter prefix is computed.
-        max_bytes: more is never fetched for one request: it would not fit into host memory.
+        restore: what decoding and restoring take.
+        prefill: what computing takes.
+        pages: how many.
+        coded_bytes: of all of them.
+        page_tokens: of all of them.
     """
-    if covered_pages == 0:
-        return FetchPlan(0, "not_stored")
-    if covered_pages * page_tokens < min_tokens:
-        return FetchPlan(0, "too_short")
-    if covered_bytes > max_bytes:
-        # Pages differ in size: an estimate, which whoever receives them holds to the bytes.
-        pages = covered_pages * max_bytes // covered_bytes
-        if pages * page_tokens < min_tokens:
-            return FetchPlan(0, "too_short")
-        return FetchPlan(pages, CUT_TO_HOST_MEMORY)
-    return FetchPlan(covered_pages, WHOLE_PREFIX)
+    forward_s, restore_s = prefill.seconds(1, page_tokens), restore.seconds(pages, coded_bytes) + restore.queued_s
+    groups = restore.layer_groups
+    hit_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    return hit_s <= prefill.seconds(page_tokens + 1, 0)
+
+
+def plan_fetch(
+    prefix: Prefix, known: Knowledge, bounds: Bounds, was_fetching: bool = True, always: bool = False
+) -> FetchPlan:
+    """Plans the fetch of a stored prefix.
+
+    Never more pages than the bounds allow, and never a number of pages that is predicted to be slower than prefill.
+    While bandwidth or restoring is not known it is taken to cost nothing, and while prefill is not known whatever
+    arrives in :data:`BLIND_S` is fetched: so all of it gets known.
+
+    Args:
+        prefix: what is stored.
+        known: what was measured.
+        bounds: what the operator allows.
+        was_fetching: whether the last such prefix was fetched; if not, the gain has to be :data:`TAKE_GAIN` at least,
+            so that the noise of what is measured does not make every other request take the other way.
+        always: take every hit that the bounds allow, as if it cost nothing.
+    """
+    stored = len(prefix.page_bytes)
+    if stored == 0:
+        return FetchPlan(0, NOT_STORED, "the peer has none of it")
+    fewest = max(1, -(-bounds.min_tokens // prefix.page_tokens))
+    sizes = np.cumsum(np.asarray(prefix.page_bytes, dtype=np.float64))
+    most = int(np.searchsorted(sizes, bounds.max_bytes, side="right"))
+    if most < fewest:
+        return FetchPlan(0, TOO_SHORT, f"{min(stored, most)} pages at most, {fewest} at least")
+    prediction = predict(prefix, known)
+    prefill_s = float(prediction.ttft_s[0]) if known.prefill is not None else None
+    if always:
+        pages, best_s = most, float(prediction.ttft_s[most])
+    elif prefill_s is None:
+        ready_s = prediction.fetch_s + prediction.restore_s
+        pages = int(np.searchsorted(np.maximum.accumulate(ready_s[: most + 1]), BLIND_S, side="right")) - 1
+        best_s = float(ready_s[max(pages, 0)])
+        if pages < fewest:
+            words = f"prefill is not known, and {fewest} pages take {ready_s[fewest]:.3g} s"
+            return FetchPlan(0, _slower(prediction, fewest), words)
+    else:
+        # The last of the best: what is stored anyway need not be computed.
+        choices = prediction.ttft_s[fewest : most + 1]
+        pages = most - int(np.argmin(choices[::-1]))
+        best_s = float(prediction.ttft_s[pages])
+        if best_s > prefill_s * (1.0 if was_fetching else 1.0 - TAKE_GAIN):
+            words = f"{_figures(prediction, most)}, prefill {prefill_s:.3g} s"
+            return FetchPlan(0, _slower(prediction, most), words, prefill_s, prefill_s, 0.0)
+    fetch_s = float(prediction.fetch_s[pages])
+    if always:
+        reason = WHOLE_PREFIX if pages == stored else CUT_TO_HOST_MEMORY
+    elif prefill_s is None or known.bytes_per_s is None or known.restore is None:
+        reason = LEARNING
+    elif pages == stored:
+        reason = WHOLE_PREFIX
+    else:
+        reason = CUT_TO_HOST_MEMORY if pages == most else PART
+    against = "prefill not known" if prefill_s is None else f"prefill {prefill_s:.3g} s"
+    words = f"{_figures(prediction, pages)}, {against}"
+    return FetchPlan(pages, reason, words, None if prefill_s is None else best_s, prefill_s, fetch_s)
+
+
+def _slower(prediction: Prediction, pages: int) -> str:
+    return LINK_TOO_SLOW if prediction.fetch_s[pages] >= prediction.restore_s[pages] else RESTORE_TOO_SLOW
+
+
+def _figures(prediction: Prediction, pages: int) -> str:
+    return (
+        f"{pages} of {len(prediction.ttft_s) - 1} pages: fetch {prediction.fetch_s[pages]:.3g} s, "
+        f"restore {prediction.restore_s[pages]:.3g} s, forward {prediction.forward_s[pages]:.3g} s"
+    )

@@ -119,6 +119,7 @@ class Publisher:
         on_page: Callable[[Mapping[Side, torch.Tensor], int], None] | None = None,
         wants_pages: Callable[[], bool] | None = None,
         packer: PagePacker | None = None,
+        on_coded: Callable[[bytes, bytes], None] = lambda page_hash, coded: None,
     ) -> None:
         """Starts the threads.
 
@@ -133,6 +134,7 @@ class Publisher:
                 side of a page that will be published, and the position of its first token.
             wants_pages: whether ``on_page`` has any use for a page now, which costs a copy; None if it always has.
             packer: packs pages where they lie; None to copy them and to pack them on the encoding threads.
+            on_coded: called on an encoding thread with the hash and the page object of each page, before it is sent.
         """
         self._peer = peer
         self._monitor = monitor
@@ -143,6 +145,7 @@ class Publisher:
         self._on_page = on_page
         self._wants_pages = wants_pages
         self._packer = packer
+        self._on_coded = on_coded
         self._queue_changed = threading.Condition()
         self._queued_bytes = 0
         self._closed = threading.Event()
@@ -352,6 +355,7 @@ class Publisher:
             start_s = time.monotonic()
             coded = self._encode(encoders[page.namespace_digest], page)
             metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
+            self._on_coded(page.page_hash, coded)
         except KVCodecError as error:
             logger.error("kvcodec: a page could not be encoded: %s", error)
             self._drop(1, error.reason)

@@ -24,7 +24,9 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder
+from sglang_kvcodec.flow.rates import RestoreMeter
 from sglang_kvcodec.flow.streams import DeviceEvent
+from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
 from sglang_kvcodec.kernels import PageRestores
@@ -135,6 +137,8 @@ class Restorer:
         new_decoder: Callable[[], GroupDecoder],
         threads: int,
         kernels: PageRestores | None = None,
+        meter: RestoreMeter | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Opens nothing yet: a thread opens its decoder when it first needs it.
 
@@ -143,9 +147,13 @@ class Restorer:
             new_decoder: opens a decoder for one thread.
             threads: how many.
             kernels: restore on the pool's device; None to restore with the transforms and copy.
+            meter: told what there is to do and what each part took.
+            tracer: told what the threads do.
         """
         self._pool = pool
         self._kernels = kernels
+        self._meter = meter
+        self._tracer = tracer or Tracer()
         self._new_decoder = new_decoder
         self._local = threading.local()
         self._in_use: collections.deque[tuple[DeviceEvent, torch.Tensor]] = collections.deque()
@@ -174,6 +182,8 @@ class Restorer:
             for i in range(0, len(job.pages), SEGMENT_PAGES)
         ]
         restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure)
+        if self._meter is not None:
+            self._meter.queued(sum(len(page) for job in jobs for page in job.pages))
         for group in layer_groups(spec):
             for pages, slots in segments:
                 for side in spec.sides:
@@ -198,16 +208,26 @@ class Restorer:
     ) -> None:
         error: KVCodecError | None = None
         blamed: list[PageObject] = []
+        took_s: float | None = None
+        of_what = {"group": group.index, "side": side.name, "pages": len(pages)}
         try:
             if not restore.has_failed:
+                # Outside of the measurement: a thread opens it once.
+                decoder = self._decoder()
                 start_s = time.monotonic()
-                if self._kernels is not None and self._decoder().device is not None:
+                if self._kernels is not None and decoder.device is not None:
                     self._restore_frames(self._kernels, restore, group, side, pages, slots, after, blamed)
-                    metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+                    decoded_s = time.monotonic()
+                    metrics.DECODE_SECONDS.observe(decoded_s - start_s)
+                    self._tracer.work("decode", start_s, decoded_s, **of_what)
                 else:
-                    packed = self._decoder().unpack(pages, group.index, side)
-                    metrics.DECODE_SECONDS.observe(time.monotonic() - start_s)
+                    packed = decoder.unpack(pages, group.index, side)
+                    decoded_s = time.monotonic()
+                    metrics.DECODE_SECONDS.observe(decoded_s - start_s)
+                    self._tracer.work("decode", start_s, decoded_s, **of_what)
                     self._write(group, side, pages, packed, slots, after)
+                    self._tracer.work("restore", decoded_s, time.monotonic(), **of_what)
+                took_s = time.monotonic() - start_s
         except KVCodecError as caught:
             logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
             restore.found_bad(blamed or self._unreadable(pages, group, side))
@@ -218,6 +238,9 @@ class Restorer:
             restore.found_bad(pages)
             error = KVCodecError(str(caught))
         restore.part_done(group.index, error)
+        # Last: the forward pass does not wait for it.
+        if self._meter is not None:
+            self._meter.part_ended(sum(map(len, pages)), took_s)
 
     def _write(
         self,

@@ -44,6 +44,7 @@ def register() -> None:
         if BACKEND_NAME not in registered_radix_cache_backends():
             register_radix_cache_backend(BACKEND_NAME, _build_radix_cache)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler._record_step_counters", _after_step, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.handle_generate_request", _before_generate, HookType.BEFORE)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.send_abort_output", _around_abort_output, HookType.AROUND)
@@ -144,6 +145,12 @@ def _after_scheduler_init(result: object, scheduler: Any, *args: object, **kwarg
 def _after_on_idle(result: object, scheduler: Any) -> None:
     if _is_ours(scheduler.tree_cache):
         scheduler.tree_cache.rest_while_held()
+
+
+def _after_step(result: object, scheduler: Any, batch: Any, *args: object, **kwargs: object) -> None:
+    # SGLang has just added what the pass took to its own account of prefill time.
+    if _is_ours(scheduler.tree_cache):
+        scheduler.tree_cache.passed(batch, scheduler.total_prefill_busy_us)
 
 
 def _before_generate(scheduler: Any, tokenized: Any, *args: object, **kwargs: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.publisher import Offload, Publisher
 from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
 from sglang_kvcodec.flow.streams import DeviceEvent
+from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import LayerGroup
 from sglang_kvcodec.plugin.load_counter import EventLoadCounter
@@ -27,6 +30,31 @@ from sglang_kvcodec.plugin.load_counter import EventLoadCounter
 logger = logging.getLogger(__name__)
 
 MAX_BAD_PAGES = 1 << 14
+MAX_COMPUTED = 1 << 14
+
+
+class WaitedCounter(EventLoadCounter):
+    """A counter that also tells how long the launching thread of a forward pass has waited."""
+
+    def __init__(self, num_layers: int, on_wait: Callable[[int, float, float], None]) -> None:
+        """A counter.
+
+        Args:
+            num_layers: of this rank.
+            on_wait: called with a layer, and when a wait for it began and ended, in seconds of the monotonic clock.
+        """
+        super().__init__(num_layers)
+        self._on_wait = on_wait
+
+    def wait_until(self, threshold: int) -> None:
+        """Waits for a layer."""
+        futures = self.futures.get(self.consumer_index)
+        if futures is None or futures[threshold].done():
+            super().wait_until(threshold)
+            return
+        start_s = time.monotonic()
+        super().wait_until(threshold)
+        self._on_wait(threshold, start_s, time.monotonic())
 
 
 class KVCodecLinker(UnifiedCacheLinker):
@@ -43,6 +71,9 @@ class KVCodecLinker(UnifiedCacheLinker):
         namespace_digest: Callable[[], bytes | None],
         pages_of: Callable[[str], dict[bytes, PageObject] | None],
         forward_stream: Any,
+        tracer: Tracer | None = None,
+        namespace_digests: Callable[[], Sequence[bytes]] | None = None,
+        restoring_pays: Callable[[int, int], bool] = lambda pages, coded_bytes: True,
     ) -> None:
         """Links the tree of one rank.
 
@@ -56,23 +87,32 @@ class KVCodecLinker(UnifiedCacheLinker):
             namespace_digest: the current namespace, None while there is none to trust.
             pages_of: pages fetched for a request (by its id) that still waits; None for one that must be computed.
             forward_stream: the stream the model writes the pool on, None on a CPU.
+            tracer: told of restores and of waits for layers.
+            namespace_digests: of all pages that may be used now; None for those of ``namespace_digest`` alone.
+            restoring_pays: whether pages in host memory, so many of so many bytes, are restored sooner than computed.
         """
         self.pools = {PoolName.KV: pool}
         self.forward_stream = forward_stream
-        self.layer_done_counter = EventLoadCounter(num_layers)
+        self.layer_done_counter = WaitedCounter(num_layers, self._waited)
         self._page_tokens = page_tokens
         self._cache = cache
         self._restorer = restorer
         self._publisher = publisher
         self._namespace_digest = namespace_digest
         self._pages_of = pages_of
+        self._namespace_digests = namespace_digests
+        self._restoring_pays = restoring_pays
         self._matched: dict[str, list[PageObject]] = {}
+        self._computed: collections.OrderedDict[str, None] = collections.OrderedDict()
+        """Requests whose pages in host memory are not used, so that every look-up says the same."""
         self._queued: dict[str, RestoreJob] = {}
         self._loading: set[str] = set()
         self._running: dict[int, Restore] = {}
         self._offloads: collections.deque[Offload] = collections.deque()
         self._bad_pages: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._pages_before: int | None = None
+        self._waited_s = 0.0
+        self._tracer = tracer or Tracer()
 
     # ---- read side ----
 
@@ -80,14 +120,18 @@ class KVCodecLinker(UnifiedCacheLinker):
         """Every restorable prefix length in pages: those whose page objects are in host memory."""
         before = {page.header.key.page_hash: page for page in self._matched.pop(rid, ())}
         held = self._pages_of(rid)
-        if held is None or self._namespace_digest() is None:
+        digests = self._usable_digests()
+        if held is None or not digests:
             return []
         pages: list[PageObject] = []
         for key in self._keys(transfers):
             page = None if key in self._bad_pages else held.get(key) or before.get(key) or self._cache.get(key)
-            if page is None:
+            # A thread may have put a page of old weights into the cache after it was cleared.
+            if page is None or page.header.key.namespace_digest not in digests:
                 break
             pages.append(page)
+        if pages and not before and not held and not self._pays(rid, pages):
+            return []
         if pages:
             # The restore takes these very objects, whatever the cache evicts until then. The next look-up does so too:
             # what is fetched for a request starts after what was found for it here.
@@ -95,9 +139,27 @@ class KVCodecLinker(UnifiedCacheLinker):
             self._cache.mark_used([page.header.key.page_hash for page in pages])
         return list(range(1, len(pages) + 1))
 
+    def _usable_digests(self) -> Sequence[bytes]:
+        if self._namespace_digests is not None:
+            return self._namespace_digests()
+        digest = self._namespace_digest()
+        return [] if digest is None else [digest]
+
+    def _pays(self, rid: str, pages: Sequence[PageObject]) -> bool:
+        """Whether pages in host memory are worth restoring; asked once for each request."""
+        if rid not in self._computed:
+            if self._restoring_pays(len(pages), sum(map(len, pages))):
+                return True
+            metrics.PLANS.labels(reason="host_restore_too_slow").inc()
+            self._computed[rid] = None
+            while len(self._computed) > MAX_COMPUTED:
+                self._computed.popitem(last=False)
+        return False
+
     def forget(self, rid: str) -> None:
         """The request is admitted or gone."""
         self._matched.pop(rid, None)
+        self._computed.pop(rid, None)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Queues the restore of pages that the last :meth:`lookup` found."""
@@ -130,13 +192,17 @@ class KVCodecLinker(UnifiedCacheLinker):
         """Starts the queued restores; the forward pass then waits layer by layer."""
         if not self._queued:
             return -1
-        jobs = list(self._queued.values())
+        jobs, rids = list(self._queued.values()), list(self._queued)
         self._queued.clear()
+        start_s = time.monotonic()
         counter = self.layer_done_counter
         index = counter.update_producer()
 
         def on_layers(group: LayerGroup, events: Sequence[DeviceEvent]) -> None:
             counter.complete_after(index, range(group.first_layer, group.first_layer + group.layers), events)
+            if group.first_layer + group.layers == counter.num_layers:
+                for rid in rids:
+                    self._tracer.span(rid, "restore", start_s, time.monotonic())
 
         def on_failure(error: KVCodecError) -> None:
             counter.fail(index, error)
@@ -159,6 +225,15 @@ class KVCodecLinker(UnifiedCacheLinker):
                 self._bad_pages.popitem(last=False)
             self._cache.discard(page.header.key.page_hash for page in restore.bad_pages)
         return landed
+
+    def _waited(self, layer: int, start_s: float, end_s: float) -> None:
+        self._waited_s += end_s - start_s
+        self._tracer.work(f"wait for layer {layer}", start_s, end_s)
+
+    def take_waited_s(self) -> float:
+        """How long forward passes have waited for layers since this was last asked."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def cancel_queued_load(self, rid: str) -> bool:
         """Cancels a restore that has not started."""
@@ -225,6 +300,7 @@ class KVCodecLinker(UnifiedCacheLinker):
             offload.wait()
         self._offloads.clear()
         self._matched.clear()
+        self._computed.clear()
         self._queued.clear()
         self._loading.clear()
         self.layer_done_counter.reset()

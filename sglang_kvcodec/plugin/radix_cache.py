@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from array import array
 from typing import Any
 
@@ -17,6 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.flow.fetcher import FetchTicket
@@ -25,6 +27,7 @@ from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_s
 from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.layer_kinds import check_built_kinds
 from sglang_kvcodec.plugin.linker import KVCodecLinker
+from sglang_kvcodec.plugin.passes import PassObserver
 from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
@@ -74,6 +77,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         kv_cache = ctx.params.token_to_kv_pool_allocator.get_kvcache()
         device = runtime.pool.device.type
         self._runtime = runtime
+        self._passes = PassObserver(runtime.rates.prefill, runtime.tracer)
         self._linker = KVCodecLinker(
             kv_cache,
             kv_cache.layer_num,
@@ -84,6 +88,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
             runtime.namespace_digest,
             self._pages_of,
             ctx.tp_worker.model_runner.forward_stream if device == "cuda" else None,
+            runtime.tracer,
+            runtime.namespace_digests,
+            runtime.restoring_pays,
         )
         self.init_cache_linker(self._linker)
         kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
@@ -134,7 +141,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         wanted = self._linker.without_bad(hashes[start_page:])
-        self._held[request] = _Held(self._runtime.fetcher.start(digests, wanted), start_page, wanted)
+        prompt_tokens = len(matched) + len(new_input_tokens) + 1
+        ticket = self._runtime.fetcher.start(digests, wanted, start_page * self.page_size, prompt_tokens, request.rid)
+        self._held[request] = _Held(ticket, start_page, wanted)
+        self._passes.expect(request.rid, ticket)
 
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether the request may go on: False only while its pages are on their way."""
@@ -151,17 +161,28 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
         super().check_hicache_events()
+        self._agree_on_fetches()
+
+    def _agree_on_fetches(self) -> None:
         waiting = [held for held in self._held.values() if held.agreed_pages is None]
         if not waiting:
             return
-        # All ranks hold the same requests in the same order, so the vectors match.
+        # All ranks hold the same requests in the same order, so the rows match. Each rank plans for itself.
         have = torch.tensor(
-            [len(held.ticket.pages) if held.ticket.is_done else -1 for held in waiting], dtype=torch.int64
+            [
+                [len(held.ticket.pages) if held.ticket.is_done else -1 for held in waiting],
+                [held.ticket.most_pages for held in waiting],
+            ],
+            dtype=torch.int64,
         )
         self._all_reduce_attn_groups(have, torch.distributed.ReduceOp.MIN)
-        for held, pages in zip(waiting, have.tolist(), strict=True):
+        for held, pages, most_pages in zip(waiting, *have.tolist(), strict=True):
             if pages >= 0:
                 held.agreed_pages = pages
+            elif most_pages == 0:
+                # A rank will have none, so the others need not wait for theirs.
+                held.agreed_pages = 0
+                held.ticket.cancel()
 
     def rest_while_held(self) -> None:
         """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
@@ -188,11 +209,14 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """The request is gone."""
         super().release_aborted_request(request)
         self._release(request)
+        self._passes.forget(request.rid)
 
     def _release(self, request: Any) -> None:
         held = self._held.pop(request, None)
         if held is not None:
-            held.ticket.cancelled.set()
+            held.ticket.cancel()
+            if self._runtime is not None:
+                self._runtime.tracer.span(request.rid, "held", held.ticket.start_s, time.monotonic())
         self._linker.forget(request.rid)
         if not self._linker.is_loading(request.rid):
             self.retries.forget(request.rid)
@@ -203,6 +227,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """After the forward pass: requests whose pages did not all land are computed instead."""
         loading = [req.rid for req in reqs if self._linker.is_loading(req.rid)]
         failed = super().finish_external_linker_loads(reqs)
+        self._passes.waited(self.scheduler.forward_ct, self._linker.take_waited_s())
         self.retries.mark_failed(failed)
         lost = {req.rid for req in failed}
         for rid in loading:
@@ -210,6 +235,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
             if rid not in lost:
                 self.retries.forget(rid)
         return failed
+
+    def passed(self, batch: Any, prefill_busy_us: int) -> None:
+        """A forward pass has ended, and SGLang has accounted for it."""
+        self._passes.ended(batch, prefill_busy_us)
 
     @staticmethod
     def has_lost(reason: object) -> bool:
@@ -239,7 +268,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """Empties the tree; the peer and the host cache keep their pages."""
         for held in self._held.values():
-            held.ticket.cancelled.set()
+            held.ticket.cancel()
         self._held.clear()
         super().reset()
         if self._runtime is not None:
@@ -279,6 +308,8 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
             calibration,
             lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated),
             auto_calibration(ctx, config, transforms) if calibration is None else None,
+            max(0, ctx.params.chunked_prefill_size or 0),
+            (get_parallel().dp_rank or 0) * ctx.tp_size + ctx.tp_rank,
         )
     except ConfigurationError as error:
         logger.error("sglang-kvcodec: %s", error)

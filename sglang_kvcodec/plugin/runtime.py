@@ -20,15 +20,20 @@ from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
+from sglang_kvcodec.flow.planner import restoring_pays
 from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.trace import open_tracer
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
+from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.spec import layer_groups
 from sglang_kvcodec.rpc.connect import connect
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import DecoderSource, EncoderSource, open_decoders, open_encoders
@@ -50,6 +55,8 @@ class Runtime:
         calibration: Calibration | None,
         new_namespace: Callable[[], Namespace],
         new_auto_calibration: NewAutoCalibration | None = None,
+        pass_tokens: int = 0,
+        rank: int = 0,
     ) -> None:
         """Connects and starts the threads; does not wait for the peer.
 
@@ -61,9 +68,11 @@ class Runtime:
                 loaded: it then codes them badly, not wrongly.
             new_namespace: computes the namespace of uncalibrated pages from the weights that are loaded now.
             new_auto_calibration: starts to make a calibration; None to stay as it is.
+            pass_tokens: of a prompt that one forward pass computes at most; 0 for no bound.
+            rank: of this process, for the trace.
 
         Raises:
-            ConfigurationError: a codec or its device's kernel is missing.
+            ConfigurationError: a codec or its device's kernel is missing, or the trace can't be written.
         """
         self.config = config
         self.pool = pool
@@ -101,13 +110,28 @@ class Runtime:
                     encoders.close()
                 raise
         self._decoders, self._encoders = decoders, encoders
+        self.tracer = open_tracer(config.trace, f"sglang-kvcodec rank {rank}", rank)
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
         self._peer = connect(config.remote, config.timeouts, config.replicas)
-        self._monitor = PeerMonitor(self._peer, config.timeouts.retry_s)
+        decode_threads = decoders.threads if decoders is not None else config.decode_threads
+        self.rates = Rates(
+            LinkMeter(),
+            RestoreMeter(len(layer_groups(pool.spec)), len(pool.spec.sides), SEGMENT_PAGES, decode_threads),
+            PrefillMeter(pass_tokens),
+        )
+        self._monitor = PeerMonitor(self._peer, config.timeouts.retry_s, self.rates.link.round_trip)
         stored = StoredPages()
         self.fetcher = Fetcher(
-            self._peer, self._monitor, self.cache, stored, transforms, config, on_done=self.progress.set
+            self._peer,
+            self._monitor,
+            self.cache,
+            stored,
+            transforms,
+            config,
+            self.rates,
+            on_done=self.progress.set,
+            tracer=self.tracer,
         )
 
         def new_decoder() -> GroupDecoder:
@@ -119,8 +143,7 @@ class Runtime:
             encoder = encoders.encoder(uniform_blocks=has_components) if encoders is not None else None
             return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
 
-        decode_threads = decoders.threads if decoders is not None else config.decode_threads
-        self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels)
+        self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels, self.rates.restore, self.tracer)
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )
@@ -140,6 +163,7 @@ class Runtime:
             on_page=auto.offer if auto is not None else None,
             wants_pages=auto.wants_pages if auto is not None else None,
             packer=packer,
+            on_coded=self._keep_coded,
         )
         logger.info(
             "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
@@ -151,6 +175,19 @@ class Runtime:
             pool.spec.head_dim,
             (self.namespace_digest() or b"").hex()[:16],
         )
+
+    def _keep_coded(self, page_hash: bytes, coded: bytes) -> None:
+        """What was just coded comes back from host memory when the device has no room for it any more."""
+        self.cache.put(page_hash, PageObject(coded))
+
+    def restoring_pays(self, pages: int, coded_bytes: int) -> bool:
+        """Whether page objects in host memory are restored sooner than computed; they are while that is not known."""
+        if self.config.plan == "always":
+            return True
+        restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
+        if restore is None or prefill is None:
+            return True
+        return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)
 
     def namespace_digest(self) -> bytes | None:
         """The namespace of pages computed now; None while pages of old weights may be around."""
@@ -227,6 +264,7 @@ class Runtime:
         self.restorer.close()
         if self._decoders is not None:
             self._decoders.close()
+        self.tracer.close()
 
 
 def _cuda_device(pool: PagedKVPool) -> int | None:

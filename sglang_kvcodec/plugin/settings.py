@@ -24,6 +24,8 @@ _HELP = {
     "host_cache_bytes": "Bound of the fetched page objects kept in host memory, e.g. 8GB.",
     "publish_queue_bytes": "Bound of the KV that waits to be encoded, e.g. 512MiB; what does not fit is dropped.",
     "min_fetch_tokens": "A shorter stored prefix is computed rather than fetched.",
+    "plan": "auto: fetch a stored prefix if that is predicted to be faster than computing it; always: fetch every one.",
+    "trace": "File for a trace of every request, for ui.perfetto.dev; ranks above 0 write theirs beside it.",
     "encode_threads": "Threads that pack new pages, and encode them without encoder processes.",
     "decoder": "What decodes pictures: nvdec (the GPU's video engines), software, or auto: the best there is.",
     "encoder": "What encodes pictures: nvenc (where the GPU has it), x265, or auto: the best there is.",

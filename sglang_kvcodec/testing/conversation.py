@@ -18,7 +18,7 @@ def source_slices(sizes_chars: Sequence[int], *modules: str) -> list[str]:
     Raises:
         ValueError: the modules are shorter than the slices together.
     """
-    text = "\n".join(_definitions(name) for name in modules or _MODULES)
+    text = "\n".join(definitions_of(name) for name in modules or _MODULES)
     if sum(sizes_chars) > len(text):
         raise ValueError(f"there are {len(text)} characters of text, not {sum(sizes_chars)}")
     slices, start = [], 0
@@ -28,7 +28,12 @@ def source_slices(sizes_chars: Sequence[int], *modules: str) -> list[str]:
     return slices
 
 
-def _definitions(module: str) -> str:
+def definitions_of(module: str) -> str:
+    """The source of a module from its first definition on.
+
+    Raises:
+        ValueError: it has none.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ValueError(f"module {module} has no source")

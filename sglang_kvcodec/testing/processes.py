@@ -6,7 +6,6 @@ Standard library only: SGLang is not imported here, it runs in the processes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import pathlib
@@ -22,8 +21,20 @@ from typing import Self
 from sglang_kvcodec.testing.sglang_client import SGLangClient
 
 _POLL_S = 0.1
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+parent, *command = sys.argv[1:]
+if os.getppid() != int(parent):
+    sys.exit("whoever started this has ended")
+try:
+    os.execvp(command[0], command)
+except OSError as error:
+    sys.exit(f"{command[0]}: {error.strerror}")
+"""
+"""Becomes another program that ends with whoever started it. Not a ``preexec_fn``: that would run in a fork of a
+process whose gRPC threads are gone, and gRPC aborts there now and then."""
 
 CPU_ENV = {"SGLANG_PLATFORM": "kvcodec_cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 """What lets stock SGLang run without a GPU, together with :data:`CPU_ARGS`.
@@ -63,13 +74,12 @@ class ManagedProcess:
         self.log_path = log_path
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def __enter__(self) -> Self:
@@ -147,10 +157,6 @@ class ManagedProcess:
         _wait_gone(family)
 
 
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def process_tree(pid: int) -> list[int]:
     """Ids of a process and of all below it that run."""
     return [each for each in (pid, *_descendants(pid)) if _runs(each)]
@@ -189,16 +195,18 @@ def _runs(pid: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class KVCodecArgs:
-    """The kvcodec flags of an SGLang server."""
+    """The kvcodec flags of an SGLang server; one that takes every hit, unless ``plan`` says otherwise."""
 
     remote: str
     profile: str = "exact"
     extra_args: tuple[str, ...] = ()
+    plan: str = "always"
 
     def to_args(self) -> tuple[str, ...]:
         """As SGLang's command line takes them."""
         return (
             *("--enable-kvcodec", "--kvcodec-remote", self.remote, "--kvcodec-profile", self.profile),
+            *("--kvcodec-plan", self.plan),
             *self.extra_args,
         )
 

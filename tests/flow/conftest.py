@@ -48,7 +48,9 @@ def connect(closing):
 
 @pytest.fixture
 def config():
-    return ServerConfig(remote="grpc://127.0.0.1:1", profile="raw", min_fetch_tokens=1, timeouts=TIMEOUTS)
+    return ServerConfig(
+        remote="grpc://127.0.0.1:1", profile="raw", plan="always", min_fetch_tokens=1, timeouts=TIMEOUTS
+    )
 
 
 @pytest.fixture

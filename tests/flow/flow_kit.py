@@ -6,6 +6,7 @@ from prometheus_client import REGISTRY
 
 from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
+from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
 from sglang_kvcodec.storage.memory import MemoryEngine
 
@@ -21,6 +22,11 @@ TIMEOUTS = Timeouts(connect_s=20, lookup_s=20, progress_s=20, fetch_s=60, put_s=
 def counted(name, **labels):
     """A metric now; 0 before its first event."""
     return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def new_rates():
+    """Rates of which nothing is known."""
+    return Rates(LinkMeter(), RestoreMeter(1, 2, 32, 2), PrefillMeter())
 
 
 class Delta:

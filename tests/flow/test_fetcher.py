@@ -2,7 +2,7 @@ import dataclasses
 import threading
 
 import pytest
-from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS
+from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, new_rates
 
 from sglang_kvcodec.errors import StorageUnavailableError
 from sglang_kvcodec.flow import fetcher as fetcher_module
@@ -31,6 +31,7 @@ class Setup:
         self.connection = connection
         self.cache = BitstreamCache(config.host_cache_bytes)
         self.stored = StoredPages()
+        self.rates = new_rates()
         self.fetcher = Fetcher(
             connection.peer,
             connection.monitor,
@@ -38,6 +39,7 @@ class Setup:
             self.stored,
             PageTransforms(spec, config.profile),
             config,
+            self.rates,
             on_done=on_done,
         )
 
@@ -291,7 +293,7 @@ def test_cancelled_before_it_starts(engine, local_peer, set_up, pages, delta, ga
     setup.connection.peer.before = hold
     first, second = setup.start(), setup.start()
     assert started.wait(LIMIT_S)
-    second.cancelled.set()
+    second.cancel()
     gate.set()
     assert first.wait(LIMIT_S)
     assert second.wait(LIMIT_S)
@@ -309,7 +311,7 @@ def test_cancelled_on_the_way(engine, local_peer, set_up, pages, delta):
 
     def cancel(event):
         ready.wait(LIMIT_S)
-        tickets[0].cancelled.set()
+        tickets[0].cancel()
 
     setup.connection.peer.on_event = cancel
     tickets.append(setup.start())

@@ -47,6 +47,17 @@ def watch(closing):
     return start
 
 
+def test_good_probes_tell_how_long_they_took(closing):
+    answers = Answers(PeerUnavailableError("gone"), stat_of())
+    told = []
+    monitor = PeerMonitor(answers, 0.001, told.append)
+    closing.callback(monitor.close)
+    answers.wait_for_probes(4)
+    monitor.close()
+    assert 0 < len(told) <= answers.probes - 1
+    assert all(seconds >= 0 for seconds in told)
+
+
 def test_starts_open_and_comes_up_when_a_peer_appears(closing):
     engine = HookedEngine()
     first = LocalPeer(engine)

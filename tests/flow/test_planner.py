@@ -1,33 +1,255 @@
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kvcodec.flow.planner import CUT_TO_HOST_MEMORY, WHOLE_PREFIX, FetchPlan, plan_fetch
+from sglang_kvcodec.flow.planner import (
+    BLIND_S,
+    CUT_TO_HOST_MEMORY,
+    LEARNING,
+    LINK_TOO_SLOW,
+    NOT_STORED,
+    NOTHING_KNOWN,
+    PART,
+    REASONS,
+    RESTORE_TOO_SLOW,
+    TAKE_GAIN,
+    TOO_SHORT,
+    WHOLE_PREFIX,
+    Bounds,
+    Knowledge,
+    Prefix,
+    plan_fetch,
+    restoring_pays,
+)
+from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+
+PLENTY = Bounds(1, 1 << 60)
+PREFILL = PrefillModel(0.005, 1e-4, 1e-9)
+RESTORE = RestoreModel(1e-4, 1e-9, 10, 32, 2, 5)
+
+
+def prefix(pages, page_bytes=100_000, before=0, rest=17):
+    return Prefix([page_bytes] * pages, 64, before, before + pages * 64 + rest)
+
+
+def known(bytes_per_s=1e9, round_trip_s=0.001, others=(), restore=RESTORE, prefill=PREFILL):
+    return Knowledge(round_trip_s, bytes_per_s, others, restore, prefill)
+
+
+def reference(prefix, known, pages):
+    """Predicted TTFT, in plain words of one number of pages."""
+    before = prefix.tokens_before + pages * prefix.page_tokens
+    new = max(1, prefix.prompt_tokens - before)
+    forward_s = known.prefill.seconds(new, before)
+    if not pages:
+        return forward_s
+    size = sum(prefix.page_bytes[:pages])
+    fetch_s = known.round_trip_s + (size + sum(min(size, other) for other in known.others_bytes)) / known.bytes_per_s
+    r = known.restore
+    restore_s = (math.ceil(pages / r.segment_pages) * r.parts * r.part_s + size * r.byte_s) / r.threads
+    restore_s += max(0, r.queued_s - fetch_s)
+    first_group = min(restore_s, forward_s) / r.layer_groups
+    return fetch_s + max(restore_s, forward_s) + first_group
+
+
+# ---- examples ----
 
 
 def test_nothing_stored():
-    assert plan_fetch(0, 0, 64, 1, 1000) == FetchPlan(0, "not_stored")
+    plan = plan_fetch(prefix(0), known(), PLENTY)
+    assert (plan.pages, plan.reason) == (0, NOT_STORED)
 
 
-def test_a_prefix_of_exactly_the_least_length_is_fetched():
-    assert plan_fetch(2, 10, 64, 128, 1000) == FetchPlan(2, WHOLE_PREFIX)
-    assert plan_fetch(2, 10, 64, 129, 1000) == FetchPlan(0, "too_short")
+@pytest.mark.parametrize("always", [False, True])
+def test_a_prefix_of_exactly_the_least_length_is_fetched(always):
+    assert plan_fetch(prefix(2), known(), Bounds(128, 1 << 60), always=always).pages == 2
+    plan = plan_fetch(prefix(2), known(), Bounds(129, 1 << 60), always=always)
+    assert (plan.pages, plan.reason) == (0, TOO_SHORT)
 
 
-def test_what_just_fits_is_fetched_whole():
-    assert plan_fetch(7, 1000, 16, 1, 1000) == FetchPlan(7, WHOLE_PREFIX)
-    assert plan_fetch(7, 1001, 16, 1, 1000) == FetchPlan(6, CUT_TO_HOST_MEMORY)
+@pytest.mark.parametrize("always", [False, True])
+def test_what_just_fits_is_fetched_whole(always):
+    whole = plan_fetch(prefix(7, 1000), known(), Bounds(1, 7000), always=always)
+    assert (whole.pages, whole.reason) == (7, WHOLE_PREFIX)
+    cut = plan_fetch(prefix(7, 1000), known(), Bounds(1, 6999), always=always)
+    assert (cut.pages, cut.reason) == (6, CUT_TO_HOST_MEMORY)
+    assert plan_fetch(prefix(7, 1000), known(), Bounds(65, 1999), always=always).reason == TOO_SHORT
 
 
-def test_a_prefix_cut_below_the_least_length_is_computed():
-    assert plan_fetch(10, 1000, 16, 64, 399) == FetchPlan(0, "too_short")
-    assert plan_fetch(10, 1000, 16, 64, 400) == FetchPlan(4, CUT_TO_HOST_MEMORY)
+def test_a_slow_link_is_not_waited_for():
+    plan = plan_fetch(prefix(30), known(bytes_per_s=1e5), PLENTY)
+    assert (plan.pages, plan.reason) == (0, LINK_TOO_SLOW)
+    assert plan.ttft_s == plan.prefill_s == pytest.approx(PREFILL.seconds(30 * 64 + 17, 0))
+    assert "fetch 30 s" in plan.words
+    assert plan_fetch(prefix(30), known(bytes_per_s=1e5), PLENTY, always=True).pages == 30
 
 
-@given(st.integers(0, 10**6), st.integers(1, 2**60), st.integers(1, 256), st.integers(1, 10**5), st.integers(1, 2**60))
-def test_a_plan_is_never_out_of_bounds(covered, covered_bytes, page_tokens, min_tokens, max_bytes):
-    plan = plan_fetch(covered, covered_bytes, page_tokens, min_tokens, max_bytes)
-    assert 0 <= plan.pages <= covered
-    assert plan.pages == 0 or plan.pages * page_tokens >= min_tokens
-    if covered:
-        assert plan.pages * covered_bytes <= max_bytes * covered or covered_bytes <= max_bytes
-    assert plan.reason
+def test_slow_decoders_are_not_waited_for():
+    slow = RestoreModel(1e-4, 1e-6, 10, 32, 2, 5)
+    assert plan_fetch(prefix(30), known(restore=slow), PLENTY).reason == RESTORE_TOO_SLOW
+
+
+def test_decoders_that_are_busy_are_not_waited_for():
+    busy = RestoreModel(1e-4, 1e-9, 10, 32, 2, 5, queued_s=7)
+    assert plan_fetch(prefix(30), known(restore=busy), PLENTY).reason == RESTORE_TOO_SLOW
+
+
+def test_a_link_that_others_use_is_shared():
+    bytes_per_s = 3e6 / 0.15
+    assert plan_fetch(prefix(30), known(bytes_per_s), PLENTY).pages == 30
+    assert plan_fetch(prefix(30), known(bytes_per_s, others=[10**9, 10**9]), PLENTY).reason == LINK_TOO_SLOW
+
+
+def test_what_the_decoders_can_not_do_under_the_forward_pass_is_computed():
+    # Restoring all of it takes twice as long as computing all of it: meet in the middle.
+    half_as_fast = RestoreModel(0, 4e-6 * 64, 8, 32, 1, 8)
+    plan = plan_fetch(prefix(100, 100), known(restore=half_as_fast, prefill=PrefillModel(0, 1e-4, 0)), PLENTY)
+    assert plan.reason == PART
+    assert 10 < plan.pages < 90
+    assert plan.ttft_s < plan.prefill_s
+
+
+@pytest.mark.parametrize("missing", ["bytes_per_s", "restore"])
+def test_what_is_not_known_is_tried(missing):
+    plan = plan_fetch(prefix(30), known(**{missing: None}), PLENTY)
+    assert (plan.pages, plan.reason) == (30, LEARNING)
+    assert plan.ttft_s <= plan.prefill_s
+
+
+def test_what_is_known_to_be_slow_is_not_tried_for_the_sake_of_the_rest():
+    slow = RestoreModel(1e-4, 1e-6, 10, 32, 2, 5)
+    assert plan_fetch(prefix(30), known(bytes_per_s=None, restore=slow), PLENTY).reason == RESTORE_TOO_SLOW
+    assert plan_fetch(prefix(30), known(bytes_per_s=1e5, restore=None), PLENTY).reason == LINK_TOO_SLOW
+
+
+def test_nothing_known_fetches_all_of_it():
+    plan = plan_fetch(prefix(30), NOTHING_KNOWN, PLENTY)
+    assert (plan.pages, plan.reason, plan.ttft_s, plan.prefill_s) == (30, LEARNING, None, None)
+
+
+def test_without_knowing_prefill_no_fetch_takes_long():
+    plan = plan_fetch(prefix(100), known(bytes_per_s=1e6, prefill=None), PLENTY)
+    assert plan.reason == LEARNING
+    assert 0 < plan.pages < 100
+    assert plan.fetch_s <= BLIND_S
+    assert plan_fetch(prefix(100), known(bytes_per_s=1e3, prefill=None), PLENTY).reason == LINK_TOO_SLOW
+    assert plan_fetch(prefix(100), known(bytes_per_s=0.0, prefill=None), PLENTY).pages == 0
+
+
+def test_a_dead_link_is_no_reason_to_divide_by_zero():
+    assert plan_fetch(prefix(3), known(bytes_per_s=0.0), PLENTY).reason == LINK_TOO_SLOW
+
+
+def test_noise_does_not_change_the_way_taken():
+    """Around the break-even: whoever fetched goes on until it is slower, whoever computed waits for a clear gain."""
+
+    def taken(gain, was_fetching):
+        total = PREFILL.seconds(30 * 64 + 17, 0)
+        free = RestoreModel(0, 0, 10, 32, 2, 1)
+        rest = PREFILL.seconds(17, 30 * 64)
+        bytes_per_s = 3e6 / (total * (1 - gain) - rest)
+        return plan_fetch(prefix(30), known(bytes_per_s, 0.0, (), free), PLENTY, was_fetching).pages == 30
+
+    assert [taken(gain, True) for gain in (-0.02, 0.02, 0.09, 0.12)] == [False, True, True, True]
+    assert [taken(gain, False) for gain in (-0.02, 0.02, 0.09, 0.12)] == [False, False, False, True]
+
+
+def test_pages_in_host_memory_are_restored_if_that_is_not_slower():
+    prefill = PrefillModel(0.001, 1e-4, 0)
+    assert restoring_pays(RestoreModel(0, 1e-7, 10, 32, 1, 5), prefill, 10, 600_000, 640)
+    assert not restoring_pays(RestoreModel(0, 1e-7, 10, 32, 1, 5), prefill, 10, 700_000, 640)
+    assert restoring_pays(RestoreModel(0, 1e-7, 10, 32, 2, 5), prefill, 10, 700_000, 640)
+    assert not restoring_pays(RestoreModel(0.001, 0, 80, 5, 2, 5), prefill, 10, 1, 640)
+    assert not restoring_pays(RestoreModel(0, 1e-7, 10, 32, 2, 5, queued_s=1), prefill, 10, 700_000, 640)
+
+
+# ---- properties ----
+
+seconds = st.floats(0, 10)
+rates = st.floats(1, 1e12)
+restores = st.builds(
+    RestoreModel,
+    st.floats(0, 0.1),
+    st.floats(0, 1e-5),
+    st.integers(1, 60),
+    st.integers(1, 40),
+    st.integers(1, 8),
+    st.integers(1, 30),
+    st.floats(0, 3),
+)
+prefills = st.builds(
+    PrefillModel, st.floats(0, 1), st.floats(1e-7, 1e-2), st.floats(0, 1e-6), st.sampled_from([0, 1, 97, 8192])
+)
+prefixes = st.builds(
+    lambda sizes, tokens, before, rest: Prefix(sizes, tokens, before, before + len(sizes) * tokens + rest),
+    st.lists(st.integers(1, 10**8), max_size=40),
+    st.integers(1, 256),
+    st.integers(0, 10**5),
+    st.integers(1, 10**5),
+)
+everything = st.builds(Knowledge, seconds, rates, st.lists(st.integers(0, 10**9), max_size=5), restores, prefills)
+whatever = st.builds(
+    Knowledge,
+    seconds,
+    st.none() | st.floats(0, 1e12),
+    st.lists(st.integers(0, 10**9), max_size=5),
+    st.none() | restores,
+    st.none() | prefills,
+)
+all_bounds = st.builds(Bounds, st.integers(0, 10**4), st.integers(0, 10**9))
+
+
+@given(prefixes, everything)
+def test_the_best_number_of_pages_is_found(prefix, known):
+    values = [reference(prefix, known, pages) for pages in range(len(prefix.page_bytes) + 1)]
+    plan = plan_fetch(prefix, known, Bounds(1, 1 << 60))
+    if not prefix.page_bytes:
+        assert plan.reason == NOT_STORED
+        return
+    assert plan.prefill_s == pytest.approx(values[0])
+    assert plan.ttft_s == pytest.approx(min(values))
+    assert values[plan.pages] == pytest.approx(min(values))
+
+
+@given(prefixes, whatever, all_bounds, st.booleans())
+def test_never_slower_than_prefill_nor_out_of_bounds(prefix, known, bounds, was_fetching):
+    plan = plan_fetch(prefix, known, bounds, was_fetching)
+    assert 0 <= plan.pages <= len(prefix.page_bytes)
+    assert plan.reason in REASONS
+    assert plan.words
+    if plan.pages:
+        assert plan.pages * prefix.page_tokens >= bounds.min_tokens
+        assert sum(prefix.page_bytes[: plan.pages]) <= bounds.max_bytes
+    if known.prefill is not None and plan.ttft_s is not None:
+        assert plan.ttft_s <= plan.prefill_s
+    if plan.pages and known.prefill is not None and not was_fetching:
+        assert plan.ttft_s <= plan.prefill_s * (1 - TAKE_GAIN)
+
+
+@given(prefixes, everything, rates, st.booleans())
+def test_more_bandwidth_is_never_worse(prefix, known, other, was_fetching):
+    slow, fast = sorted([known.bytes_per_s, other])
+    plans = [
+        plan_fetch(
+            prefix,
+            Knowledge(known.round_trip_s, rate, known.others_bytes, known.restore, known.prefill),
+            PLENTY,
+            was_fetching,
+        )
+        for rate in (slow, fast)
+    ]
+    if plans[0].ttft_s is None:
+        return
+    assert plans[1].ttft_s <= plans[0].ttft_s * (1 + 1e-9)
+    # Whoever fetches over a slow link fetches over a fast one.
+    assert bool(plans[1].pages) >= bool(plans[0].pages)
+
+
+@given(prefixes, st.floats(1, 1e9), all_bounds)
+def test_always_takes_what_fits(prefix, rate, bounds):
+    plan = plan_fetch(prefix, known(bytes_per_s=rate), bounds, always=True)
+    fitting = [k for k in range(1, len(prefix.page_bytes) + 1) if sum(prefix.page_bytes[:k]) <= bounds.max_bytes]
+    enough = [k for k in fitting if k * prefix.page_tokens >= bounds.min_tokens]
+    assert plan.pages == max(enough, default=0)

@@ -28,6 +28,7 @@ class Setup:
     """A publisher of a pool of four pages, which are called 0 to 3."""
 
     def __init__(self, connection, config, spec, before_encode=lambda page_hash: None, on_page=lambda *args: None):
+        self.coded = {}
         self.peer, self.monitor = connection.peer, connection.monitor
         self.profile = config.profile
         self.pool = KnownPool(spec, 4)
@@ -37,7 +38,14 @@ class Setup:
         self.positions = {}
         self._before_encode = before_encode
         self.publisher = Publisher(
-            self.peer, self.monitor, self.stored, self.pool.wrapped, self._new_encoder, config, on_page
+            self.peer,
+            self.monitor,
+            self.stored,
+            self.pool.wrapped,
+            self._new_encoder,
+            config,
+            on_page,
+            on_coded=self.coded.__setitem__,
         )
 
     def _new_encoder(self, namespace_digest):
@@ -104,6 +112,12 @@ def test_pages_land_at_the_peer_bit_for_bit(engine, local_peer, set_up, delta, p
     assert delta("kvcodec_published_kv_bytes_total") == 3 * GROUPED.page_bytes
     assert delta("kvcodec_published_bytes_total") == engine.stat().stored_bytes
     assert_empty()
+
+
+def test_page_objects_are_shown_as_they_are_sent(engine, local_peer, set_up):
+    setup = set_up(local_peer)
+    setup.publish()
+    assert setup.coded == {hash_of(page): engine.get(NAMESPACE + hash_of(page)) for page in range(4)}
 
 
 def test_what_is_published_is_what_the_slots_held_when_it_was_settled(engine, local_peer, set_up, gate):

@@ -1,3 +1,4 @@
+import json
 import threading
 
 import pytest
@@ -7,7 +8,9 @@ from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
 from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError, KVCodecError
 from sglang_kvcodec.flow import restorer as restorer_module
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
+from sglang_kvcodec.flow.rates import RestoreMeter
 from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
+from sglang_kvcodec.flow.trace import FileTracer
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.spec import Side, layer_groups
@@ -125,6 +128,34 @@ def test_several_jobs_of_more_pages_than_a_segment(start, delta, threads, monkey
     assert pool.others_are(before, [9, 1, 4, 0, 7, 3, 8, 2])
     assert sorted(size for size, _ in decoded) == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
     assert delta("kvcodec_restored_tokens_total") == 8 * SMALL.page_tokens
+
+
+def test_parts_are_measured_and_traced(closing, tmp_path, monkeypatch):
+    monkeypatch.setattr(restorer_module, "SEGMENT_PAGES", 2)
+    pages = Pages(GROUPED, "raw", NAMESPACE)
+    objects = [pages.page(name) for name in range(3)]
+    pool = KnownPool(GROUPED, 3)
+    meter = RestoreMeter(3, 2, 2, 2)
+    idle = threading.Event()
+    meter.on_idle = idle.set
+    tracer = FileTracer(tmp_path / "t.json", "a server")
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "raw"), 2, meter=meter, tracer=tracer)
+    closing.callback(restorer.close)
+    outcome = Outcome()
+    restorer.start([RestoreJob(objects, pool.slots(range(3)))], outcome.on_layers, outcome.on_failure)
+    assert outcome.wait() == [0, 1, 2]
+    assert idle.wait(LIMIT_S)
+    model = meter.model()
+    assert model.queued_s == 0
+    assert model.seconds(3, sum(map(len, objects))) > 0
+    restorer.close()
+    tracer.close()
+    work = [event for event in json.loads((tmp_path / "t.json").read_text()) if event["ph"] == "X"]
+    for name in ("decode", "restore"):
+        args = [event["args"] for event in work if event["name"] == name]
+        assert len(args) == 12
+        assert {(each["group"], each["side"]) for each in args} == {(g, s) for g in range(3) for s in ("KEY", "VALUE")}
+        assert sorted(each["pages"] for each in args) == [1] * 6 + [2] * 6
 
 
 def test_layers_are_told_in_order_and_only_when_both_sides_are_written(start, gate):

@@ -4,7 +4,7 @@ import contextlib
 import time
 
 import pytest
-from flow_kit import LIMIT_S, NAMESPACE, SMALL, TIMEOUTS
+from flow_kit import LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, new_rates
 
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
@@ -32,7 +32,9 @@ class Server:
 
     def __init__(self, processes, replicas, stack):
         self.remote = "grpc://" + ",".join(process.address for process in processes)
-        config = ServerConfig(self.remote, "raw", min_fetch_tokens=1, replicas=replicas, timeouts=TIMEOUTS)
+        config = ServerConfig(
+            self.remote, "raw", min_fetch_tokens=1, replicas=replicas, plan="always", timeouts=TIMEOUTS
+        )
         self.peer = connect(self.remote, TIMEOUTS, replicas)
         self.monitor = PeerMonitor(self.peer, TIMEOUTS.retry_s)
         self.fetcher = Fetcher(
@@ -42,6 +44,7 @@ class Server:
             StoredPages(),
             PageTransforms(SMALL, "raw"),
             config,
+            new_rates(),
         )
         stack.callback(self.fetcher.close)
         stack.callback(self.peer.close)

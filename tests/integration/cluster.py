@@ -20,6 +20,9 @@ PAGE_TOKENS = 64
 CAPACITY = "500MB"
 ANSWER_TOKENS = 24
 FAST_RETRY = "0.3"
+MODULES = ("argparse", "tarfile", "zipfile", "typing", "_pydecimal", "turtle", "doctest", "pydoc", "inspect")
+OTHER_MODULES = ("subprocess", "pickletools", "mailbox", "optparse", "ssl")
+TEXT_CHARACTERS = 2200
 
 
 class Cluster:
@@ -32,7 +35,8 @@ class Cluster:
         self.remote = f"grpc://127.0.0.1:{self.peer_port}"
         self.peer: PeerProcess | None = None
         self._stack = contextlib.ExitStack()
-        self._text = iter(_texts())
+        self._text = iter(_texts(MODULES))
+        self._other_text = iter(_texts(OTHER_MODULES))
 
     def __enter__(self) -> "Cluster":
         return self
@@ -43,13 +47,15 @@ class Cluster:
 
     # ---- processes ----
 
-    def start_server(self, name: str, kvcodec: bool = True, profile="exact", **options) -> SGLangProcess:
+    def start_server(
+        self, name: str, kvcodec: bool = True, profile="exact", plan="always", kvcodec_args=(), **options
+    ) -> SGLangProcess:
         """Starts an SGLang server; does not wait for it. ``options`` are those of ``SGLangProcess``."""
         server = SGLangProcess(
             name,
             MODEL,
             self.work_dir / f"{name}.log",
-            KVCodecArgs(self.remote, profile) if kvcodec else None,
+            KVCodecArgs(self.remote, profile, tuple(kvcodec_args), plan) if kvcodec else None,
             **options,
         )
         # SGLang takes long to end when asked to.
@@ -100,24 +106,19 @@ class Cluster:
         """Text that no test has used, about 700 tokens."""
         return next(self._text)
 
+    def other_text(self) -> str:
+        """The same from another source.
 
-def _texts():
-    while True:
-        size = 2200
-        for module in (
-            "argparse",
-            "tarfile",
-            "zipfile",
-            "typing",
-            "_pydecimal",
-            "turtle",
-            "doctest",
-            "pydoc",
-            "inspect",
-        ):
-            slices = source_slices([size] * 12, module)
-            yield from slices
-        raise RuntimeError("no text is left")
+        The words after some texts hang on the chunks in which they are prefilled, a server without kvcodec's too. So
+        that no test gets another text because there is a new test before it, new ones take theirs from here.
+        """
+        return next(self._other_text)
+
+
+def _texts(modules):
+    for module in modules:
+        yield from source_slices([TEXT_CHARACTERS] * 12, module)
+    raise RuntimeError("no text is left")
 
 
 def ask(server: SGLangProcess, text: str, **extra) -> ChatReply:

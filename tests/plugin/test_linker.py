@@ -43,6 +43,9 @@ class Setup:
         self.pool = KnownPool(SPEC, 4)
         self.cache = BitstreamCache(1 << 30)
         self.digest = NAMESPACE
+        self.digests = [NAMESPACE]
+        self.pays = True
+        self.asked = []
         self.held = {}
         self.before_decode = lambda pages, group, side: None
         self.before_encode = lambda: None
@@ -61,6 +64,8 @@ class Setup:
             lambda: self.digest,
             lambda rid: self.held.get(rid, {}),
             None,
+            namespace_digests=lambda: self.digests,
+            restoring_pays=self._pays,
         )
 
     def _new_decoder(self):
@@ -84,6 +89,10 @@ class Setup:
             return inner.encode(page_hash, values)
 
         return types.SimpleNamespace(encode=encode)
+
+    def _pays(self, pages, coded_bytes):
+        self.asked.append((pages, coded_bytes))
+        return self.pays
 
     def cache_pages(self, *names):
         for name in names:
@@ -135,8 +144,53 @@ def test_nothing_is_found_for_a_request_that_must_be_computed_or_without_a_names
     setup.cache_pages(0)
     setup.held["r"] = None
     assert setup.lookup("r", [0]) == []
-    setup.digest = None
+    setup.digest, setup.digests = None, []
     assert setup.lookup("other", [0]) == []
+
+
+def test_pages_of_another_namespace_are_no_hit(setup):
+    """As a thread may put them into the cache after new weights were loaded."""
+    setup.cache_pages(0, 1)
+    setup.cache.put(hash_of(1), Pages(SPEC, "raw", bytes(32)).page(1))
+    assert setup.lookup("r", [0, 1]) == [1]
+    setup.digests = [NAMESPACE, bytes(32)]
+    assert setup.lookup("r", [0, 1]) == [1, 2]
+    setup.digests = []
+    assert setup.lookup("r", [0, 1]) == []
+
+
+def test_pages_that_are_computed_sooner_are_not_restored_and_every_look_up_says_so(setup):
+    setup.cache_pages(0, 1)
+    setup.pays = False
+    assert setup.lookup("r", [0, 1]) == []
+    setup.pays = True
+    assert setup.lookup("r", [0, 1]) == []
+    assert setup.asked == [(2, sum(len(setup.pages.page(name)) for name in (0, 1)))]
+    setup.linker.forget("r")
+    assert setup.lookup("r", [0, 1]) == [1, 2]
+    # Once they count, they count.
+    setup.pays = False
+    assert setup.lookup("r", [0, 1]) == [1, 2]
+    # What was fetched was planned.
+    setup.held["held"] = {hash_of(1): setup.pages.page(1)}
+    assert setup.lookup("held", [0, 1]) == [1, 2]
+
+
+def test_waits_for_layers_are_measured(setup):
+    setup.cache_pages(0)
+    setup.lookup("r", [0])
+    setup.load("r", [0], [1])
+    gate = threading.Event()
+    setup.before_decode = lambda pages, group, side: gate.wait(LIMIT_S)
+    index = setup.linker.start_layer_wise_loading()
+    counter = setup.linker.layer_done_counter
+    counter.set_consumer(index)
+    threading.Timer(0.05, gate.set).start()
+    for layer in range(SPEC.layers):
+        counter.wait_until(layer)
+    assert setup.linker.take_waited_s() > 0
+    assert setup.linker.take_waited_s() == 0
+    assert setup.linker.finish_layer_wise_loading(index)
 
 
 def test_pages_found_are_restored_layer_by_layer_though_evicted_meanwhile(setup):
@@ -175,9 +229,9 @@ def test_pages_of_old_weights_are_not_found_again(setup):
     setup.cache_pages(0)
     assert setup.lookup("r", [0]) == [1]
     setup.cache.clear()
-    setup.digest = None
+    setup.digest, setup.digests = None, []
     assert setup.lookup("r", [0]) == []
-    setup.digest = NAMESPACE
+    setup.digest, setup.digests = NAMESPACE, [NAMESPACE]
     assert setup.lookup("r", [0]) == []
 
 
@@ -249,9 +303,9 @@ def test_offloads_are_completed_in_order(setup):
 
     setup.pool.wrapped.gather = slow_first
     assert setup.offload([0], [0])
-    setup.digest = None
+    setup.digest, setup.digests = None, []
     assert setup.offload([1], [1])
-    setup.digest = NAMESPACE
+    setup.digest, setup.digests = NAMESPACE, [NAMESPACE]
     assert setup.linker.num_completed_offloads() == 0
     assert setup.linker.has_pending
     first_may_go.set()

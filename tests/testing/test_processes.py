@@ -105,5 +105,6 @@ def test_free_ports_can_be_bound():
 def test_kvcodec_flags():
     args = KVCodecArgs("grpc://127.0.0.1:1", "raw", ("--kvcodec-read-only", "true")).to_args()
     assert " ".join(args) == (
-        "--enable-kvcodec --kvcodec-remote grpc://127.0.0.1:1 --kvcodec-profile raw --kvcodec-read-only true"
+        "--enable-kvcodec --kvcodec-remote grpc://127.0.0.1:1 --kvcodec-profile raw --kvcodec-plan always "
+        "--kvcodec-read-only true"
     )

@@ -1,0 +1,198 @@
+"""Ends fetches that computing has overtaken: soft time-outs of each phase, from what is known at that moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict
+
+LOOKUP = "lookup"
+FIRST_BYTE = "first_byte"
+PROGRESS = "progress"
+
+PERIOD_S = 0.02
+CUT_MARGIN = 0.1
+"""A fetch has to be predicted slower than computing by this share."""
+PATIENCE_SHARE = 0.1
+"""And for so long, as a share of what computing takes: a link that pauses is not one that is gone."""
+MIN_PATIENCE_S, MAX_PATIENCE_S = 0.02, 0.5
+ANSWER_SHARE = 0.25
+"""An answer may take this share of the prefill."""
+MIN_ANSWER_S = 0.05
+ROUND_TRIPS_OF_AN_ANSWER = 4
+HEADER_SHARE = 0.1
+"""The first message of a fetch carries the headers: some of all bytes, which a slow link needs time for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How far a fetch has come.
+
+    Attributes:
+        phase: :data:`LOOKUP`, :data:`FIRST_BYTE` or :data:`PROGRESS`.
+        since_s: when it began.
+        prefix: the pages that were planned; before that, none.
+        received_bytes: of them.
+        whole_pages: the unbroken prefix of them that is complete.
+    """
+
+    phase: str
+    since_s: float
+    prefix: Prefix
+    received_bytes: int = 0
+    whole_pages: int = 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """What has yet to arrive."""
+        return max(0, sum(self.prefix.page_bytes) - self.received_bytes)
+
+
+def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
+    """How much longer to wait for a fetch that gets no better; None to wait without asking again.
+
+    Zero or less means that it is to be given up. While prefill is not known there is nothing to compare with.
+    """
+    if known.prefill is None:
+        return None
+    prefix = stage.prefix
+    if stage.phase != PROGRESS:
+        prefill_s = known.prefill.seconds(max(1, prefix.prompt_tokens - prefix.tokens_before), prefix.tokens_before)
+        allowed_s = max(MIN_ANSWER_S, ANSWER_SHARE * prefill_s, ROUND_TRIPS_OF_AN_ANSWER * known.round_trip_s)
+        if known.bytes_per_s:
+            allowed_s += HEADER_SHARE * stage.missing_bytes / known.bytes_per_s
+        return stage.since_s + allowed_s - now_s
+    if known.bytes_per_s is None:
+        return None
+    prediction = predict(prefix, known)
+    after_s = prediction.ttft_s - prediction.fetch_s
+    missing = stage.missing_bytes
+    shared = missing + sum(min(missing, other) for other in known.others_bytes)
+    keep_s = shared / max(known.bytes_per_s, 1e-9) + float(after_s[-1])
+    cut_s = float(after_s[stage.whole_pages])
+    if keep_s <= cut_s * (1 + CUT_MARGIN):
+        return None
+    return min(MAX_PATIENCE_S, max(MIN_PATIENCE_S, PATIENCE_SHARE * cut_s))
+
+
+class Flight:
+    """One fetch under watch. Its thread tells how far it is; the pacer reads it."""
+
+    def __init__(self, stage: Stage, give_up: Callable[[str], None]) -> None:
+        """A fetch that begins.
+
+        Args:
+            stage: where it is.
+            give_up: called once with the phase, on the pacer's thread, when computing has overtaken it.
+        """
+        self._stage = stage
+        self._received_bytes = 0
+        self._whole_pages = 0
+        self._give_up = give_up
+        self._bad_since_s: float | None = None
+        self._is_over = False
+
+    @property
+    def phase(self) -> str:
+        """Of its :attr:`stage`."""
+        return self._stage.phase
+
+    @property
+    def stage(self) -> Stage:
+        """Where it is now."""
+        return dataclasses.replace(self._stage, received_bytes=self._received_bytes, whole_pages=self._whole_pages)
+
+    def begin(self, phase: str, now_s: float, prefix: Prefix | None = None) -> None:
+        """The next phase begins, with another prefix if one is given."""
+        self._stage = Stage(phase, now_s, prefix or self._stage.prefix)
+
+    def progress(self, received_bytes: int, whole_pages: int) -> None:
+        """So much has arrived, of all."""
+        self._received_bytes, self._whole_pages = received_bytes, whole_pages
+
+    def judge(self, known: Knowledge, now_s: float) -> None:
+        """Gives it up if it is due."""
+        stage = self.stage
+        left_s = patience_s(stage, known, now_s)
+        if self._is_over or left_s is None:
+            self._bad_since_s = None
+            return
+        if stage.phase == PROGRESS:
+            self._bad_since_s = now_s if self._bad_since_s is None else self._bad_since_s
+            left_s -= now_s - self._bad_since_s
+        if left_s <= 0:
+            self._is_over = True
+            self._give_up(stage.phase)
+
+
+class Pacer:
+    """Knows the fetches under way, and watches them on one thread that sleeps while there are none."""
+
+    def __init__(self, known: Callable[[], Knowledge], is_watching: bool = True) -> None:
+        """Starts with none.
+
+        Args:
+            known: what is known now, but for the other fetches.
+            is_watching: whether to give any up.
+        """
+        self._known = known
+        self._is_watching = is_watching
+        self._changed = threading.Condition()
+        self._flights: list[Flight] = []
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, flight: Flight) -> None:
+        """Watches a fetch until :meth:`remove`."""
+        with self._changed:
+            self._flights.append(flight)
+            if self._thread is None and self._is_watching and not self._is_closed:
+                self._thread = threading.Thread(target=self._run, name="kvcodec-pacer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def remove(self, flight: Flight) -> None:
+        """It has ended."""
+        with self._changed:
+            self._flights.remove(flight)
+
+    def knowledge(self, flight: Flight) -> Knowledge:
+        """What is known now, with what all other fetches have yet to receive."""
+        with self._changed:
+            flights = list(self._flights)
+        return _beside(flight, self._known(), _missing_bytes(flights))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or self._flights)
+                if self._is_closed:
+                    return
+                flights = list(self._flights)
+            known, missing = self._known(), _missing_bytes(flights)
+            for flight in flights:
+                flight.judge(_beside(flight, known, missing), time.monotonic())
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, timeout=PERIOD_S)
+
+
+def _missing_bytes(flights: Iterable[Flight]) -> dict[Flight, int]:
+    """What each of those that receive has yet to receive."""
+    sizes = {flight: flight.stage.missing_bytes for flight in flights if flight.phase != LOOKUP}
+    return {flight: size for flight, size in sizes.items() if size}
+
+
+def _beside(flight: Flight, known: Knowledge, missing: Mapping[Flight, int]) -> Knowledge:
+    """What is known, for one of the flights."""
+    return dataclasses.replace(known, others_bytes=[size for other, size in missing.items() if other is not flight])

@@ -1,0 +1,306 @@
+"""What the planner knows of this server and its peer: measured as they work, followed as they change.
+
+Nothing here sends anything or waits. Measuring is done by those who work: the fetcher tells what arrives, the restorer
+what a part took, the scheduler what a forward pass took. All is thread-safe, and telling costs a lock and an append.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from sglang_kvcodec import metrics
+from sglang_kvcodec.flow.fitting import OnlineFit
+
+Clock = Callable[[], float]
+
+SLICE_S = 0.05
+"""The link is measured over slices of this length, or over a whole transfer that takes less."""
+SLICES = 9
+"""Bandwidth is the median over so many slices: it follows a change after five of them, a quarter of a second."""
+WINDOW_S = 1.0
+"""What was measured longer than this before the newest slice does not count."""
+MIN_SLICE_BYTES = 16 << 10
+"""Less at the end of a transfer says more of the machine than of the link."""
+SLOW_FIRST_BYTE_S = 0.1
+ROUND_TRIPS = 9
+RESTORE_FORGOTTEN_S = 60.0
+"""After so long without a restore its rate counts as unknown, so that one that was slow gets another try."""
+
+
+class LinkMeter:
+    """Bandwidth and round trip of the way from one peer, over all transfers together."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        """Knows nothing."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._slices: collections.deque[tuple[float, float]] = collections.deque(maxlen=SLICES)
+        """``(end_s, bytes_per_s)``, oldest first."""
+        self._round_trips: collections.deque[float] = collections.deque(maxlen=ROUND_TRIPS)
+        self._running = 0
+        """Transfers of which something has arrived."""
+        self._start_s = 0.0
+        self._bytes = 0
+
+    def round_trip(self, seconds: float) -> None:
+        """An RPC that sends next to nothing took so long."""
+        with self._lock:
+            self._round_trips.append(seconds)
+            value = statistics.median(self._round_trips)
+        metrics.ROUND_TRIP_SECONDS.set(value)
+
+    @property
+    def round_trip_s(self) -> float:
+        """Median of the last ones; 0 before the first."""
+        with self._lock:
+            return statistics.median(self._round_trips) if self._round_trips else 0.0
+
+    def transfer(self) -> Transfer:
+        """A transfer that is asked for now."""
+        return Transfer(self, self._clock())
+
+    def bytes_per_s(self) -> float | None:
+        """What all transfers get together; None before anything was measured.
+
+        While something is on its way, silence counts: as so many slices of what has arrived since the last one.
+        """
+        with self._lock:
+            now_s = self._clock()
+            slices = list(self._slices)
+            open_s = now_s - self._start_s
+            if self._running and open_s >= 2 * SLICE_S:
+                slices += [(now_s, self._bytes / open_s)] * int(open_s / SLICE_S)
+            if not slices:
+                return None
+            recent = [rate for end_s, rate in slices[-SLICES:] if end_s >= slices[-1][0] - WINDOW_S]
+            return statistics.median(recent)
+
+    @property
+    def age_s(self) -> float:
+        """How long ago the newest slice ended; infinite before the first."""
+        with self._lock:
+            return self._clock() - self._slices[-1][0] if self._slices else float("inf")
+
+    def _first(self, size_bytes: int, asked_s: float) -> None:
+        with self._lock:
+            now_s = self._clock()
+            round_trip_s = statistics.median(self._round_trips) if self._round_trips else 0.0
+            waited_s = now_s - asked_s
+            if waited_s > max(SLOW_FIRST_BYTE_S, 4 * round_trip_s):
+                # So slow a link that the first message tells its speed. On others it tells how long the peer thinks.
+                self._slices.append((now_s, size_bytes / (waited_s - round_trip_s)))
+            if self._running:
+                self._add(size_bytes, now_s)
+            else:
+                self._start_s, self._bytes = now_s, 0
+            self._running += 1
+
+    def _received(self, size_bytes: int) -> None:
+        with self._lock:
+            self._add(size_bytes, self._clock())
+
+    def _add(self, size_bytes: int, now_s: float) -> None:
+        self._bytes += size_bytes
+        if now_s - self._start_s >= SLICE_S:
+            self._end_slice(now_s)
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._running -= 1
+            now_s = self._clock()
+            if not self._running and self._bytes >= MIN_SLICE_BYTES and now_s > self._start_s:
+                self._end_slice(now_s)
+        bytes_per_s = self.bytes_per_s()
+        if bytes_per_s is not None:
+            metrics.LINK_BYTES_PER_SECOND.set(bytes_per_s)
+
+    def _end_slice(self, now_s: float) -> None:
+        self._slices.append((now_s, self._bytes / (now_s - self._start_s)))
+        self._start_s, self._bytes = now_s, 0
+
+
+class Transfer:
+    """One transfer under measurement; for one thread."""
+
+    def __init__(self, meter: LinkMeter, asked_s: float) -> None:
+        self._meter = meter
+        self._asked_s = asked_s
+        self._has_begun = False
+        self._has_ended = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has arrived."""
+        return self._has_begun
+
+    def received(self, size_bytes: int) -> None:
+        """So many bytes have just arrived."""
+        if self._has_begun:
+            self._meter._received(size_bytes)
+        else:
+            self._has_begun = True
+            self._meter._first(size_bytes, self._asked_s)
+
+    def end(self) -> None:
+        """Nothing more will arrive. May be called twice."""
+        if self._has_begun and not self._has_ended:
+            self._meter._ended()
+        self._has_ended = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreModel:
+    """How long decoding and restoring take.
+
+    Attributes:
+        part_s: of each part, whatever its size.
+        byte_s: of each coded byte.
+        parts: that a segment is cut into: layer groups times sides.
+        segment_pages: pages of a segment at most.
+        threads: that work on parts at once.
+        layer_groups: after each of which the forward pass can go on.
+        queued_s: until all that was asked for before is restored.
+    """
+
+    part_s: float
+    byte_s: float
+    parts: int
+    segment_pages: int
+    threads: int
+    layer_groups: int
+    queued_s: float = 0.0
+
+    def seconds(self, pages: int, coded_bytes: int) -> float:
+        """To restore pages of ``coded_bytes`` together, without what is queued."""
+        segments = -(-pages // self.segment_pages)
+        return (segments * self.parts * self.part_s + coded_bytes * self.byte_s) / self.threads
+
+
+class RestoreMeter:
+    """What parts of restores take on the restorer's threads."""
+
+    def __init__(
+        self, layer_groups: int, sides: int, segment_pages: int, threads: int, clock: Clock = time.monotonic
+    ) -> None:
+        """Knows nothing; the arguments are those of :class:`RestoreModel`."""
+        self._layer_groups = layer_groups
+        self._parts = layer_groups * sides
+        self._segment_pages = segment_pages
+        self._threads = threads
+        self._clock = clock
+        self._fit = OnlineFit(2, primary=1)
+        self._lock = threading.Lock()
+        self._queued_bytes = 0.0
+        self._last_s = 0.0
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called on the thread that has restored the last of what was asked for."""
+
+    def queued(self, coded_bytes: int) -> None:
+        """So many coded bytes are to be restored."""
+        with self._lock:
+            self._queued_bytes += coded_bytes
+
+    def part_ended(self, coded_bytes: int, seconds: float | None) -> None:
+        """A part of a segment of ``coded_bytes`` is done; None if it was left out or failed."""
+        share_bytes = coded_bytes / self._parts
+        with self._lock:
+            self._queued_bytes -= share_bytes
+            is_idle = self._queued_bytes < 1
+            if is_idle:
+                self._queued_bytes = 0.0
+            self._last_s = self._clock()
+        if seconds is not None:
+            self._fit.add((1.0, share_bytes), seconds)
+        if is_idle:
+            self.on_idle()
+
+    def model(self, refit: bool = True) -> RestoreModel | None:
+        """What is known; None before the first restore and long after the last. ``refit`` as of ``OnlineFit``."""
+        with self._lock:
+            queued_bytes = self._queued_bytes
+            if not queued_bytes and self._clock() - self._last_s > RESTORE_FORGOTTEN_S:
+                self._fit.forget()
+        fitted = self._fit.coefficients(refit)
+        if fitted is None:
+            return None
+        part_s, byte_s = fitted
+        if refit and byte_s > 0:
+            metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s)
+        return RestoreModel(
+            part_s,
+            byte_s,
+            self._parts,
+            self._segment_pages,
+            self._threads,
+            self._layer_groups,
+            queued_bytes * byte_s / self._threads,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillModel:
+    """How long computing takes: ``pass_s`` for each forward pass, and for n tokens after p others
+    ``token_s * n + pair_s * n * (p + n / 2)``, the second being attention.
+
+    Attributes:
+        pass_s: of a forward pass, whatever is in it.
+        token_s: of a token.
+        pair_s: of a token that looks at another.
+        pass_tokens: computed by one forward pass at most; 0 for no bound.
+    """
+
+    pass_s: float
+    token_s: float
+    pair_s: float
+    pass_tokens: int = 0
+
+    def seconds(self, new_tokens: int, prefix_tokens: int) -> float:
+        """To compute ``new_tokens`` after ``prefix_tokens`` that are there."""
+        passes = -(-new_tokens // self.pass_tokens) if self.pass_tokens else min(1, new_tokens)
+        pairs = new_tokens * (prefix_tokens + new_tokens / 2)
+        return passes * self.pass_s + self.token_s * new_tokens + self.pair_s * pairs
+
+
+class PrefillMeter:
+    """What forward passes of prompts take."""
+
+    def __init__(self, pass_tokens: int = 0) -> None:
+        """Knows nothing. ``pass_tokens`` as in :class:`PrefillModel`."""
+        self._pass_tokens = pass_tokens
+        self._fit = OnlineFit(3, primary=1)
+
+    def forward_pass(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int], seconds: float) -> None:
+        """A pass over one or several requests has ended: each one's new tokens, and those before them."""
+        pairs = sum(new * (prefix + new / 2) for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
+        self._fit.add((1.0, sum(new_tokens), pairs), seconds)
+
+    def model(self, refit: bool = True) -> PrefillModel | None:
+        """What is known; None before the first pass. ``refit`` as of ``OnlineFit``."""
+        fitted = self._fit.coefficients(refit)
+        if fitted is None:
+            return None
+        pass_s, token_s, pair_s = fitted
+        model = PrefillModel(pass_s, token_s, pair_s, self._pass_tokens)
+        if refit:
+            metrics.PREFILL_TOKENS_PER_SECOND.set(1024 / max(1e-9, model.seconds(1024, 0)))
+        return model
+
+
+class Rates:
+    """All that is measured, for one server process and one peer."""
+
+    def __init__(self, link: LinkMeter, restore: RestoreMeter, prefill: PrefillMeter) -> None:
+        """Puts them together, and has both fits renewed after each restore: not only fetches ask for them."""
+        self.link = link
+        self.restore = restore
+        self.prefill = prefill
+        restore.on_idle = self._refit
+
+    def _refit(self) -> None:
+        self.restore.model()
+        self.prefill.model()

@@ -1,0 +1,102 @@
+import dataclasses
+
+import pytest
+
+from sglang_kvcodec.flow.pacing import (
+    ANSWER_SHARE,
+    FIRST_BYTE,
+    LOOKUP,
+    MAX_PATIENCE_S,
+    MIN_ANSWER_S,
+    PROGRESS,
+    Flight,
+    Pacer,
+    Stage,
+    patience_s,
+)
+from sglang_kvcodec.flow.planner import NOTHING_KNOWN, Knowledge, Prefix
+from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+
+PREFILL = PrefillModel(0.0, 1e-3, 0.0)
+FREE = RestoreModel(0.0, 0.0, 2, 32, 1, 1)
+PREFIX = Prefix([1000] * 20, 50, 7, 1017)
+"""1010 tokens to compute, of which 1000 are being fetched: 1.01 s, or 20 kB and 0.01 s."""
+
+
+def known(bytes_per_s, **changes):
+    return dataclasses.replace(Knowledge(0.001, bytes_per_s, (), FREE, PREFILL), **changes)
+
+
+def progress(received_bytes=0, whole_pages=0):
+    return Stage(PROGRESS, 0.0, PREFIX, received_bytes, whole_pages)
+
+
+@pytest.mark.parametrize("stage", [progress(), Stage(LOOKUP, 0.0, PREFIX), Stage(FIRST_BYTE, 0.0, PREFIX)])
+def test_nothing_is_given_up_while_prefill_is_not_known(stage):
+    assert patience_s(stage, NOTHING_KNOWN, 1e9) is None
+    assert patience_s(stage, known(1.0, prefill=None), 1e9) is None
+
+
+@pytest.mark.parametrize("phase", [LOOKUP, FIRST_BYTE])
+def test_an_answer_may_take_a_share_of_the_prefill(phase):
+    stage = Stage(phase, 10.0, dataclasses.replace(PREFIX, page_bytes=[]))
+    allowed_s = 1.01 * ANSWER_SHARE
+    assert patience_s(stage, known(None), 10.0 + allowed_s - 0.01) == pytest.approx(0.01)
+    assert patience_s(stage, known(None), 10.0 + allowed_s + 0.01) < 0
+    brief = dataclasses.replace(PREFIX, tokens_before=1016)
+    assert patience_s(Stage(phase, 10.0, brief), known(None), 10.0) == pytest.approx(MIN_ANSWER_S)
+    far = known(None, round_trip_s=0.3)
+    assert patience_s(stage, far, 10.0) == pytest.approx(1.2)
+
+
+def test_a_slow_link_needs_time_for_the_headers():
+    stage = Stage(FIRST_BYTE, 0.0, PREFIX)
+    assert patience_s(stage, known(1000.0), 0.0) == pytest.approx(1.01 * ANSWER_SHARE + 2.0)
+
+
+def test_a_fetch_that_is_faster_than_computing_is_waited_for():
+    # 20 kB in 0.5 s and 0.01 s, against 1.01 s.
+    assert patience_s(progress(), known(40_000), 1e9) is None
+    assert patience_s(progress(), known(None), 1e9) is None
+
+
+def test_a_fetch_that_has_become_slower_is_given_up_after_a_moment():
+    assert patience_s(progress(), known(10_000), 0.0) == pytest.approx(0.101)
+    long = dataclasses.replace(PREFIX, prompt_tokens=10**6)
+    assert patience_s(Stage(PROGRESS, 0.0, long), known(0.0), 0.0) == MAX_PATIENCE_S
+
+
+def test_what_has_arrived_counts():
+    assert patience_s(progress(15_000), known(10_000), 0.0) is None
+    # The last 5 kB take 0.5 s, and computing them would take 0.25 s.
+    assert patience_s(progress(15_000, 15), known(10_000), 0.0) == pytest.approx(0.026)
+    assert patience_s(progress(20_000, 19), known(10_000), 0.0) is None
+
+
+def test_what_others_have_yet_to_receive_counts():
+    assert patience_s(progress(), known(40_000, others_bytes=[10**9]), 0.0) is None
+    assert patience_s(progress(), known(40_000, others_bytes=[10**9, 10**9]), 0.0) is not None
+
+
+def test_a_pause_is_forgiven_and_a_stop_is_not():
+    given_up = []
+    flight = Flight(progress(), given_up.append)
+    slow, fast = known(10_000), known(40_000)
+    for now_s, now_known in [(0.0, slow), (0.09, slow), (0.1, fast), (0.2, slow), (0.29, slow)]:
+        flight.judge(now_known, now_s)
+    assert given_up == []
+    flight.judge(slow, 0.31)
+    flight.judge(slow, 9.0)
+    assert given_up == [PROGRESS]
+
+
+def test_the_others_are_all_but_oneself():
+    pacer = Pacer(lambda: known(1e6), is_watching=False)
+    flights = [Flight(progress(), lambda phase: None) for _ in range(3)]
+    for flight, received in zip(flights, (0, 19_000, 20_000), strict=True):
+        pacer.add(flight)
+        flight.progress(received, 0)
+    assert pacer.knowledge(flights[0]).others_bytes == [1_000]
+    pacer.remove(flights[0])
+    assert pacer.knowledge(flights[1]).others_bytes == []
+    pacer.close()

@@ -1,0 +1,221 @@
+"""Fetches that are planned: with rates that are given, nothing here hangs on how fast this machine is."""
+
+import dataclasses
+import json
+import threading
+
+import pytest
+from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates
+
+from sglang_kvcodec.flow import exploring
+from sglang_kvcodec.flow import fetcher as fetcher_module
+from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
+from sglang_kvcodec.flow.fetcher import Fetcher
+from sglang_kvcodec.flow.planner import LINK_TOO_SLOW
+from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.trace import FileTracer
+from sglang_kvcodec.format.exchange import FetchedFragment
+from sglang_kvcodec.testing.pages import Pages, hash_of
+from sglang_kvcodec.transform import PageTransforms
+
+NAMES = tuple(range(6))
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Setup:
+    """A planning fetcher on a peer that has six pages of some 27 kB."""
+
+    def __init__(self, engine, connection, config):
+        self.pages = Pages(SMALL, "raw", NAMESPACE)
+        for name in NAMES:
+            assert engine.put(self.pages.key(name), self.pages.coded(name))
+        self.peer = connection.peer
+        self.rates = new_rates()
+        self.clock = Clock()
+        self.rates.link._clock = self.clock
+        self.cache = BitstreamCache(1 << 30)
+        self._monitor, self._config = connection.monitor, config
+        self.fetcher = self.new_fetcher()
+
+    def new_fetcher(self, tracer=None):
+        transforms = PageTransforms(SMALL, "raw")
+        return Fetcher(
+            self.peer, self._monitor, self.cache, StoredPages(), transforms, self._config, self.rates, tracer=tracer
+        )
+
+    def prefill_takes(self, token_s):
+        """Long enough that a quarter of it is no matter of how busy this machine is: 97 tokens."""
+        for tokens in (100, 1000, 5000):
+            self.rates.prefill.forward_pass([tokens], [0], token_s * tokens)
+
+    def link_carries(self, bytes_per_s):
+        transfer = self.rates.link.transfer()
+        transfer.received(1)
+        for _ in range(20):
+            self.clock.now_s += 0.06
+            transfer.received(int(bytes_per_s * 0.06))
+        transfer.end()
+
+    def restoring_takes(self, byte_s):
+        for size in (1000, 10_000, 100_000):
+            self.rates.restore.part_ended(size, size / 2 * byte_s)
+
+    def start(self):
+        return self.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES], rid="r")
+
+    def fetch(self):
+        ticket = self.start()
+        assert ticket.wait(LIMIT_S)
+        return ticket
+
+
+@pytest.fixture
+def setup(engine, local_peer, connect, config, closing):
+    setup = Setup(engine, connect(local_peer.remote), dataclasses.replace(config, plan="auto"))
+    closing.callback(setup.fetcher.close)
+    return setup
+
+
+def test_nothing_known_is_fetched_to_learn(setup, delta):
+    ticket = setup.fetch()
+    assert len(ticket.pages) == len(NAMES)
+    assert ticket.plan.reason == "learning"
+    assert delta("kvcodec_plans_total", reason="learning") == 1
+    assert setup.rates.link.round_trip_s > 0
+
+
+def test_a_fast_link_is_used(setup, delta):
+    setup.prefill_takes(0.2)
+    setup.link_carries(1e8)
+    setup.restoring_takes(1e-9)
+    ticket = setup.fetch()
+    assert len(ticket.pages) == len(NAMES)
+    assert ticket.plan.reason == "whole_prefix"
+    assert ticket.plan.ttft_s < ticket.plan.prefill_s
+
+
+def test_what_a_request_does_is_traced(setup, tmp_path, closing):
+    setup.fetcher.close()
+    tracer = FileTracer(tmp_path / "t.json", "a server")
+    setup.fetcher = setup.new_fetcher(tracer)
+    setup.peer.on_event = lambda event: setattr(setup.clock, "now_s", setup.clock.now_s + 0.01)
+    ticket = setup.fetch()
+    setup.fetcher.close()
+    tracer.close()
+    events = json.loads((tmp_path / "t.json").read_text())
+    begun = {event["name"]: event["args"] for event in events if event["ph"] == "b" and event["id"] == "r"}
+    assert list(begun) == ["fetch queue", "lookup", "plan", "wire"]
+    assert begun["lookup"] == {"asked_pages": len(NAMES), "stored_pages": len(NAMES)}
+    assert begun["plan"]["reason"] == "learning"
+    assert begun["plan"]["words"] == ticket.plan.words
+    assert begun["wire"] == {"bytes": sum(map(len, ticket.pages)), "pages": len(NAMES)}
+    assert [event["args"]["bytes_per_s"] > 0 for event in events if event["ph"] == "C"] == [True]
+
+
+def test_a_slow_link_is_not(setup, delta):
+    setup.prefill_takes(0.2)
+    setup.link_carries(1e2)
+    ticket = setup.fetch()
+    assert ticket.pages == []
+    assert ticket.plan.reason == LINK_TOO_SLOW
+    assert ticket.most_pages == 0
+    assert delta("kvcodec_misses_total", reason=LINK_TOO_SLOW) == len(NAMES)
+    setup.fetcher.close()
+    # What is known of the link is new.
+    assert setup.peer.calls == ["lookup"]
+    assert delta("kvcodec_explorations_total") == 0
+
+
+def test_a_link_that_has_become_fast_is_found_out_without_a_request_that_waits(setup, delta, gate):
+    setup.prefill_takes(0.2)
+    setup.link_carries(1e2)
+    setup.clock.now_s += exploring.PAUSE_S
+    setup.peer.before = lambda call: call == "fetch" and gate.wait(LIMIT_S)
+    setup.peer.on_event = lambda event: setattr(setup.clock, "now_s", setup.clock.now_s + 1e-4)
+    ticket = setup.fetch()
+    assert ticket.plan.reason == LINK_TOO_SLOW
+    assert ticket.pages == []
+    setup.peer.before = lambda call: None
+    gate.set()
+    setup.restoring_takes(1e-9)
+    deadline = threading.Event()
+    while setup.rates.link.bytes_per_s() < 1e6:
+        assert not deadline.wait(0.01)
+    assert delta("kvcodec_explorations_total") == 1
+    assert setup.fetch().plan.reason == "whole_prefix"
+    # What the exploration has brought is of use, too.
+    assert hash_of(0) in setup.cache
+
+
+def test_an_unknown_link_that_turns_out_to_be_slow_is_given_up_on_the_way(setup, delta):
+    setup.prefill_takes(0.2)
+    setup.restoring_takes(1e-9)
+    tickets = []
+    begun = threading.Event()
+
+    def crawl(event):
+        # The second message is a long time coming.
+        if isinstance(event, FetchedFragment) and event.page_index == 0:
+            setup.clock.now_s += 3000
+            begun.wait(LIMIT_S)
+            assert tickets[0].stop.wait(LIMIT_S)
+
+    setup.peer.inner._max_message_bytes = 1
+    setup.peer.on_event = crawl
+    tickets.append(setup.start())
+    begun.set()
+    (ticket,) = tickets
+    assert ticket.wait(LIMIT_S)
+    assert ticket.plan.reason == "learning"
+    assert ticket.cut_phase == "progress"
+    assert len(ticket.pages) < len(NAMES)
+    assert delta("kvcodec_fetch_cuts_total", phase="progress") == 1
+    assert delta("kvcodec_fetches_total", outcome="overtaken") == 1
+    assert delta("kvcodec_peer_errors_total", rpc="fetch", reason="peer_timeout") == 0
+
+
+@pytest.mark.parametrize(("call", "phase"), [("lookup", "lookup"), ("fetch", "first_byte")])
+def test_a_request_does_not_wait_for_an_answer_longer_than_it_is_worth(setup, delta, gate, call, phase):
+    setup.prefill_takes(0.2)
+    setup.peer.before = lambda name: name == call and gate.wait(LIMIT_S)
+    ticket = setup.fetch()
+    assert not gate.is_set()
+    assert ticket.pages == []
+    assert delta("kvcodec_fetch_cuts_total", phase=phase) == 1
+    assert delta("kvcodec_fetches_total", outcome="overtaken") == 1
+    ticket.cancel()
+    gate.set()
+    setup.fetcher.close()
+    # Nobody takes what came too late from the ticket; what it taught remains.
+    assert ticket.pages == []
+    assert setup.rates.link.round_trip_s > 0
+    assert delta("kvcodec_fetches_total", outcome="overtaken") == 1
+
+
+def test_a_request_does_not_wait_for_a_thread_longer_than_it_is_worth(setup, delta, gate, monkeypatch):
+    monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
+    setup.fetcher.close()
+    setup.fetcher = setup.new_fetcher()
+    setup.prefill_takes(0.2)
+    setup.peer.before = lambda name: gate.wait(LIMIT_S)
+    tickets = [setup.start(), setup.start()]
+    assert all(ticket.wait(LIMIT_S) for ticket in tickets)
+    assert not gate.is_set()
+    assert delta("kvcodec_fetch_cuts_total", phase="lookup") == 2
+    gate.set()
+    setup.fetcher.close()
+    # The second was not even begun.
+    assert setup.peer.calls == ["lookup"]
+
+
+def test_pages_are_fetched_in_blocks_so_that_what_came_before_a_cut_is_whole(setup, delta, monkeypatch):
+    monkeypatch.setattr(fetcher_module, "FIRST_BLOCK_BYTES", 2 * len(setup.pages.coded(0)) + 1)
+    ticket = setup.fetch()
+    assert len(ticket.pages) == len(NAMES)
+    assert setup.peer.calls.count("fetch") == 3
