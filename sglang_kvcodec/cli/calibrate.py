@@ -39,9 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--profile", metavar="TIERS", help="which tiers, such as high,balanced (default: high,balanced,compact)"
     )
-    parser.add_argument(
-        "--documents", metavar="N", type=int, help="passages (default: all that the texts give, 96 at most)"
-    )
+    parser.add_argument("--documents", metavar="N", type=int, default=40, help="passages (default: %(default)s)")
     parser.add_argument(
         "--gradient-documents", metavar="N", type=int, default=16, help="passages to take gradients of (default: 16)"
     )

@@ -234,11 +234,9 @@ def _gather(
 ) -> tuple[KV, list[KV]]:
     """Adds a document to the statistics; its KV, and its gradients on the CPU."""
     prefix, continuation = _split(document, plan)
-    # All of it: a basis is only as good as the text that it has seen is much.
-    whole = model.prefill(torch.cat([prefix, continuation]))
+    kv = model.prefill(prefix)
     for shard in shards:
-        shard.add(shard.own(whole))
-    kv = {side: values[:, : plan.prefix_tokens] for side, values in whole.items()}
+        shard.add(shard.own(kv))
     kept: list[KV] = []
     if gradient_samples:
         for gradients in model.kv_gradients(kv, continuation, gradient_samples, generator):

@@ -19,8 +19,6 @@ SPLITS = ("calibration", "evaluation")
 
 Encode = Callable[[str], torch.Tensor]
 """Text to int64 ``(tokens,)``."""
-MOST_DOCUMENTS = 96
-"""Taken of a text where nobody says how many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +112,20 @@ def read_texts(paths: Sequence[pathlib.Path]) -> list[Text]:
     return texts
 
 
-def cut_documents(texts: Sequence[Text], encode: Encode, tokens: int, count: int | None) -> list[Document]:
+def cut_documents(texts: Sequence[Text], encode: Encode, tokens: int, count: int) -> list[Document]:
     """Documents of equal length: the first passage of every text in turn, then the second, and so on.
 
     Args:
         texts: to cut.
         encode: the model's tokenizer.
         tokens: of each document.
-        count: how many; None for all that there are, :data:`MOST_DOCUMENTS` at most.
+        count: how many.
 
     Raises:
         ConfigurationError: the texts are too short for that.
     """
     passages: list[Iterator[Document]] = [_passages(text, encode, tokens) for text in texts]
     documents = [document for row in itertools.zip_longest(*passages) for document in row if document is not None]
-    if count is None:
-        return documents[:MOST_DOCUMENTS]
     if len(documents) < count:
         raise ConfigurationError(
             f"the texts give {len(documents)} passages of {tokens} tokens, not {count}: "

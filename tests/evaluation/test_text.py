@@ -46,7 +46,6 @@ def test_documents_take_every_text_in_turn():
     documents = cut_documents(texts, by_byte, 10, 5)
     assert [document.name for document in documents] == ["a", "c", "a#1", "c#1", "c#2"]
     assert all(len(document.tokens) == 10 for document in documents)
-    assert len(cut_documents(texts, by_byte, 10, None)) == 5
     with pytest.raises(ConfigurationError, match="give 5 passages of 10 tokens, not 6"):
         cut_documents(texts, by_byte, 10, 6)
 
