@@ -28,7 +28,7 @@ from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
 from sglang_kvcodec.testing.local_peer import LocalPeer
 from sglang_kvcodec.testing.pages import hash_of
 from sglang_kvcodec.testing.rehearsal import RehearsalLibrary
-from sglang_kvcodec.transform import PageTransforms, get_transform
+from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.video import open_decoder, open_encoder
 from sglang_kvcodec.video.nvenc import NvencEncoder
 
@@ -166,7 +166,7 @@ def test_no_pages_are_no_pages(device):
 
 def test_room_on_the_device_is_bounded_and_comes_back_with_the_pages(device, monkeypatch):
     monkeypatch.setattr(page_packer, "BATCH_PAGES", 1)
-    rows, width = get_transform("exact", SPEC).canvas_shape
+    rows, width = PageTransforms(SPEC, "exact").get("exact").canvas_shape
     rig = Rig(device, "exact", room_bytes=2 * len(GROUPS) * len(SPEC.sides) * rows * width)
     packed = rig.pack([0, 1, 2])
     assert [page.is_on_device for page in packed] == [True, True, False]
