@@ -1,6 +1,7 @@
 """Compiles the kernels as their launches would, for GPUs that need not be there; prints a line for each."""
 
 import dataclasses
+import sys
 
 import torch
 from kernel_kit import hard_values
@@ -178,32 +179,31 @@ def check(compiled, capability):
     assert ".ftz" not in ptx
 
 
-def main():
-    for capability in (80, 90):
-        driver.set_active(AbsentGPU(capability))
-        for profile, dtype in CASES:
-            for shape in ((3, 8, 128, 64), (2, 3, 21, 17)):
-                kernels = compile_group(profile, KVSpec(*shape, dtype))
-                assert len(kernels[f"_restore_{profile}_layer"]) == shape[0]
-                for name, compiled in kernels.items():
-                    check(compiled, capability)
-                    print(f"compiled {name} {dtype.torch_name} {shape} for sm_{capability}")
-        for dtype, shape in HIGH_PACKED:
-            for name, compiled in compile_high_pack(KVSpec(*shape, dtype)).items():
+def main(capability):
+    driver.set_active(AbsentGPU(capability))
+    for profile, dtype in CASES:
+        for shape in ((3, 8, 128, 64), (2, 3, 21, 17)):
+            kernels = compile_group(profile, KVSpec(*shape, dtype))
+            assert len(kernels[f"_restore_{profile}_layer"]) == shape[0]
+            for name, compiled in kernels.items():
                 check(compiled, capability)
                 print(f"compiled {name} {dtype.torch_name} {shape} for sm_{capability}")
-        for dtype, shape, rope, side in CALIBRATED:
-            for name, compiled in compile_calibrated(KVSpec(*shape, dtype), rope, side).items():
-                check(compiled, capability)
-                print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
-            for name, compiled in compile_klt_pack(KVSpec(*shape, dtype), rope, side).items():
-                check(compiled, capability)
-                print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
-            check(compile_exact_pack(KVSpec(*shape, dtype)), capability)
-            print(f"compiled _pack_exact {dtype.torch_name} {shape} for sm_{capability}")
-        check(compile_digest()["_add_digest"], capability)
-        print(f"compiled digest for sm_{capability}")
+    for dtype, shape in HIGH_PACKED:
+        for name, compiled in compile_high_pack(KVSpec(*shape, dtype)).items():
+            check(compiled, capability)
+            print(f"compiled {name} {dtype.torch_name} {shape} for sm_{capability}")
+    for dtype, shape, rope, side in CALIBRATED:
+        for name, compiled in compile_calibrated(KVSpec(*shape, dtype), rope, side).items():
+            check(compiled, capability)
+            print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
+        for name, compiled in compile_klt_pack(KVSpec(*shape, dtype), rope, side).items():
+            check(compiled, capability)
+            print(f"compiled {name} {dtype.torch_name} {shape} {side.value} for sm_{capability}")
+        check(compile_exact_pack(KVSpec(*shape, dtype)), capability)
+        print(f"compiled _pack_exact {dtype.torch_name} {shape} for sm_{capability}")
+    check(compile_digest()["_add_digest"], capability)
+    print(f"compiled digest for sm_{capability}")
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
