@@ -19,9 +19,9 @@ from sglang_kvcodec.evaluation.text import KINDS, shipped_texts
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PASSAGES = ["--prefix-tokens", 512, "--continuation-tokens", 256]
-CALIBRATE = ["--documents", 24, "--gradient-documents", 8, "--search-documents", 6, *PASSAGES]
+CALIBRATE = ["--documents", 18, "--gradient-documents", 6, "--search-documents", 5, *PASSAGES]
 TIERS = ("high", "balanced", "compact")
-MEASURE = ["--methods", ",".join(TIERS), "--documents", 4, "--needles", 0, "--conversations", 0, "--greedy-tokens", 0]
+MEASURE = ["--methods", ",".join(TIERS), "--documents", 2, "--needles", 0, "--conversations", 0, "--greedy-tokens", 0]
 
 
 def run(*arguments):
