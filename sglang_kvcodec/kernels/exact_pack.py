@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, picture_geometry
 from sglang_kvcodec.kernels.planes import plane_addresses, planes_of
-from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
+from sglang_kvcodec.kernels.pool_layers import check_readable_slots, one_stride, writable_layers
 from sglang_kvcodec.kernels.written import device_canvases, to_host
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.exact import ResidualLayout
@@ -113,7 +113,7 @@ class ExactPack:
         spec, geometry, pages = self._spec, self._geometry, len(first_positions)
         layers = writable_layers(spec, buffers)
         stride = one_stride(layers, group.layers)
-        check_slots(slots, pages, spec, layers[0])
+        check_readable_slots(slots, pages, spec, layers[0])
         canvases, written = device_canvases(canvases, pages, self.canvas_shape, slots.device)
         values = group.layers * spec.layer_values
         addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64)

@@ -24,7 +24,7 @@ from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, picture_geometr
 from sglang_kvcodec.kernels.floats import is_finite_bits, narrow_bits, widen_bits
 from sglang_kvcodec.kernels.ordered_sum import folds, tree_sum, tree_terms
 from sglang_kvcodec.kernels.planes import plane_addresses, planes_of
-from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
+from sglang_kvcodec.kernels.pool_layers import check_readable_slots, one_stride, writable_layers
 from sglang_kvcodec.kernels.written import device_canvases, to_host
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.escapes import POSITION_BYTES
@@ -412,7 +412,7 @@ class HighPack:
         spec, pages = self._spec, len(first_positions)
         layers = writable_layers(spec, buffers)
         stride = one_stride(layers, group.layers)
-        check_slots(slots, pages, spec, layers[0])
+        check_readable_slots(slots, pages, spec, layers[0])
         canvases, written = device_canvases(canvases, pages, self.canvas_shape, slots.device)
         addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64)
         where = {"slots": slots, "layers": addresses.to(slots.device), "slot_stride": stride}

@@ -36,7 +36,7 @@ from sglang_kvcodec.kernels.klt import (
     canvas_pointers,
 )
 from sglang_kvcodec.kernels.planes import Planes, planes_of
-from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
+from sglang_kvcodec.kernels.pool_layers import check_readable_slots, one_stride, writable_layers
 from sglang_kvcodec.kernels.written import device_canvases, to_host
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.component_escapes import LARGEST_ESCAPE
@@ -439,7 +439,7 @@ class KltPack:
         spec, pages = self._spec, len(first_positions)
         layers = writable_layers(spec, buffers)
         stride = one_stride(layers, group.layers)
-        check_slots(slots, pages, spec, layers[0])
+        check_readable_slots(slots, pages, spec, layers[0])
         canvases, written = device_canvases(canvases, pages, self.canvas_shape, slots.device)
         basis, tables = self.bases[group.index, side], self.tables[group.index, side]
         with torch.cuda.device_of(layers[0]):  # type: ignore[no-untyped-call]

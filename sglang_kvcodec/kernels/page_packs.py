@@ -11,7 +11,7 @@ from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.format.profile import EXACT, HIGH
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side
 from sglang_kvcodec.kernels.base import PagePack, PageRestore
-from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
+from sglang_kvcodec.kernels.pool_layers import check_readable_slots, writable_layers
 from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
 from sglang_kvcodec.transform.floats import from_bits
 
@@ -45,7 +45,7 @@ class ReferencePack:
         layers = writable_layers(spec, buffers)
         if len(layers) != group.layers:
             raise ValueError(f"expected {group.layers} layers, got {len(layers)}")
-        check_slots(slots, pages, spec, layers[0])
+        check_readable_slots(slots, pages, spec, layers[0])
         rows = torch.stack([layer.index_select(0, slots).view(pages, spec.page_tokens, -1) for layer in layers], dim=1)
         shape = (pages, group.layers, spec.page_tokens, spec.kv_heads, spec.head_dim)
         packed = self._transform.pack(group, side, from_bits(rows, spec.dtype).view(shape), first_positions)

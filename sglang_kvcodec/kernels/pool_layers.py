@@ -60,3 +60,14 @@ def check_slots(slots: torch.Tensor, pages: int, spec: KVSpec, layer: torch.Tens
         raise ValueError(f"slots on {slots.device}, the pool on {layer.device}")
     if not pages:
         raise ValueError("no pages")
+
+
+def check_readable_slots(slots: torch.Tensor, pages: int, spec: KVSpec, layer: torch.Tensor) -> None:
+    """As :func:`check_slots`, and that all slots are in the pool, for whoever may wait for the device: packs do anyway.
+
+    Raises:
+        ValueError: they are not.
+    """
+    check_slots(slots, pages, spec, layer)
+    if slots.numel() and not bool(((slots >= 0) & (slots < len(layer))).all()):
+        raise ValueError("a slot that is not in the pool")
