@@ -1,10 +1,10 @@
-"""``python -m benchmarks.gpu [--small] [--out DIR]``: validates and measures the GPU path in under eight minutes.
+"""``python -m benchmarks.gpu [--small] [--only PART] [--out DIR]``: validates and measures the GPU path.
 
-Needs torch, triton, grpcio, prometheus_client, protobuf, safetensors, PyAV, NumPy and PyNvVideoCodec; no SGLang, no
-network, no model: real pictures are made from KV that was kept of one (``real_kv.npz``). Each part is tried by itself:
-one that fails is a row that says so, and the exit status is 1. On a machine without a GPU ``--small`` rehearses every
-part on the CPU, in Triton's interpreter and with a stand-in for the video library. What that prints is marked, is no
-figure of a GPU, and is stored only where ``--out`` says.
+It takes less than eight minutes and needs torch, triton, grpcio, prometheus_client, protobuf, safetensors, PyAV, NumPy
+and PyNvVideoCodec; no SGLang, no network, no model: real pictures are made from KV that was kept of one
+(``real_kv.npz``). Each part is tried by itself: one that fails is a row that says so, and the exit status is 1. On a
+machine without a GPU ``--small`` rehearses every part on the CPU, in Triton's interpreter and with a stand-in for the
+video library. What that prints is marked, is no figure of a GPU, and is stored only where ``--out`` says.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--small", action="store_true", help="small sizes; without a GPU, a rehearsal")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, even where there is a GPU; with --small")
+    parser.add_argument(
+        "--only", metavar="PART", action="append", help="this part, may be given again; environment and ceilings always"
+    )
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write the result here")
     arguments = parser.parse_args(argv)
     is_rehearsal = arguments.rehearse or not _has_driver()
@@ -46,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"the GPU can't be used: {error}", file=sys.stderr)
         return 2
-    results = measure(rig)
+    try:
+        results = measure(rig, arguments.only)
+    except KeyError as error:
+        parser.error(f"there is no part {error}")
     document = {"is_rehearsal": rig.is_rehearsal, "is_small": rig.is_small, "parts": results}
     text = as_text(document)
     print(text)
@@ -63,8 +69,8 @@ def _has_driver() -> bool:
     return True
 
 
-def measure(rig: Any) -> dict[str, list[dict[str, Any]]]:
-    """All parts, those that validate before those that take long."""
+def measure(rig: Any, only: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """All parts or those named, those that validate before those that take long; KeyError for a part there is not."""
     from benchmarks.gpu import kernel_parts, pipeline_parts, video_parts
     from benchmarks.gpu.rig import describe
 
@@ -88,6 +94,9 @@ def measure(rig: Any) -> dict[str, list[dict[str, Any]]]:
         "decode_rates": lambda: video_parts.decode_rates(rig),
         "encoder": lambda: video_parts.encoder(rig),
     }
+    if only:
+        wanted = {"environment", "ceilings"} | {name for name in only if parts[name]}
+        parts = {name: part for name, part in parts.items() if name in wanted}
     start_s = time.perf_counter()
     for name, part in parts.items():
         begin_s = time.perf_counter()
