@@ -45,9 +45,9 @@ def record(name: str, rows: Sequence[Mapping[str, object]]) -> pathlib.Path:
         "benchmark": name,
         "date": now.isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        # A machine that is lent for a moment has the files, not the repository.
-        "commit": _output(["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"])
-        or os.environ.get("KVCODEC_COMMIT"),
+        # A machine that has the files need not have their history.
+        "commit": os.environ.get("KVCODEC_COMMIT")
+        or _output(["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]),
         "machine": machine(),
         "versions": versions(),
         "rows": list(rows),
