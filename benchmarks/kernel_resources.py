@@ -132,7 +132,7 @@ def klt_rows(layers_per_block: int) -> list[dict[str, object]]:
     with_escape = [PackedSide(each.canvas, each.stored, _ESCAPE, each.steps) for each in packed]
     kernel = klt.KltRestore(spec, calibration, "high", "cpu")
     buffers = [torch.empty((64, 8, 128), dtype=torch.bfloat16) for _ in range(group.layers)]
-    names = ["_read_codes", "_read_escapes", "_restore_klt_tile"]
+    names = ["_read_codes", "_write_escapes", "_read_far_escapes", "_restore_klt_tile"]
     compiled = compile_launches(
         klt,
         names,

@@ -46,7 +46,10 @@ class GroupBasis:
         column_bits: low bits of the component.
         column_low_row: its first row of stored bits.
         column_digit: ``PLAIN``, ``LOW_DIGIT`` or ``HIGH_DIGIT``.
-        component_column: for each component, the column that an escape is added to, of weight one.
+        component_column: for each component, its column of weight one.
+        component_digit_column: the column of its high digit, ``-1`` where it has none.
+        component_largest: the largest number, of either sign, that an escape of it may have to be held by its codes.
+        largest_in_place: the same in host memory.
         low_rows: rows of stored bits in a page.
         blocks: number of bases, each with a step.
         tiles: ``(tiles, TILE_FIELDS)``.
@@ -61,6 +64,9 @@ class GroupBasis:
     column_low_row: torch.Tensor
     column_digit: torch.Tensor
     component_column: torch.Tensor
+    component_digit_column: torch.Tensor
+    component_largest: torch.Tensor
+    largest_in_place: npt.NDArray[np.int32]
     low_rows: int
     blocks: int
     tiles: torch.Tensor
@@ -148,6 +154,7 @@ def group_basis(
         run_bits[place] = bits
     low_row = np.cumsum(run_bits) - run_bits
     component_column = np.zeros_like(run_bits)
+    digit_column = np.full_like(run_bits, -1)
     columns: list[npt.NDArray[np.int64]] = []
     tiles: list[tuple[int, ...]] = []
     synthesis: list[npt.NDArray[np.float16]] = []
@@ -160,6 +167,7 @@ def group_basis(
         digits = _filled_up(np.flatnonzero(is_wide), column_block)
         codes = _filled_up(np.arange(len(bits)), column_block)
         component_column[place] = first_column + len(digits) + np.arange(len(bits))
+        digit_column[place[is_wide]] = first_column + np.arange(int(is_wide.sum()))
         rank = np.concatenate([digits, codes])
         kind = np.concatenate(
             [np.full(len(digits), HIGH_DIGIT), np.where(is_wide[np.maximum(codes, 0)], LOW_DIGIT, PLAIN)]
@@ -179,6 +187,9 @@ def group_basis(
     starts = np.cumsum([0, *(part.size for part in synthesis)])[:-1]
     component, bits_of, low_row_of, kind_of = np.concatenate(columns, axis=1)
 
+    # A code is at most ``(|number| + 1) << bits``; fp16 holds whole numbers up to 2048, two digits their product.
+    largest = ((np.where(digit_column >= 0, DIGIT * (DIGIT - 1), DIGIT) >> run_bits) - 1).clip(-1).astype(np.int32)
+
     def ints(array: npt.ArrayLike) -> torch.Tensor:
         return torch.from_numpy(np.asarray(array, np.int32)).to(device)
 
@@ -188,6 +199,9 @@ def group_basis(
         column_low_row=ints(low_row_of),
         column_digit=ints(kind_of),
         component_column=ints(component_column),
+        component_digit_column=ints(digit_column),
+        component_largest=ints(largest),
+        largest_in_place=largest,
         low_rows=int(run_bits.sum()),
         blocks=len(members),
         tiles=ints(tiles),

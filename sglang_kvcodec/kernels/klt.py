@@ -1,19 +1,19 @@
-"""Calibrated pages to the pool's slots: the inverse of ``transform/klt.py``, in two launches for each side and group.
+"""Calibrated pages to the pool's slots: the inverse of ``transform/klt.py``, for each side and group in a few launches.
 
 1. **Codes.** Bytes of the canvas, and the low bits beside them, become a matrix of whole numbers in fp16, one row for
    each token of each page and one column for each component (``kernels/basis.py``). It is a pass of its own because the
    product reads every code once for each tile of values: 24 times with a basis over three layers of 8 heads x 128.
-2. **Product.** Tiles of the matrix times the synthesis on the tensor cores, accumulated in fp32; then the escapes as
-   products of one row; then step, mean, rotation, and the pool's type, into the slots of one layer of each tile.
+   Then escapes are written over it, one of 170 values or so.
+2. **Product.** Tiles of the matrix times the synthesis on the tensor cores, accumulated in fp32; then the few escapes
+   that are too large for a code, as products of one row; then step, mean, rotation, and the pool's type, into the slots
+   of one layer of each tile.
 
 What it restores differs from the reference by the rounding of fp32 sums in another order, and by that alone.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,17 +23,17 @@ import triton.language as tl
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, component_geometry, layer_groups
 from sglang_kvcodec.kernels.basis import DIGIT, HIGH_DIGIT, LOW_DIGIT, GroupBasis, canvas_runs, group_basis, pairing
+from sglang_kvcodec.kernels.calibrated_sides import calibrated_sides
 from sglang_kvcodec.kernels.floats import narrow_bits
 from sglang_kvcodec.kernels.planes import Planes, planes_to_read
 from sglang_kvcodec.kernels.pool_layers import check_slots, one_stride, writable_layers
-from sglang_kvcodec.kernels.upload import upload
+from sglang_kvcodec.kernels.turns import Turns
+from sglang_kvcodec.kernels.upload import upload_together
 from sglang_kvcodec.transform import PackedSide
-from sglang_kvcodec.transform.checks import check_fields
-from sglang_kvcodec.transform.component_escapes import unpack_component_escapes
-from sglang_kvcodec.transform.floats import stack_bytes, torch_dtype
+from sglang_kvcodec.transform.component_escapes import ESCAPE_BYTES
+from sglang_kvcodec.transform.floats import torch_dtype
 from sglang_kvcodec.transform.layout import CANVAS_FILL
-from sglang_kvcodec.transform.rope import rotation_table
-from sglang_kvcodec.transform.token_gains import stored_low_bits, token_steps
+from sglang_kvcodec.transform.token_gains import UNIT_LEVEL, gains_of_levels
 
 BLOCK_ROWS = 128
 TILE_VALUES = 128
@@ -42,6 +42,7 @@ PRODUCT_WARPS = 8
 PRODUCT_STAGES = 3
 CODE_TOKENS = 64
 CODE_COLUMNS = 32
+ESCAPE_BLOCK = 128
 
 
 @triton.jit
@@ -80,12 +81,13 @@ def _canvas_values(
     return tl.load(pointers, mask=exists, other=0).to(tl.int32) - ZERO_CODE
 
 
-@triton.jit(do_not_specialize=["stored_bytes"], do_not_specialize_on_alignment=["stored"])
+@triton.jit(do_not_specialize_on_alignment=["stored", "low_at"])
 def _read_codes(
     luma: tl.tensor,
     chroma: tl.tensor,
     runs: tl.tensor,
     stored: tl.tensor,
+    low_at: tl.tensor,
     column_component: tl.tensor,
     column_bits: tl.tensor,
     column_low_row: tl.tensor,
@@ -93,7 +95,6 @@ def _read_codes(
     codes: tl.tensor,
     columns: tl.tensor,
     pitch_bytes: tl.tensor,
-    stored_bytes: tl.tensor,
     TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -114,7 +115,7 @@ def _read_codes(
     )
     code = (high << bits) - ((1 << bits) >> 1)
     row_bytes: tl.constexpr = (TOKENS + 7) // 8
-    low = stored + page * stored_bytes + tl.load(column_low_row + column)[:, None] * row_bytes
+    low = stored + tl.load(low_at + page) + tl.load(column_low_row + column)[:, None] * row_bytes
     for bit in range(tl.max(bits)):
         byte = tl.load(low + bit * row_bytes + token // 8, mask=exists & (bit < bits), other=0)
         code += (byte.to(tl.int32) >> (token % 8) & 1) << bit
@@ -127,10 +128,52 @@ def _read_codes(
 
 
 @triton.jit(
+    do_not_specialize=["components"],
+    do_not_specialize_on_alignment=["first_escape_of_page", "escape_position", "escape_number"],
+)
+def _write_escapes(
+    codes: tl.tensor,
+    component_bits: tl.tensor,
+    component_column: tl.tensor,
+    component_digit_column: tl.tensor,
+    component_largest: tl.tensor,
+    first_escape_of_page: tl.tensor,
+    escape_position: tl.tensor,
+    escape_number: tl.tensor,
+    columns: tl.tensor,
+    components: tl.tensor,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIGIT: tl.constexpr,
+) -> None:
+    """The codes of one page's escapes, where they can be held, over what the canvas had in their places."""
+    page = tl.program_id(1)
+    index = tl.load(first_escape_of_page + page) + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < tl.load(first_escape_of_page + page + 1)
+    position = tl.load(escape_position + index, mask=exists, other=0).to(tl.int32)
+    component = position % components
+    number = tl.load(escape_number + index, mask=exists, other=0)
+    exists &= tl.abs(number) <= tl.load(component_largest + component, mask=exists, other=-1)
+    row = codes + (page * TOKENS + position // components).to(tl.int64) * columns
+    column = row + tl.load(component_column + component, mask=exists, other=0)
+    digit_column = tl.load(component_digit_column + component, mask=exists, other=-1)
+    is_wide = exists & (digit_column >= 0)
+    bits = tl.load(component_bits + component, mask=exists, other=0)
+    half = (1 << bits) >> 1
+    code = tl.load(column, mask=exists, other=0).to(tl.int32)
+    code += tl.load(row + digit_column, mask=is_wide, other=0).to(tl.int32) * DIGIT
+    # The low bits are right already.
+    code = (number << bits) - half + ((code + half) & ((1 << bits) - 1))
+    upper = tl.where(is_wide, (code + DIGIT // 2) >> 11, 0)
+    tl.store(column, (code - upper * DIGIT).to(tl.float16), mask=exists)
+    tl.store(row + digit_column, upper.to(tl.float16), mask=is_wide)
+
+
+@triton.jit(
     do_not_specialize=["escapes"],
     do_not_specialize_on_alignment=["escape_row", "escape_component", "escape_number", "excess"],
 )
-def _read_escapes(
+def _read_far_escapes(
     luma: tl.tensor,
     chroma: tl.tensor,
     runs: tl.tensor,
@@ -158,8 +201,17 @@ def _read_escapes(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "slot_count"],
-    do_not_specialize_on_alignment=["escape_row", "escape_column", "excess", "first_escape", "slots", "steps"],
+    do_not_specialize=["rows", "slot_count", "blocks"],
+    do_not_specialize_on_alignment=[
+        "escape_row",
+        "escape_column",
+        "excess",
+        "first_escape",
+        "slots",
+        "steps",
+        "stored",
+        "gains_at",
+    ],
 )
 def _restore_klt_tile(
     codes: tl.tensor,
@@ -168,6 +220,9 @@ def _restore_klt_tile(
     means: tl.tensor,
     tiles: tl.tensor,
     steps: tl.tensor,
+    stored: tl.tensor,
+    gains_at: tl.tensor,
+    gains: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     first_escape: tl.tensor,
@@ -180,6 +235,9 @@ def _restore_klt_tile(
     slot_stride: tl.tensor,
     slot_count: tl.tensor,
     rows: tl.tensor,
+    blocks: tl.tensor,
+    TOKENS: tl.constexpr,
+    UNIT_LEVEL: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -231,7 +289,13 @@ def _restore_klt_tile(
             a = tl.where(row == tl.load(escape_row + escape), tl.load(excess + escape), 0.0)
             acc += a[:, None] * b[None, :]
 
-    step = tl.load(steps + block * rows + row, mask=is_row, other=0)
+    page = row // TOKENS
+    token = row % TOKENS
+    page_gains = tl.load(gains_at + page, mask=is_row, other=-1)
+    level_at = stored + page_gains + (block * ((TOKENS + 1) // 2) + token // 2)
+    both_levels = tl.load(level_at, mask=page_gains >= 0, other=UNIT_LEVEL | UNIT_LEVEL << 4).to(tl.int32)
+    gain = tl.load(gains + ((both_levels >> 4 * (token % 2)) & 15))
+    step = tl.load(steps + page * blocks + block, mask=is_row, other=0) * gain
     wide = acc * step[:, None] + tl.load(means + tile * TILE_VALUES + value)[None, :]
     a, b = tl.split(tl.reshape(wide, (BLOCK_ROWS, TILE_PAIRS, 2)))
     pair = first_pair + tl.arange(0, TILE_PAIRS)
@@ -319,7 +383,8 @@ class KltRestore:
         self.bases = calibrated_bases(spec, calibration, tier, self._device)
         self.geometry = component_geometry(spec, max(basis.components for basis in self.bases.values()))
         self._runs = canvas_runs(self.geometry).to(self._device)
-        self._local = threading.local()
+        self._gains = gains_of_levels(torch.arange(16, device=self._device))
+        self._turns = Turns(calibration.rope, spec.page_tokens, self._device) if calibration.rope is not None else None
 
     def restore(
         self,
@@ -339,15 +404,16 @@ class KltRestore:
         if len(first_positions) != len(packed):
             raise ValueError("expected a position for each page")
         basis = self.bases[group.index, side]
-        stored = self._stored(basis, packed, planes is None)
-        escapes = self._escapes(basis, packed)
+        sides = calibrated_sides(packed, basis, spec.page_tokens, canvas=planes is None, block_rows=BLOCK_ROWS)
+        most_escapes = max(len(page.escapes) for page in packed) // ESCAPE_BYTES
         planes = planes_to_read(packed, planes, self.geometry, slots.device)
         rows = len(packed) * spec.page_tokens
         with torch.cuda.device_of(layers[0]):  # type: ignore[no-untyped-call]
-            codes = self._read_codes(basis, planes, stored)
-            lists = self._read_escapes(basis, planes, escapes, rows)
-            cos, sin = self._turns(side, tuple(first_positions))
-            addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64)
+            cos, sin = self._turns_of(side, first_positions)
+            sides["layers"] = np.array([layer.data_ptr() for layer in layers], np.int64)
+            there = upload_together(sides, slots.device)
+            codes = self._codes(basis, planes, there, most_escapes)
+            far = self._far_escapes(basis, planes, there)
             item_bytes = spec.dtype.item_bytes
             pairs = pairing(spec.head_dim, self._rope if side is Side.KEY else None)
             grid = (triton.cdiv(rows, BLOCK_ROWS), len(basis.tiles))
@@ -357,16 +423,22 @@ class KltRestore:
                 synthesis_start=basis.synthesis_start,
                 means=basis.means,
                 tiles=basis.tiles,
-                steps=upload(self._steps(basis, packed), slots.device),
+                steps=there["steps"],
+                stored=there["stored"],
+                gains_at=there["gains_at"],
+                gains=self._gains,
                 cos=cos,
                 sin=sin,
-                **lists,
+                **far,
                 slots=slots,
-                layers=upload(addresses, slots.device),
+                layers=there["layers"],
                 columns=basis.columns,
                 slot_stride=stride,
                 slot_count=len(layers[0]),
                 rows=rows,
+                blocks=basis.blocks,
+                TOKENS=spec.page_tokens,
+                UNIT_LEVEL=UNIT_LEVEL,
                 HEADS=spec.kv_heads,
                 HEAD_DIM=spec.head_dim,
                 PAIRS=pairs.pairs,
@@ -385,33 +457,10 @@ class KltRestore:
                 num_stages=PRODUCT_STAGES,
             )
 
-    def _steps(self, basis: GroupBasis, packed: Sequence[PackedSide]) -> torch.Tensor:
-        """fp32 ``(blocks, pages * page_tokens)``: the step of each token and block, on the CPU."""
-        steps = token_steps(packed, basis.blocks, self._spec.page_tokens, self._low_bytes(basis))
-        return steps.transpose(0, 1).flatten(1).contiguous()
-
-    def _low_bytes(self, basis: GroupBasis) -> int:
-        return basis.low_rows * -(-self._spec.page_tokens // 8)
-
-    def _stored(self, basis: GroupBasis, packed: Sequence[PackedSide], canvas: bool) -> torch.Tensor:
-        """The checked low bits, uint8 ``(pages, bytes)``."""
-        for side in packed:
-            check_fields(side, canvas=canvas, stored=bool(side.stored), escapes=True, steps=len(side.steps))
-        low_bytes = self._low_bytes(basis)
-        return stack_bytes(stored_low_bits(packed, low_bytes), low_bytes)
-
-    def _escapes(self, basis: GroupBasis, packed: Sequence[PackedSide]) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """``(3, escapes)``: row of the codes, in order; component; number."""
-        tokens = self._spec.page_tokens
-        parts = [np.empty((3, 0), np.int32)]
-        for page, side in enumerate(packed):
-            if side.escapes:
-                where, numbers = unpack_component_escapes(side.escapes, tokens * basis.components)
-                token, component = np.divmod(where, basis.components)
-                parts.append(np.stack([page * tokens + token, component, numbers]).astype(np.int32))
-        return np.concatenate(parts, axis=1)
-
-    def _read_codes(self, basis: GroupBasis, planes: Planes, stored: torch.Tensor) -> torch.Tensor:
+    def _codes(
+        self, basis: GroupBasis, planes: Planes, there: Mapping[str, torch.Tensor], most_escapes: int
+    ) -> torch.Tensor:
+        """fp16 ``(pages * page_tokens, columns)``."""
         tokens, device = self._spec.page_tokens, planes.luma.device
         codes = torch.empty((len(planes) * tokens, basis.columns), dtype=torch.float16, device=device)
         grid = (len(planes) * triton.cdiv(tokens, CODE_TOKENS), basis.columns // CODE_COLUMNS)
@@ -419,7 +468,8 @@ class KltRestore:
             luma=planes.luma,
             chroma=planes.chroma,
             runs=self._runs,
-            stored=upload(stored, device),
+            stored=there["stored"],
+            low_at=there["low_at"],
             column_component=basis.column_component,
             column_bits=basis.column_bits,
             column_low_row=basis.column_low_row,
@@ -427,7 +477,6 @@ class KltRestore:
             codes=codes,
             columns=basis.columns,
             pitch_bytes=planes.pitch_bytes,
-            stored_bytes=stored.shape[1],
             TOKENS=tokens,
             BLOCK_TOKENS=CODE_TOKENS,
             BLOCK_COLUMNS=CODE_COLUMNS,
@@ -436,18 +485,34 @@ class KltRestore:
             LOW_DIGIT=LOW_DIGIT,
             HIGH_DIGIT=HIGH_DIGIT,
         )
+        if most_escapes:
+            _write_escapes[triton.cdiv(most_escapes, ESCAPE_BLOCK), len(planes)](
+                codes=codes,
+                component_bits=basis.bits,
+                component_column=basis.component_column,
+                component_digit_column=basis.component_digit_column,
+                component_largest=basis.component_largest,
+                first_escape_of_page=there["first_escape_of_page"],
+                escape_position=there["escape_position"],
+                escape_number=there["escape_number"],
+                columns=basis.columns,
+                components=basis.components,
+                TOKENS=tokens,
+                BLOCK=ESCAPE_BLOCK,
+                DIGIT=DIGIT,
+            )
         return codes
 
-    def _read_escapes(
-        self, basis: GroupBasis, planes: Planes, escapes: np.ndarray[Any, np.dtype[np.int32]], rows: int
+    def _far_escapes(
+        self, basis: GroupBasis, planes: Planes, there: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        device, count = planes.luma.device, escapes.shape[1]
-        bounds = np.searchsorted(escapes[0], np.arange(0, rows + BLOCK_ROWS, BLOCK_ROWS)).astype(np.int32)
-        row, component, number = upload(torch.from_numpy(np.ascontiguousarray(escapes)), device)
-        excess = torch.empty(count, dtype=torch.float32, device=device)
-        if count:
-            block = 128
-            _read_escapes[(triton.cdiv(count, block),)](
+        """What the product adds of the escapes that no code holds."""
+        row, component, number = there["far_row"], there["far_component"], there["far_number"]
+        excess = torch.empty(len(row), dtype=torch.float32, device=row.device)
+        column = row
+        if len(row):
+            column = basis.component_column[component]
+            _read_far_escapes[(triton.cdiv(len(row), ESCAPE_BLOCK),)](
                 luma=planes.luma,
                 chroma=planes.chroma,
                 runs=self._runs,
@@ -457,29 +522,15 @@ class KltRestore:
                 escape_number=number,
                 excess=excess,
                 pitch_bytes=planes.pitch_bytes,
-                escapes=count,
+                escapes=len(row),
                 TOKENS=self._spec.page_tokens,
-                BLOCK=block,
+                BLOCK=ESCAPE_BLOCK,
                 ZERO_CODE=CANVAS_FILL,
             )
-        return {
-            "first_escape": upload(torch.from_numpy(bounds), device),
-            "escape_row": row,
-            "escape_column": basis.component_column[component],
-            "excess": excess,
-        }
+        return {"first_escape": there["first_far"], "escape_row": row, "escape_column": column, "excess": excess}
 
-    def _turns(self, side: Side, first_positions: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin ``(pages * page_tokens, rotary pairs)`` on the device; those of the thread's last call are kept.
-
-        A segment has as many calls as layer groups, all with the same positions.
-        """
-        if side is not Side.KEY or self._rope is None:
+    def _turns_of(self, side: Side, first_positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if side is not Side.KEY or self._turns is None:
             nothing = torch.empty(0, dtype=torch.float32, device=self._device)
             return nothing, nothing
-        if getattr(self._local, "positions", None) != first_positions:
-            tables = [rotation_table(first, self._spec.page_tokens, self._rope) for first in first_positions]
-            cos, sin = (upload(torch.cat(halves), self._device) for halves in zip(*tables, strict=True))
-            self._local.positions, self._local.turns = first_positions, (cos, sin)
-        turns: tuple[torch.Tensor, torch.Tensor] = self._local.turns
-        return turns
+        return self._turns.get(first_positions)

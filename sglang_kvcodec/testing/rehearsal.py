@@ -278,7 +278,7 @@ class RehearsalDriver:
         self.streams.append(max(self.streams, default=0x7000) + 1)
         return self.streams[-1]
 
-    def delete_stream(self, stream: int) -> None:
+    def return_stream(self, stream: int) -> None:
         """Refuses one that is not there."""
         self.streams.remove(stream)
 

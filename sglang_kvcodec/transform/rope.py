@@ -10,6 +10,7 @@ times heads times layers as many.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -71,6 +72,19 @@ def rotation_table(
     positions = torch.arange(first_position, first_position + tokens, dtype=torch.int64)
     cos, sin = _table(positions, rope, inverse)
     return cos.clone(), sin.clone()
+
+
+def rotation_tables(
+    first_positions: Sequence[int], tokens: int, rope: RopeSpec, *, inverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables of many pages, one behind the other: fp32 ``(pages * tokens, rotary_dim / 2)`` each.
+
+    Otherwise as :func:`rotation_table`.
+    """
+    if tokens < 0 or any(first < 0 for first in first_positions):
+        raise ValueError(f"there are no {tokens} tokens from position {min(first_positions, default=0)} on")
+    starts = torch.tensor(list(first_positions), dtype=torch.int64)
+    return _make_table((starts[:, None] + torch.arange(tokens)).flatten(), rope, inverse)
 
 
 def _turn(values: torch.Tensor, positions: torch.Tensor, rope: RopeSpec, *, inverse: bool) -> torch.Tensor:

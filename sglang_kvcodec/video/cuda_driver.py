@@ -1,11 +1,11 @@
 """The few calls of NVIDIA's driver that decoding needs, through ctypes, so that this layer does without torch.
 
 Signatures: CUDA driver API reference, "Stream Management", "Memory Management", "Primary Context Management".
-Has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 from collections.abc import Iterator
@@ -18,6 +18,10 @@ from sglang_kvcodec.errors import CodecError
 LIBRARY = "libcuda.so.1"
 _NON_BLOCKING = 1
 _HOST, _DEVICE = 1, 2
+_RETURNED_STREAMS: dict[int, collections.deque[int]] = {}
+"""By device: streams that nobody uses. The driver's own ``cuStreamDestroy`` is never called: torch's allocators record
+an event on each stream that memory was used on when that memory is freed, which may be long after, and with a stream
+that is gone the process dies."""
 
 
 class _Copy2D(ctypes.Structure):
@@ -86,16 +90,17 @@ class CudaDriver:
 
     def new_stream(self) -> int:
         """A stream of the highest priority that does not synchronise with the default one."""
+        with contextlib.suppress(KeyError, IndexError):
+            return _RETURNED_STREAMS[self.device].pop()
         least, greatest, stream = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
         with self._current():
             self._call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
             self._call("cuStreamCreateWithPriority", ctypes.byref(stream), _NON_BLOCKING, greatest)
         return stream.value or 0
 
-    def delete_stream(self, stream: int) -> None:
-        """Deletes a stream as soon as what is on it has ended."""
-        with self._current():
-            self._call("cuStreamDestroy_v2", ctypes.c_void_p(stream))
+    def return_stream(self, stream: int) -> None:
+        """Takes back a stream that :meth:`new_stream` gave, for its next call; what is on it goes on."""
+        _RETURNED_STREAMS.setdefault(self.device, collections.deque()).append(stream)
 
     def synchronize(self, stream: int) -> None:
         """Waits until what was put on the stream so far has ended."""

@@ -2,14 +2,16 @@
 
 What its documentation does not say and this module stands on, found in its wheel and by tracing it:
 
-- A decoder's frames lie in buffers of its own that the next ``Decode`` fills again, whatever still refers to them.
+- A decoder's frames lie in buffers of its own that the next ``Decode`` fills again, whatever still refers to them. They
+  do not keep the decoder alive either: none may outlive it, so that here none outlives the call that made it.
 - Errors are printed, not raised: whoever uses the planes checks their digest.
 - Pictures of another size than the decoder was made for are scaled to that size, silently: one decoder for each size.
 - A whole segment with the end-of-stream flag gives all its pictures in one call, in buffers of their own.
 - With a stream of one's own it does not synchronise: planes are valid in that stream's order.
 - The variant with asynchronous allocations leaks.
 
-It has not run on a GPU yet; ``benchmarks/gpu`` and the start-up check are what will tell.
+Seen on an H200: what is above, and that damaged pictures are concealed, which the digests find
+(``benchmarks/results``).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +51,7 @@ class Driver(Protocol):
     device: int
 
     def new_stream(self) -> int: ...  # noqa: D102
-    def delete_stream(self, stream: int) -> None: ...  # noqa: D102
+    def return_stream(self, stream: int) -> None: ...  # noqa: D102
     def synchronize(self, stream: int) -> None: ...  # noqa: D102
     def copy_to_host(self, target: npt.NDArray[np.uint8], address: int, pitch_bytes: int, stream: int) -> None: ...  # noqa: D102
     def free_bytes(self) -> int: ...  # noqa: D102
@@ -65,6 +67,35 @@ def reserved_bytes(sizes: Sequence[tuple[int, int]], pictures: int, decoders: in
     """
     buffers = pictures + _DECODE_SURFACES + _OUTPUT_SURFACES
     return decoders * sum(_SESSION_BYTES + buffers * width * height * 3 // 2 for width, height in sizes)
+
+
+class _Picture(NamedTuple):
+    """What a frame of the library says of itself."""
+
+    shape: tuple[int, ...]
+    pitch_bytes: int
+    addresses: tuple[int, int]
+
+
+def _decoded(decoder: Any, packet: Any) -> list[_Picture]:
+    """What came out of one call. Of the library's frames nothing is left, in the traceback of an error either.
+
+    Raises:
+        CodecError: the library failed.
+    """
+    try:
+        return [
+            _Picture(
+                tuple(frame.shape),
+                int(frame.strides[0]),
+                (int(frame.GetPtrToPlane(0)), int(frame.GetPtrToPlane(1))),
+            )
+            for frame in decoder.Decode(packet)
+        ]
+    except Exception as error:
+        # Its exceptions have no base of their own.
+        reason = str(error)
+    raise CodecError(f"NVDEC failed: {reason}")
 
 
 class NvdecDecoder:
@@ -103,15 +134,10 @@ class NvdecDecoder:
             check_idr(picture)
         segment = np.frombuffer(b"".join([parameter_sets, *pictures]), np.uint8)
         try:
-            frames = self._decoder(size).Decode(self._packet(segment))
-            return self._checked(frames, len(pictures), size)
+            return self._checked(_decoded(self._decoder(size), self._packet(segment)), len(pictures), size)
         except CodecError as error:
             self._lose(size, error)
             raise
-        except Exception as error:
-            # Its exceptions have no base of their own.
-            self._lose(size, error)
-            raise CodecError(f"NVDEC failed: {error}") from error
 
     def decode(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> Canvases:
         """See ``PictureDecoder.decode``: a copy in host memory."""
@@ -133,7 +159,7 @@ class NvdecDecoder:
         """Releases the decoders and the stream; the planes are gone then."""
         self._driver.synchronize(self.stream)
         self._of_size.clear()
-        self._driver.delete_stream(self.stream)
+        self._driver.return_stream(self.stream)
 
     def _decoder(self, size: tuple[int, int]) -> Any:
         decoder = self._of_size.pop(size, None)
@@ -161,18 +187,17 @@ class NvdecDecoder:
         packet.decode_flag = int(self._library.VideoPacketFlag.ENDOFSTREAM.value)
         return packet
 
-    def _checked(self, frames: Sequence[Any], count: int, size: tuple[int, int]) -> DecodedFrames:
+    def _checked(self, pictures: Sequence[_Picture], count: int, size: tuple[int, int]) -> DecodedFrames:
         width, height = size
-        if len(frames) != count:
-            raise CodecError(f"{len(frames)} pictures came out of {count}")
-        pitches = set()
-        for frame in frames:
-            if tuple(frame.shape) != (height * 3 // 2, width):
-                raise CodecError(f"a picture of shape {tuple(frame.shape)} came out, not of {width}x{height}")
-            pitches.add(int(frame.strides[0]))
+        if len(pictures) != count:
+            raise CodecError(f"{len(pictures)} pictures came out of {count}")
+        for picture in pictures:
+            if picture.shape != (height * 3 // 2, width):
+                raise CodecError(f"a picture of shape {picture.shape} came out, not of {width}x{height}")
+        pitches = {picture.pitch_bytes for picture in pictures}
         if len(pitches) != 1 or min(pitches) < width:
             raise CodecError(f"pictures with rows at distances of {sorted(pitches)} bytes came out")
-        luma, chroma = (np.array([frame.GetPtrToPlane(plane) for frame in frames], np.int64) for plane in (0, 1))
+        luma, chroma = np.array([picture.addresses for picture in pictures], np.int64).T
         if len(set(luma.tolist())) != count:
             raise CodecError("pictures of one call lie in the same place")
         return DecodedFrames(luma, chroma, pitches.pop(), width, height, self._driver.device, self.stream)

@@ -100,7 +100,7 @@ def compile_calibrated(spec, rope, side):
             buffers = [values[0, 0].to(torch_dtype(spec.dtype)) for _ in range(group.layers)]
             kernel.restore(group, side, packed, [64], slots, buffers)
 
-    return compile_all(klt, ["_read_codes", "_read_escapes", "_restore_klt_tile"], launch)
+    return compile_all(klt, ["_read_codes", "_write_escapes", "_read_far_escapes", "_restore_klt_tile"], launch)
 
 
 PACK_EFFECTS = {

@@ -3,6 +3,7 @@
 import dataclasses
 import struct
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -23,10 +24,11 @@ from sglang_kvcodec.errors import ConfigurationError, FormatError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
 from sglang_kvcodec.kernels import check_calibrated, open_restore
 from sglang_kvcodec.kernels.floats import narrow_bits
-from sglang_kvcodec.kernels.klt import KltRestore
+from sglang_kvcodec.kernels.klt import KltRestore, calibrated_bases
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
 from sglang_kvcodec.transform import get_transform
+from sglang_kvcodec.transform.component_escapes import LARGEST_ESCAPE
 from sglang_kvcodec.transform.floats import from_bits, to_bits, torch_dtype
 from sglang_kvcodec.transform.klt import KltTransform
 
@@ -103,6 +105,35 @@ def test_escapes_come_back_over_whatever_the_canvas_holds(device):
         assert packed[0].escapes
         assert packed[2].escapes
         assert_close(pool, expected, spec, 40 * SUM_BOUND * STEP)
+
+
+def test_escapes_of_every_size_on_components_of_either_kind(device):
+    """Some are codes of the product, some too large for one; of one column and of two; neighbours, first and last."""
+    spec, calibration, group = small(tokens=16)
+    calibration = with_wide_components(calibration)
+    basis = calibrated_bases(spec, calibration, "high", torch.device("cpu"))[group.index, Side.KEY]
+    largest = basis.largest_in_place
+    is_wide = (basis.component_digit_column >= 0).numpy()
+    assert is_wide.any()
+    assert not is_wide.all()
+    count = len(largest)
+    generator = np.random.default_rng(0)
+    # Around what fits, in both directions, on every component; the largest there is; and small ones.
+    sizes = np.stack([largest - 1, largest, largest + 1, 2 * largest, largest * 0 + 200, largest * 0 + 300])
+    numbers = np.concatenate([sizes, -sizes, [[LARGEST_ESCAPE >> 6] * count]])
+    tokens = generator.permutation(16)[: len(numbers)]
+    positions = (np.sort(tokens)[:, None] * count + np.arange(count)).ravel()
+    escapes = positions.astype("<u4").tobytes() + numbers.ravel().astype("<i4").tobytes()
+
+    def change(packed):
+        return [packed[0], dataclasses.replace(packed[1], escapes=escapes), packed[2]]
+
+    values = kv_like(spec, 3, group.layers, seed=2)
+    for side in spec.sides:
+        pool, expected, _ = restore_both(spec, calibration, group, side, values, [16, 0, 32], device, change)
+        # Sums of large numbers round to more: in proportion to the largest of a token.
+        bound = 1e-6 * float(expected.float().abs().amax())
+        assert_close(pool, expected, spec, bound + SUM_BOUND * STEP)
 
 
 def test_pictures_are_read_where_a_decoder_leaves_them(device):

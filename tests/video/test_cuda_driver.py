@@ -42,6 +42,7 @@ class RecordingLibrary:
 def library(monkeypatch):
     made = RecordingLibrary()
     monkeypatch.setattr(cuda_driver.ctypes, "CDLL", lambda name: made)
+    monkeypatch.setattr(cuda_driver, "_RETURNED_STREAMS", {})
     return made
 
 
@@ -73,6 +74,19 @@ def test_streams_are_of_the_highest_priority_and_do_not_block(library):
     (arguments,) = [arguments for name, arguments in library.calls if name == "cuStreamCreateWithPriority"]
     assert arguments[1] == 1
     assert arguments[2].value == -5
+
+
+def test_a_stream_given_back_is_given_out_again_on_its_device_and_never_destroyed(library):
+    driver = CudaDriver(0)
+    stream = driver.new_stream()
+    driver.return_stream(stream)
+    library.calls.clear()
+    assert CudaDriver(0).new_stream() == stream
+    assert library.names() == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    CudaDriver(0).return_stream(stream)
+    CudaDriver(1).new_stream()
+    assert "cuStreamCreateWithPriority" in library.names()
+    assert "cuStreamDestroy_v2" not in library.names()
 
 
 def test_facts(library):

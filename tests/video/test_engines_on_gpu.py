@@ -1,4 +1,4 @@
-"""The same contract on the engines of a real GPU; scripts/test-gpu runs it, and has not yet."""
+"""The same contract on the engines of a real GPU; scripts/test-gpu runs it."""
 
 import numpy as np
 import pytest
