@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
 from sglang_kvcodec.kernels import PageRestores
 from sglang_kvcodec.transform import PackedSide
+
+if TYPE_CHECKING:
+    # Needs Triton.
+    from sglang_kvcodec.kernels.planes import Planes
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +302,7 @@ class Restorer:
                 differ = stream.read(pictures_differ(planes, frames.width, frames.height, digests))
                 stream.wait_for(after)
                 try:
-                    self._restore_segment(kernels, group, side, pages, segment, slots)
+                    self._restore_segment(kernels, group, side, pages, segment, slots, planes)
                 finally:
                     # After an error too: what was queued before it writes to the slots.
                     event = stream.record()
@@ -317,13 +321,15 @@ class Restorer:
         pages: Sequence[PageObject],
         segment: DecodedSegment,
         slots: torch.Tensor,
+        planes: Planes,
     ) -> None:
-        """Queues the restore of the pages of a segment on the current stream."""
+        """Queues the restore of the pages of a segment, whose planes are given, on the current stream."""
         from sglang_kvcodec.kernels.planes import planes_at
 
         frames = segment.frames
         layers = self._pool.layers(side, group.first_layer, group.layers)
-        for coding, inside in _alike([pages[index] for index in segment.members]).items():
+        alike = _alike([pages[index] for index in segment.members])
+        for coding, inside in alike.items():
             members = [segment.members[index] for index in inside]
             chosen = np.array(inside)
             kernels.get(*coding).restore(
@@ -336,7 +342,9 @@ class Restorer:
                 [pages[index].header.first_position for index in members],
                 self._slots_of(members, len(pages), slots),
                 layers,
-                planes_at(
+                planes
+                if len(alike) == 1
+                else planes_at(
                     frames.luma_addresses[chosen], frames.chroma_addresses[chosen], frames.pitch_bytes, slots.device
                 ),
             )

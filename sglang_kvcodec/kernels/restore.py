@@ -12,20 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
+from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, picture_geometry
 from sglang_kvcodec.kernels.planes import Planes, plane_addresses, planes_to_read
 from sglang_kvcodec.kernels.pool_layers import check_slots, writable_layers
-from sglang_kvcodec.kernels.upload import upload
+from sglang_kvcodec.kernels.upload import upload_together
 from sglang_kvcodec.transform import PackedSide
 from sglang_kvcodec.transform.checks import check_fields
-from sglang_kvcodec.transform.escapes import unpack_escapes
+from sglang_kvcodec.transform.escapes import escape_places
 from sglang_kvcodec.transform.exact import ResidualLayout
-from sglang_kvcodec.transform.floats import stack_bytes
 from sglang_kvcodec.transform.high import check_high_sides
 from sglang_kvcodec.transform.layout import CANVAS_FILL
 
@@ -164,25 +163,37 @@ def _restore_exact_layer(
     tl.store(pool + slot * slot_stride + channel, bits.to(pool.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["slot_count", "escapes"])
+@triton.jit(
+    do_not_specialize=["slot_count", "layer", "layers"],
+    do_not_specialize_on_alignment=["escapes", "counts", "position_at", "value_at"],
+)
 def _write_high_escapes(
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    bits: tl.tensor,
+    escapes: tl.tensor,
+    counts: tl.tensor,
+    position_at: tl.tensor,
+    value_at: tl.tensor,
     slots: tl.tensor,
     pool: tl.tensor,
     slot_stride: tl.tensor,
     slot_count: tl.tensor,
-    escapes: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Bits into one layer: escape ``i`` at ``channels[i]`` of the slot of token ``tokens[i]`` over all pages."""
+    """The escapes of one layer of each page, out of the bytes of ``transform/escapes.py``."""
+    page = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = index < escapes
-    slot = tl.load(slots + tl.load(tokens + index, mask=exists, other=0), mask=exists, other=-1)
-    channel = tl.load(channels + index, mask=exists, other=0)
-    value = tl.load(bits + index, mask=exists, other=0)
-    tl.store(pool + slot * slot_stride + channel, value, mask=(slot >= 0) & (slot < slot_count))
+    here = page * layers + layer
+    exists = index < tl.load(counts + here)
+    first = tl.load(position_at + here)
+    # A layer that lists no positions is whole.
+    listed = tl.load((escapes + first).to(tl.pointer_type(tl.int32)) + index, mask=exists & (first >= 0), other=0)
+    position = tl.where(first >= 0, listed, index)
+    value = tl.load((escapes + tl.load(value_at + here)).to(tl.pointer_type(tl.int16)) + index, mask=exists, other=0)
+    slot = tl.load(slots + page * TOKENS + position // CHANNELS, mask=exists, other=-1)
+    tl.store(pool + slot * slot_stride + position % CHANNELS, value, mask=(slot >= 0) & (slot < slot_count))
 
 
 class _LayerLauncher:
@@ -251,51 +262,48 @@ class HighRestore:
         check_slots(slots, len(packed), self._spec, layers[0])
         check_high_sides(packed, len(layers), canvas=planes is None)
         planes = planes_to_read(packed, planes, self._geometry, slots.device)
-        where, bits = self._read_escapes(packed, len(layers))
+        places = escape_places(
+            [side.escapes for side in packed], len(layers), self._spec.layer_values, self._spec.dtype
+        )
+        there = upload_together(
+            {
+                "steps": np.array([side.steps for side in packed], np.float32),
+                "escapes": places.pieces,
+                "counts": places.counts,
+                "position_at": places.position_at,
+                "value_at": places.value_at,
+            },
+            slots.device,
+        )
+        steps = there.pop("steps")
         self._launcher.launch(
             _restore_high_layer,
             planes,
             slots,
             layers,
-            steps=upload(torch.tensor([side.steps for side in packed], dtype=torch.float32), slots.device),
+            steps=steps,
             ZERO_CODE=CANVAS_FILL,
             IS_BFLOAT16=self._spec.dtype is KVDtype.BFLOAT16,
         )
-        self._write_escapes(where, bits, slots, layers)
-
-    def _read_escapes(
-        self, packed: Sequence[PackedSide], layers: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        """Positions ``(escapes, 3)``: layer, token over all pages, channel; and the bits for each."""
-        spec = self._spec
-        where: list[npt.NDArray[np.int64]] = [np.empty((0, 3), np.int64)]
-        bits: list[npt.NDArray[Any]] = [np.empty(0, np.int16)]
-        for page, side in enumerate(packed):
-            if side.escapes:
-                inside, values = unpack_escapes(side.escapes, layers, spec.layer_values, spec.dtype)
-                layer, inside = np.divmod(inside, spec.layer_values)
-                token, channel = np.divmod(inside, spec.channels)
-                where.append(np.stack([layer, page * spec.page_tokens + token, channel], axis=1))
-                bits.append(values)
-        return np.concatenate(where), np.concatenate(bits)
+        self._write_escapes(places.counts.max(axis=0).tolist(), there, slots, layers)
 
     def _write_escapes(
-        self, where: npt.NDArray[np.int64], bits: npt.NDArray[Any], slots: torch.Tensor, layers: Sequence[torch.Tensor]
+        self, most: Sequence[int], there: dict[str, torch.Tensor], slots: torch.Tensor, layers: Sequence[torch.Tensor]
     ) -> None:
+        pages = len(there["counts"])
         for index, layer in enumerate(layers):
-            here = where[:, 0] == index
-            count = int(here.sum())
-            if count:
+            if most[index]:
                 with torch.cuda.device_of(layer):  # type: ignore[no-untyped-call]
-                    _write_high_escapes[(triton.cdiv(count, _BLOCK_ESCAPES),)](
-                        tokens=upload(torch.from_numpy(where[here, 1]), slots.device),
-                        channels=upload(torch.from_numpy(where[here, 2]), slots.device),
-                        bits=upload(torch.from_numpy(bits[here]), slots.device),
+                    _write_high_escapes[triton.cdiv(most[index], _BLOCK_ESCAPES), pages](
+                        **there,
                         slots=slots,
                         pool=layer,
                         slot_stride=layer.stride(0),
                         slot_count=len(layer),
-                        escapes=count,
+                        layer=index,
+                        layers=len(layers),
+                        TOKENS=self._spec.page_tokens,
+                        CHANNELS=self._spec.channels,
                         BLOCK=_BLOCK_ESCAPES,
                     )
 
@@ -324,13 +332,15 @@ class ExactRestore:
             check_fields(side, canvas=planes is None, stored=True)
         planes = planes_to_read(packed, planes, self._geometry, slots.device)
         stored_bytes = self._layout.stored_bytes(len(layers) * spec.layer_values)
-        stored = stack_bytes([side.stored for side in packed], stored_bytes)
+        for side in packed:
+            if len(side.stored) != stored_bytes:
+                raise FormatError(f"expected {stored_bytes} stored bytes, got {len(side.stored)}")
         self._launcher.launch(
             _restore_exact_layer,
             planes,
             slots,
             layers,
-            stored=upload(stored, slots.device),
+            **upload_together({"stored": [side.stored for side in packed]}, slots.device),
             stored_bytes=stored_bytes,
             EXPONENT_BITS=spec.dtype.exponent_bits,
             MANTISSA_BITS=spec.dtype.mantissa_bits,

@@ -11,7 +11,7 @@ from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, picture_geometry
 from sglang_kvcodec.testing.synthetic import kv_like, random_bits
 from sglang_kvcodec.transform import get_transform
-from sglang_kvcodec.transform.escapes import pack_escapes, unpack_escapes, widen_where_dense
+from sglang_kvcodec.transform.escapes import escape_places, pack_escapes, unpack_escapes, widen_where_dense
 from sglang_kvcodec.transform.floats import to_bits
 from sglang_kvcodec.transform.high import ordered_sum
 
@@ -193,6 +193,27 @@ def test_escapes_come_back(layers):
     expected = [layer * LAYER + position for layer, positions in enumerate(layers) for position in positions]
     assert where.tolist() == expected
     assert bits.tolist() == expected
+
+
+def test_places_of_many_pages_are_those_of_each():
+    pages = [escapes_of([3, 7], [], [0, 49]), b"", escapes_of([9], range(50), []), escapes_of([], [], [1])]
+    places = escape_places(pages, 3, LAYER, KVDtype.BFLOAT16)
+    joined = b"".join(places.pieces)
+    assert places.counts.tolist() == [[2, 0, 2], [0, 0, 0], [1, 50, 0], [0, 0, 1]]
+    for page, data in enumerate(pages):
+        if not data:
+            continue
+        where, bits = unpack_escapes(data, 3, LAYER, KVDtype.BFLOAT16)
+        counts = places.counts[page].tolist()
+        found_where, found_bits = [], []
+        for layer, count in enumerate(counts):
+            at, value_at = int(places.position_at[page, layer]), int(places.value_at[page, layer])
+            listed = range(LAYER) if at < 0 else np.frombuffer(joined, "<u4", count, at).tolist()
+            assert at % 4 == 0 or at < 0
+            found_where += [layer * LAYER + position for position in listed][:count]
+            found_bits += np.frombuffer(joined, "<i2", count, value_at).tolist()
+        assert found_where == where.tolist()
+        assert found_bits == bits.tolist()
 
 
 def test_escapes_damaged_anywhere_are_refused_or_stay_inside():
