@@ -42,9 +42,9 @@ _SIDES_BACK = {number: side for side, number in _SIDES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class PicturePart:
-    """One coded picture: an access unit without parameter sets."""
+    """One coded picture: an access unit without parameter sets. A page's own lies in the page's bytes."""
 
-    data: bytes
+    data: bytes | memoryview
     plane_digest: int
     steps: tuple[float, ...] = ()
 
@@ -105,7 +105,7 @@ def build_page_object(
         rows, width = canvas_shape or geometry.canvas_shape
         manifest.geometry.width = width
         manifest.geometry.height = rows * 2 // 3
-    payload: list[bytes] = []
+    payload: list[bytes | memoryview] = []
     offset = 0
     for group, sides in zip(layer_groups(spec), groups, strict=True):
         message = manifest.groups.add(first_layer=group.first_layer, layers=group.layers)
@@ -125,8 +125,8 @@ def build_page_object(
     return b"".join([prefix, encoded, *payload])
 
 
-def _parts_of(data: SideData) -> list[tuple[pb.PartKind, bytes]]:
-    parts: list[tuple[pb.PartKind, bytes]] = []
+def _parts_of(data: SideData) -> list[tuple[pb.PartKind, bytes | memoryview]]:
+    parts: list[tuple[pb.PartKind, bytes | memoryview]] = []
     if data.picture is not None:
         parts.append((pb.PART_KIND_PICTURE, data.picture.data))
     if data.stored:
@@ -341,17 +341,17 @@ class PageObject:
         return self.header.manifest.parameter_sets
 
     def side_data(self, group_index: int, side: Side) -> SideData:
-        """The coded KV of one side of one layer group (bytes are copied)."""
+        """The coded KV of one side of one layer group. Side bytes are copied; a picture is a view."""
         picture: PicturePart | None = None
         stored = escapes = b""
         for part in self.header.manifest.groups[group_index].parts:
             if _SIDES_BACK[part.side] is not side:
                 continue
-            data = bytes(self._slice(part))
+            data = self._slice(part)
             if part.kind == pb.PART_KIND_PICTURE:
                 picture = PicturePart(data, part.plane_digest, tuple(part.steps))
             elif part.kind == pb.PART_KIND_STORED:
-                stored = data
+                stored = bytes(data)
             else:
-                escapes = data
+                escapes = bytes(data)
         return SideData(picture, stored, escapes)

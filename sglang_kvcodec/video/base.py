@@ -140,7 +140,7 @@ class PictureDecoder(Protocol):
 
     name: str
 
-    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> Canvases:
+    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> Canvases:
         """Decodes a segment: one canvas per picture, in order.
 
         What it returns is valid until the next call of ``decode`` on the same decoder.
@@ -163,7 +163,7 @@ class FrameDecoder(PictureDecoder, Protocol):
         """Ordinal of the CUDA device on which it leaves them; None in host memory."""
         ...
 
-    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
+    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> DecodedFrames:
         """As ``decode``, without a copy; see ``DecodedFrames`` for how long it is valid.
 
         Raises:

@@ -26,7 +26,7 @@ def nal_units(stream: bytes) -> list[bytes]:
     return [piece.rstrip(b"\0") for piece in pieces[1:]]
 
 
-def nal_type(unit: bytes) -> int:
+def nal_type(unit: bytes | memoryview) -> int:
     """nal_unit_type of a NAL unit without start code."""
     return unit[0] >> 1 & 0x3F
 
@@ -90,7 +90,7 @@ def picture_size(parameter_sets: bytes) -> tuple[int, int]:
     return width, height
 
 
-def check_idr(picture: bytes) -> None:
+def check_idr(picture: bytes | memoryview) -> None:
     """Refuses what does not begin as a picture alone does; reads no further, for the digest judges what comes out.
 
     Raises:

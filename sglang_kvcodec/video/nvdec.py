@@ -115,6 +115,7 @@ class NvdecDecoder:
         self._driver = driver
         self._most_sizes = most_sizes
         self.stream = driver.new_stream()
+        self._segment = np.empty(0, np.uint8)
         self._of_size: dict[tuple[int, int], Any] = {}
         """In the order of their last use."""
 
@@ -123,7 +124,7 @@ class NvdecDecoder:
         """See ``FrameDecoder.device``."""
         return self._driver.device
 
-    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
+    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
         if not pictures:
             raise CodecError("a segment without pictures")
@@ -132,14 +133,14 @@ class NvdecDecoder:
             raise CodecError(f"pictures of {width}x{height}, which not every engine decodes")
         for picture in pictures:
             check_idr(picture)
-        segment = np.frombuffer(b"".join([parameter_sets, *pictures]), np.uint8)
+        segment = self._joined([parameter_sets, *pictures])
         try:
             return self._checked(_decoded(self._decoder(size), self._packet(segment)), len(pictures), size)
         except CodecError as error:
             self._lose(size, error)
             raise
 
-    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> Canvases:
+    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> Canvases:
         """See ``PictureDecoder.decode``: a copy in host memory."""
         frames = self.decode_frames(parameter_sets, pictures)
         canvases = np.empty((len(frames), *frames.canvas_shape), np.uint8)
@@ -179,6 +180,17 @@ class NvdecDecoder:
             )
         self._of_size[size] = decoder
         return decoder
+
+    def _joined(self, pieces: Sequence[bytes | memoryview]) -> npt.NDArray[np.uint8]:
+        """The pieces one behind the other, in memory of this decoder; NumPy lets other threads run while it copies."""
+        size = sum(map(len, pieces))
+        if len(self._segment) < size:
+            self._segment = np.empty(size + size // 4, np.uint8)
+        start = 0
+        for piece in pieces:
+            self._segment[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+            start += len(piece)
+        return self._segment[:size]
 
     def _packet(self, segment: npt.NDArray[np.uint8]) -> Any:
         packet = self._library.PacketData()

@@ -142,7 +142,7 @@ class SoftwareDecoder:
         _silence()
         self._canvases: Canvases | None = None
 
-    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
+    def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes in host memory."""
         self._canvases = canvases = self.decode(parameter_sets, pictures)
         count, rows, width = canvases.shape
@@ -153,7 +153,7 @@ class SoftwareDecoder:
     def replace(self) -> None:
         """See ``FrameDecoder.replace``; there is no state."""
 
-    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> Canvases:
+    def decode(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> Canvases:
         """See ``PictureDecoder.decode``."""
         if not pictures:
             raise CodecError("a segment without pictures")
@@ -213,10 +213,10 @@ class SoftwareDecoders:
 
 
 def _decode_frames(
-    context: av.VideoCodecContext, parameter_sets: bytes, pictures: Sequence[bytes]
+    context: av.VideoCodecContext, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]
 ) -> Iterator[av.VideoFrame]:
     for index, picture in enumerate(pictures):
-        data = parameter_sets + picture if index == 0 else picture
+        data = b"".join([parameter_sets, picture]) if index == 0 else bytes(picture)
         yield from context.decode(av.Packet(data))
     yield from context.decode(None)
 
