@@ -12,7 +12,7 @@ from benchmarks.gpu.table import as_text, summary
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = {
     *("environment", "capabilities", "ceilings", "exactness", "damage", "latency", "restore_identity", "restore_klt"),
-    *("digest", "pipeline", "interference", "decode_rates", "encoder"),
+    *("digest", "pack", "pipeline", "interference", "decode_rates", "encoder"),
 }
 
 

@@ -71,7 +71,7 @@ def _has_driver() -> bool:
 
 def measure(rig: Any, only: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """All parts or those named, those that validate before those that take long; KeyError for a part there is not."""
-    from benchmarks.gpu import kernel_parts, pipeline_parts, video_parts
+    from benchmarks.gpu import kernel_parts, pack_parts, pipeline_parts, video_parts
     from benchmarks.gpu.rig import describe
 
     results: dict[str, list[dict[str, Any]]] = {}
@@ -89,6 +89,7 @@ def measure(rig: Any, only: Sequence[str] | None = None) -> dict[str, list[dict[
         "restore_identity": lambda: kernel_parts.restore_identity(rig, ceiling("copy_gb_per_s")),
         "restore_klt": lambda: kernel_parts.restore_klt(rig, ceiling("copy_gb_per_s"), ceiling("matmul_tflop_per_s")),
         "digest": lambda: kernel_parts.digest(rig, ceiling("copy_gb_per_s")),
+        "pack": lambda: pack_parts.pack(rig, ceiling("copy_gb_per_s")),
         "pipeline": lambda: pipeline_parts.pipeline(rig),
         "interference": lambda: pipeline_parts.interference(rig),
         "decode_rates": lambda: video_parts.decode_rates(rig),

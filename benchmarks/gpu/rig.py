@@ -19,6 +19,9 @@ from sglang_kvcodec.video.nvdec import NvdecDecoder
 from sglang_kvcodec.video.nvidia import NvidiaFacts, find_facts, load_library, probe_nvidia
 from sglang_kvcodec.video.software import SoftwareEncoder
 
+_AHEAD_CYCLES = 40_000_000
+"""Twenty milliseconds or so, in which the host queues what is measured."""
+
 
 class Rig:
     """The device, the video library, sizes and times."""
@@ -97,6 +100,23 @@ class Rig:
                 work()
                 times.append(time.perf_counter() - start)
                 continue
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    def device_seconds(self, work: Callable[[], object], repeats: int | None = None) -> float:
+        """Median time that ``work``, which must not wait for it, keeps the device busy, the host being far ahead."""
+        if self.is_rehearsal:
+            return self.seconds(work, repeats)
+        work()
+        self.synchronize()
+        times = []
+        for _ in range(repeats or self.pick(20, 2)):
+            torch.cuda._sleep(_AHEAD_CYCLES)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             work()
