@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
-from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError
-from sglang_kvcodec.flow.assembly import PageAssembly
+from sglang_kvcodec.errors import PeerError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.exploring import Explorer
+from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.pacing import FIRST_BYTE, LOOKUP, PROGRESS, Flight, Pacer, Stage
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.planner import (
-    CUT_TO_HOST_MEMORY,
     LINK_TOO_SLOW,
     Bounds,
     FetchPlan,
@@ -28,9 +27,10 @@ from sglang_kvcodec.flow.planner import (
     plan_fetch,
 )
 from sglang_kvcodec.flow.rates import Rates
+from sglang_kvcodec.flow.receiver import Receiver, bytes_of
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.trace import Tracer
-from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing, FetchEvent, PeerTransport
+from sglang_kvcodec.format.exchange import FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.transform import PageTransforms
@@ -47,102 +47,6 @@ FIRST_BLOCK_BYTES = 4 << 20
 """Of a block of pages, while the link's bandwidth is not known."""
 OVERTAKEN = "overtaken"
 """Outcome of a fetch that was given up because computing had become faster."""
-
-
-class FetchTicket:
-    """One request's fetch. Its fields may be read by any thread once :attr:`is_done`."""
-
-    def __init__(
-        self, page_hashes: Sequence[bytes], tokens_before: int = 0, prompt_tokens: int = 0, rid: str = ""
-    ) -> None:
-        """A fetch of ``page_hashes``, in prefix order, for a prompt with so many tokens before them and in all."""
-        self.rid = rid
-        self.page_hashes = tuple(page_hashes)
-        self.tokens_before = tokens_before
-        self.prompt_tokens = prompt_tokens
-        self.start_s = time.monotonic()
-        self.pages: list[PageObject] = []
-        """The pages that arrived: an unbroken prefix of ``page_hashes``. Held as long as the ticket is."""
-        self.stored_pages = len(self.page_hashes)
-        """How long a prefix the peer has; that it has all is the guess until it was asked."""
-        self.plan: FetchPlan | None = None
-        """What was planned, once it was."""
-        self.cut_phase = ""
-        """The phase in which computing overtook the fetch, if it did."""
-        self.stop = threading.Event()
-        """Ends the transfer."""
-        self._is_settled = False
-        self._is_measuring = False
-        self._cancelled = threading.Event()
-        self._done = threading.Event()
-        self._lock = threading.Lock()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing more will arrive."""
-        return self._done.is_set()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self._cancelled.is_set()
-
-    def was_cut(self) -> bool:
-        """Whether computing has overtaken it."""
-        return bool(self.cut_phase)
-
-    def has_gone_on(self) -> bool:
-        """Whether the request has gone on without it, while it still learns."""
-        return self._is_measuring
-
-    @property
-    def most_pages(self) -> int:
-        """More than these will not come."""
-        if self.is_done:
-            return len(self.pages)
-        plan = self.plan
-        return len(self.page_hashes) if plan is None else plan.pages
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        self._cancelled.set()
-        with self._lock:
-            if not self._is_measuring:
-                self.stop.set()
-
-    def cut(self, phase: str) -> None:
-        """Computing is faster: ends the transfer with what has arrived whole."""
-        self.cut_phase = phase
-        self.stop.set()
-
-    def abandon(self, phase: str) -> bool:
-        """Computing is faster, and nothing has arrived: as :meth:`settle` without a page.
-
-        What is under way may go on, to learn how slow it is.
-        """
-        with self._lock:
-            if self._is_settled:
-                return False
-            self.cut_phase = phase
-            self._is_settled = self._is_measuring = True
-            return True
-
-    def settle(self, pages: Sequence[PageObject]) -> bool:
-        """Nothing more will arrive but ``pages``. Whether that was not settled before; then :meth:`finish` follows."""
-        with self._lock:
-            if self._is_settled:
-                return False
-            self.pages = list(pages)
-            self._is_settled = True
-            return True
-
-    def finish(self) -> None:
-        """Lets others read it."""
-        self._done.set()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Waits for :attr:`is_done`; for tests."""
-        return self._done.wait(timeout_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,13 +302,13 @@ class Fetcher:
         ticket.plan = plan
         return plan, prefix
 
-    def _receiver(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> _Receiver:
+    def _receiver(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> Receiver:
         places = [run.namespace_digest for run in runs for _ in range(run.pages)]
         keys = [PageKey(*place) for place in zip(places, wanted, strict=False)]
-        return _Receiver(keys, self._transforms, self._config.host_cache_bytes)
+        return Receiver(keys, self._transforms, self._config.host_cache_bytes)
 
     def _settle(
-        self, receiver: _Receiver, wanted: Sequence[bytes], pages: Sequence[PageObject], damaged: list[PageKey]
+        self, receiver: Receiver, wanted: Sequence[bytes], pages: Sequence[PageObject], damaged: list[PageKey]
     ) -> None:
         """Keeps what is good and remembers what is not."""
         for page_hash, page in reversed(list(zip(wanted, pages, strict=False))):
@@ -440,8 +344,8 @@ class Fetcher:
                         if not isinstance(event, FetchedMissing):
                             if flight is not None and flight.phase != PROGRESS:
                                 flight.begin(PROGRESS, time.monotonic())
-                            transfer.received(_bytes_of(event))
-                            received_bytes += _bytes_of(event)
+                            transfer.received(bytes_of(event))
+                            received_bytes += bytes_of(event)
                         yield first, event
                 finally:
                     transfer.end()
@@ -497,86 +401,3 @@ class Fetcher:
             self._peer.delete(key.namespace_digest, [key.page_hash])
         except PeerError as error:
             self._monitor.failed("delete", error)
-
-
-def _bytes_of(event: FetchedHeader | FetchedFragment) -> int:
-    return len(event.header) if isinstance(event, FetchedHeader) else len(event.data)
-
-
-class _Receiver:
-    """Turns the events of one fetch into pages; a bad page ends the prefix there."""
-
-    def __init__(self, keys: Sequence[PageKey], transforms: PageTransforms, max_bytes: int) -> None:
-        self._keys = keys
-        self._transforms = transforms
-        self._assemblies: dict[int, PageAssembly] = {}
-        self._pages: dict[int, PageObject] = {}
-        self._usable = len(keys)
-        self._free_bytes = max_bytes
-        self._whole = 0
-        self.received_bytes = 0
-        self.damaged: list[PageKey] = []
-        self.gone: list[PageKey] = []
-        self.failure = ""
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self._pages) >= self._usable
-
-    @property
-    def whole_pages(self) -> int:
-        """Length of :meth:`whole_prefix`."""
-        while self._whole in self._pages:
-            self._whole += 1
-        return min(self._whole, self._usable)
-
-    def add(self, placed: tuple[int, FetchEvent]) -> None:
-        """Takes an event, and the index of the first page of the fetch that it is of."""
-        first, event = placed
-        index = first + event.page_index
-        if not isinstance(event, FetchedMissing):
-            self.received_bytes += _bytes_of(event)
-        if index >= self._usable or index in self._pages:
-            return
-        if isinstance(event, FetchedMissing):
-            self.gone.append(self._keys[index])
-            self._cut(index, "gone")
-            return
-        try:
-            if isinstance(event, FetchedHeader):
-                metrics.FETCHED_BYTES.inc(len(event.header))
-                if event.object_bytes > self._free_bytes:
-                    self._cut(index, CUT_TO_HOST_MEMORY)
-                    return
-                self._free_bytes -= event.object_bytes
-                self._assemblies[index] = PageAssembly(self._keys[index], self._transforms, event)
-                page = self._assemblies[index].finish()
-            else:
-                metrics.FETCHED_BYTES.inc(len(event.data))
-                assembly = self._assemblies.get(index)
-                if assembly is None:
-                    raise PeerRejectedError(f"page {self._keys[index]}: the peer sends bytes before the header")
-                page = assembly.add(event)
-        except FormatError as error:
-            logger.warning("kvcodec: stored page %s can't be used: %s", self._keys[index], error)
-            self.damaged.append(self._keys[index])
-            self._cut(index, error.reason)
-            return
-        if page is not None:
-            self._pages[index] = page
-            del self._assemblies[index]
-
-    def _cut(self, index: int, reason: str) -> None:
-        """Pages from ``index`` on are of no use."""
-        self._usable = index
-        self.failure = reason
-        for i in [i for i in self._assemblies if i >= index]:
-            del self._assemblies[i]
-        for i in [i for i in self._pages if i >= index]:
-            del self._pages[i]
-
-    def whole_prefix(self) -> list[PageObject]:
-        pages: list[PageObject] = []
-        while len(pages) in self._pages:
-            pages.append(self._pages[len(pages)])
-        return pages

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.flow.fetcher import FetchTicket
+from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.rates import PrefillMeter
 from sglang_kvcodec.flow.trace import Tracer
 

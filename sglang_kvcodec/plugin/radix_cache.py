@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
-from sglang_kvcodec.flow.fetcher import FetchTicket
+from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
 from sglang_kvcodec.plugin.identity import build_namespace

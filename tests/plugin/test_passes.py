@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import REGISTRY
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_kvcodec.flow.fetcher import FetchTicket
+from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import FetchPlan
 from sglang_kvcodec.flow.rates import PrefillMeter
 from sglang_kvcodec.plugin import passes as passes_module

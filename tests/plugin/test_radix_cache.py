@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sglang_kvcodec.errors import UnsupportedError
-from sglang_kvcodec.flow.fetcher import FetchTicket
+from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import FetchPlan
 from sglang_kvcodec.plugin.radix_cache import KVCodecRadixCache, _Held, build_radix_cache
 

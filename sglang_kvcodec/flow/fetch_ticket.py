@@ -1,0 +1,106 @@
+"""One request's fetch, as those who wait for it see it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from sglang_kvcodec.flow.planner import FetchPlan
+from sglang_kvcodec.format.page_object import PageObject
+
+
+class FetchTicket:
+    """One request's fetch. Its fields may be read by any thread once :attr:`is_done`."""
+
+    def __init__(
+        self, page_hashes: Sequence[bytes], tokens_before: int = 0, prompt_tokens: int = 0, rid: str = ""
+    ) -> None:
+        """A fetch of ``page_hashes``, in prefix order, for a prompt with so many tokens before them and in all."""
+        self.rid = rid
+        self.page_hashes = tuple(page_hashes)
+        self.tokens_before = tokens_before
+        self.prompt_tokens = prompt_tokens
+        self.start_s = time.monotonic()
+        self.pages: list[PageObject] = []
+        """The pages that arrived: an unbroken prefix of ``page_hashes``. Held as long as the ticket is."""
+        self.stored_pages = len(self.page_hashes)
+        """How long a prefix the peer has; that it has all is the guess until it was asked."""
+        self.plan: FetchPlan | None = None
+        """What was planned, once it was."""
+        self.cut_phase = ""
+        """The phase in which computing overtook the fetch, if it did."""
+        self.stop = threading.Event()
+        """Ends the transfer."""
+        self._is_settled = False
+        self._is_measuring = False
+        self._cancelled = threading.Event()
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will arrive."""
+        return self._done.is_set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._cancelled.is_set()
+
+    def was_cut(self) -> bool:
+        """Whether computing has overtaken it."""
+        return bool(self.cut_phase)
+
+    def has_gone_on(self) -> bool:
+        """Whether the request has gone on without it, while it still learns."""
+        return self._is_measuring
+
+    @property
+    def most_pages(self) -> int:
+        """More than these will not come."""
+        if self.is_done:
+            return len(self.pages)
+        plan = self.plan
+        return len(self.page_hashes) if plan is None else plan.pages
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._cancelled.set()
+        with self._lock:
+            if not self._is_measuring:
+                self.stop.set()
+
+    def cut(self, phase: str) -> None:
+        """Computing is faster: ends the transfer with what has arrived whole."""
+        self.cut_phase = phase
+        self.stop.set()
+
+    def abandon(self, phase: str) -> bool:
+        """Computing is faster, and nothing has arrived: as :meth:`settle` without a page.
+
+        What is under way may go on, to learn how slow it is.
+        """
+        with self._lock:
+            if self._is_settled:
+                return False
+            self.cut_phase = phase
+            self._is_settled = self._is_measuring = True
+            return True
+
+    def settle(self, pages: Sequence[PageObject]) -> bool:
+        """Nothing more will arrive but ``pages``. Whether that was not settled before; then :meth:`finish` follows."""
+        with self._lock:
+            if self._is_settled:
+                return False
+            self.pages = list(pages)
+            self._is_settled = True
+            return True
+
+    def finish(self) -> None:
+        """Lets others read it."""
+        self._done.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for :attr:`is_done`; for tests."""
+        return self._done.wait(timeout_s)
