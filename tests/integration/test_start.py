@@ -114,6 +114,8 @@ def main():
         if replies:
             time.sleep(2)
             engine.flush_cache()
+            # The coded pages in host memory too: what is left is the peer's.
+            engine.loop.run_until_complete(engine.tokenizer_manager.clear_hicache_storage())
         reply = engine.generate(prompt, {"temperature": 0, "max_new_tokens": 8})
         replies.append([reply["text"], reply["meta_info"]["cached_tokens_details"]])
     print("SAID", json.dumps([replies[0], replies[-1]]))
