@@ -167,9 +167,9 @@ def _pipeline_row(rig: Rig, real: RealKV, tier: str, layers_per_basis: int) -> R
     line = Pipeline(rig, real, tier, layers_per_basis)
     try:
         line.check()
-        decode = line.decode_alone(rig.pick(2.0, 0.0))
+        decode = line.decode_alone(rig.pick(1.0, 0.0))
         times = line.kernels_alone()
-        values_per_s = line.run(rig.pick(4.0, 0.0))
+        values_per_s = line.run(rig.pick(2.5, 0.0))
     finally:
         line.close()
     segment_values = len(line.segment) * line.spec.layers * line.spec.layer_values
@@ -232,7 +232,7 @@ def interference(rig: Rig) -> list[Row]:
 def _measure_beside(rig: Rig, loop: ProductLoop | DecodeLoop, line: Pipeline) -> _Beside:
     for work in line.works:
         work()
-    before = loop.rate(rig.pick(2.0, 0.0))
+    before = loop.rate(rig.pick(1.5, 0.0))
     rates: list[float] = []
     failures: list[Exception] = []
 
@@ -242,11 +242,11 @@ def _measure_beside(rig: Rig, loop: ProductLoop | DecodeLoop, line: Pipeline) ->
         except Exception as error:
             failures.append(error)
 
-    thread = threading.Thread(target=run, args=(rig.pick(5.0, 0.0),))
+    thread = threading.Thread(target=run, args=(rig.pick(4.0, 0.0),))
     thread.start()
     time.sleep(rig.pick(1.0, 0.0))
-    beside = loop.rate(rig.pick(3.0, 0.0))
+    beside = loop.rate(rig.pick(2.5, 0.0))
     thread.join()
     if failures:
         raise failures[0]
-    return _Beside(before, beside, loop.rate(rig.pick(2.0, 0.0)), rates[0])
+    return _Beside(before, beside, loop.rate(rig.pick(1.5, 0.0)), rates[0])
