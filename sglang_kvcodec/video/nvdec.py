@@ -4,6 +4,8 @@ What its documentation does not say and this module stands on, found in its whee
 
 - A decoder's frames lie in buffers of its own that the next ``Decode`` fills again, whatever still refers to them.
 - Errors are printed, not raised: whoever uses the planes checks their digest.
+- Damaged parameter sets end the process with a segmentation fault (2.2.4 with driver 580.159): what it gets is read to
+  the last bit before, see ``parameter_sets``.
 - Pictures of another size than the decoder was made for are scaled to that size, silently: one decoder for each size.
 - A whole segment with the end-of-stream flag gives all its pictures in one call, in buffers of their own.
 - With a stream of one's own it does not synchronise: planes are valid in that stream's order.
@@ -27,7 +29,7 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import CodecError, ConfigurationError
 from sglang_kvcodec.format.spec import is_picture_size
 from sglang_kvcodec.video.base import Canvases, DecodedFrames
-from sglang_kvcodec.video.bitstream import check_idr, picture_size
+from sglang_kvcodec.video.segments import checked_segment
 from sglang_kvcodec.video.software import SoftwareEncoder
 
 logger = logging.getLogger(__name__)
@@ -94,14 +96,10 @@ class NvdecDecoder:
 
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
-        if not pictures:
-            raise CodecError("a segment without pictures")
-        width, height = size = picture_size(parameter_sets)
+        picture_format, segment = checked_segment(parameter_sets, pictures)
+        width, height = size = picture_format.width, picture_format.height
         if not is_picture_size(width, height):
             raise CodecError(f"pictures of {width}x{height}, which not every engine decodes")
-        for picture in pictures:
-            check_idr(picture)
-        segment = np.frombuffer(b"".join([parameter_sets, *pictures]), np.uint8)
         try:
             frames = self._decoder(size).Decode(self._packet(segment))
             return self._checked(frames, len(pictures), size)
