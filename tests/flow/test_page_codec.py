@@ -21,6 +21,7 @@ from sglang_kvcodec.transform.floats import to_bits
 from sglang_kvcodec.video import open_decoder, open_encoder
 from sglang_kvcodec.video.bitstream import LEVEL_6_2, nal_units, to_annexb, with_level
 from sglang_kvcodec.video.nvdec import NvdecDecoder
+from sglang_kvcodec.video.software import SoftwareEncoder
 
 NAMESPACE = hashlib.sha256(b"namespace").digest()
 MOST_VALUES = 250_000
@@ -171,6 +172,21 @@ def test_one_decode_call_for_all_pages_with_the_same_parameter_sets():
         GroupDecoder(PageTransforms(SPEC, "exact"), decoder).decode(objects, 0, Side.KEY),
     )
     assert decoder.calls == [3, 1, 4]
+
+
+@pytest.mark.parametrize("use", [GroupDecoder.decode, lambda *arguments: list(GroupDecoder.decode_frames(*arguments))])
+def test_parameter_sets_of_another_size_reach_no_decoder(use):
+    page = encode_pages(SPEC, "exact", [page_values(SPEC, 0)])[0]
+    larger = SoftwareEncoder().encode(np.zeros((1, 1536, 8192), np.uint8)).parameter_sets
+    decoder = CountingDecoder()
+    with pytest.raises(CodecError, match="8192x1024 are stated"):
+        use(
+            GroupDecoder(PageTransforms(SPEC, "exact"), decoder),
+            [rebuilt(page, lambda side: side, larger)],
+            0,
+            Side.KEY,
+        )
+    assert decoder.calls == []
 
 
 @pytest.mark.parametrize("profile", ["exact", "high"])
