@@ -24,6 +24,7 @@ from sglang_kvcodec.video import (
     FrameDecoder,
     PictureEncoder,
 )
+from sglang_kvcodec.video.parameter_sets import check_parameter_sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +287,7 @@ class GroupDecoder:
         data = [page.side_data(group_index, side) for page in pages]
         for (canvas_shape, parameter_sets), members in self._segments(pages).items():
             pictures = [_picture_of(pages[index], data[index]) for index in members]
+            _check_size(parameter_sets, canvas_shape)
             frames = self._decoder.decode_frames(parameter_sets, [picture.data for picture in pictures])
             if frames.canvas_shape != canvas_shape:
                 raise CodecError(f"pictures of {frames.canvas_shape} came out, not of {canvas_shape}")
@@ -331,6 +333,7 @@ class GroupDecoder:
         canvases: list[torch.Tensor | None] = [None] * len(pages)
         for (canvas_shape, parameter_sets), members in self._segments(pages).items():
             pictures = [_picture_of(pages[index], data[index]) for index in members]
+            _check_size(parameter_sets, canvas_shape)
             decoded = self._decoder.decode(parameter_sets, [picture.data for picture in pictures])
             if decoded.shape != (len(members), *canvas_shape):
                 raise CodecError(f"pictures of {decoded.shape} came out, not of {canvas_shape}")
@@ -350,6 +353,13 @@ class GroupDecoder:
             transform = self._transforms.get(page.header.profile_name, page.header.calibration_digest)
             segments.setdefault((transform.canvas_shape, page.parameter_sets), []).append(index)
         return segments
+
+
+def _check_size(parameter_sets: bytes, canvas_shape: tuple[int, int]) -> None:
+    """Before decoding: a decoder takes memory for pictures as large as they are said to be, which may be 8192x8192."""
+    stated = check_parameter_sets(parameter_sets)
+    if (stated.height * 3 // 2, stated.width) != canvas_shape:
+        raise CodecError(f"pictures of {stated.width}x{stated.height} are stated, for canvases of {canvas_shape}")
 
 
 def _picture_of(page: PageObject, data: SideData) -> PicturePart:

@@ -21,7 +21,8 @@ from av.error import FFmpegError
 
 from sglang_kvcodec.errors import CodecError
 from sglang_kvcodec.video.base import Canvases
-from sglang_kvcodec.video.bitstream import NAL_IDR_N_LP, NAL_IDR_W_RADL, nal_type, nal_units, picture_size, to_annexb
+from sglang_kvcodec.video.bitstream import NAL_IDR_N_LP, NAL_IDR_W_RADL, nal_type, nal_units, to_annexb
+from sglang_kvcodec.video.parameter_sets import check_parameter_sets
 from sglang_kvcodec.video.software import SoftwareDecoder, SoftwareEncoder
 
 FREED = 0xDD
@@ -106,8 +107,14 @@ class RehearsalDecoder:
             raise failure
         stream = ctypes.string_at(packet.bsl_data, packet.bsl)
         parameter_sets, pictures = _access_units(stream)
-        size = picture_size(parameter_sets)
-        whole = _predicted(stream)
+        whole: list[Canvases] = []
+        try:
+            size = check_parameter_sets(parameter_sets)[:2]
+        except CodecError:
+            whole = _foreign(stream)
+            if not whole:
+                raise
+            size = (whole[0].shape[1], whole[0].shape[0] * 2 // 3)
         if self._size is None:
             self._size = size
         if size[0] > self._max_size[0] or size[1] > self._max_size[1]:
@@ -306,11 +313,8 @@ def _access_units(stream: bytes) -> tuple[bytes, list[bytes]]:
     return to_annexb(sets), pictures
 
 
-def _predicted(stream: bytes) -> list[Canvases]:
-    """The pictures of a stream that has others than IDRs, in output order; none of a stream that has not."""
-    kinds = {nal_type(unit) for unit in nal_units(stream) if unit}
-    if not any(kind < NAL_IDR_W_RADL for kind in kinds):
-        return []
+def _foreign(stream: bytes) -> list[Canvases]:
+    """The pictures of a stream that no decoder here would pass on, in output order."""
     context = av.VideoCodecContext.create("hevc", "r")
     canvases = []
     for frame in [*(f for packet in context.parse(stream) for f in context.decode(packet)), *_flushed(context)]:

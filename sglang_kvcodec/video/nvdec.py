@@ -5,6 +5,8 @@ What its documentation does not say and this module stands on, found in its whee
 - A decoder's frames lie in buffers of its own that the next ``Decode`` fills again, whatever still refers to them. They
   do not keep the decoder alive either: none may outlive it, so that here none outlives the call that made it.
 - Errors are printed, not raised: whoever uses the planes checks their digest.
+- Damaged parameter sets end the process with a segmentation fault (2.2.4 with driver 580.159): what it gets is read to
+  the last bit before, see ``parameter_sets``.
 - Pictures of another size than the decoder was made for are scaled to that size, silently: one decoder for each size.
 - A whole segment with the end-of-stream flag gives all its pictures in one call, in buffers of their own.
 - With a stream of one's own it does not synchronise: planes are valid in that stream's order.
@@ -29,7 +31,7 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import CodecError, ConfigurationError
 from sglang_kvcodec.format.spec import is_picture_size
 from sglang_kvcodec.video.base import Canvases, DecodedFrames
-from sglang_kvcodec.video.bitstream import check_idr, picture_size
+from sglang_kvcodec.video.segments import SegmentMemory, checked_segment
 from sglang_kvcodec.video.software import SoftwareEncoder
 
 logger = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ class NvdecDecoder:
         self._driver = driver
         self._most_sizes = most_sizes
         self.stream = driver.new_stream()
-        self._segment = np.empty(0, np.uint8)
+        self._memory = SegmentMemory()
         self._of_size: dict[tuple[int, int], Any] = {}
         """In the order of their last use."""
 
@@ -126,14 +128,10 @@ class NvdecDecoder:
 
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
-        if not pictures:
-            raise CodecError("a segment without pictures")
-        width, height = size = picture_size(parameter_sets)
+        picture_format, segment = checked_segment(parameter_sets, pictures, self._memory)
+        width, height = size = picture_format.width, picture_format.height
         if not is_picture_size(width, height):
             raise CodecError(f"pictures of {width}x{height}, which not every engine decodes")
-        for picture in pictures:
-            check_idr(picture)
-        segment = self._joined([parameter_sets, *pictures])
         try:
             return self._checked(_decoded(self._decoder(size), self._packet(segment)), len(pictures), size)
         except CodecError as error:
@@ -180,17 +178,6 @@ class NvdecDecoder:
             )
         self._of_size[size] = decoder
         return decoder
-
-    def _joined(self, pieces: Sequence[bytes | memoryview]) -> npt.NDArray[np.uint8]:
-        """The pieces one behind the other, in memory of this decoder; NumPy lets other threads run while it copies."""
-        size = sum(map(len, pieces))
-        if len(self._segment) < size:
-            self._segment = np.empty(size + size // 4, np.uint8)
-        start = 0
-        for piece in pieces:
-            self._segment[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
-            start += len(piece)
-        return self._segment[:size]
 
     def _packet(self, segment: npt.NDArray[np.uint8]) -> Any:
         packet = self._library.PacketData()

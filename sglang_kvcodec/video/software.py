@@ -17,6 +17,7 @@ from av.video.frame import PictureType
 from sglang_kvcodec.errors import CodecError, ConfigurationError
 from sglang_kvcodec.video.base import Canvases, DecodedFrames, EncodedPictures
 from sglang_kvcodec.video.bitstream import split_access_unit
+from sglang_kvcodec.video.segments import checked_segment
 
 # What a hardware decoder accepts without doubt: Main profile, one slice, no wavefronts, blocks of 32 (levels from 5 on
 # forbid smaller ones), every picture an IDR. That is asked for picture by picture, because with keyint=1 x265 states a
@@ -155,8 +156,8 @@ class SoftwareDecoder:
 
     def decode(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> Canvases:
         """See ``PictureDecoder.decode``."""
-        if not pictures:
-            raise CodecError("a segment without pictures")
+        # It may know what to do with more, but what one decoder takes all of them should, and writers be told.
+        picture_format, _ = checked_segment(parameter_sets, pictures)
         context = av.VideoCodecContext.create("hevc", "r")
         context.thread_count = 1
         context.options = {"max_pixels": str(_MAX_PIXELS), "err_detect": "explode"}
@@ -165,7 +166,8 @@ class SoftwareDecoder:
         try:
             for frame in _decode_frames(context, parameter_sets, pictures):
                 if canvases is None:
-                    canvases = np.empty((len(pictures), frame.height * 3 // 2, frame.width), np.uint8)
+                    shape = (len(pictures), picture_format.height * 3 // 2, picture_format.width)
+                    canvases = np.empty(shape, np.uint8)
                 if decoded == len(pictures):
                     raise CodecError(f"more than {decoded} pictures came out")
                 _from_frame(frame, canvases[decoded])

@@ -19,7 +19,9 @@ from sglang_kvcodec.testing.synthetic import page_values, random_bits
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.transform.floats import to_bits
 from sglang_kvcodec.video import open_decoder, open_encoder
+from sglang_kvcodec.video.bitstream import LEVEL_6_2, nal_units, to_annexb, with_level
 from sglang_kvcodec.video.nvdec import NvdecDecoder
+from sglang_kvcodec.video.software import SoftwareEncoder
 
 NAMESPACE = hashlib.sha256(b"namespace").digest()
 MOST_VALUES = 250_000
@@ -159,8 +161,10 @@ def test_one_decode_call_for_all_pages_with_the_same_parameter_sets():
     decoder = CountingDecoder()
     GroupDecoder(PageTransforms(SPEC, "exact"), decoder).decode(objects, 0, Side.KEY)
     assert decoder.calls == [4]
-    # A zero byte before a start code changes nothing but the bytes.
-    other = rebuilt(objects[1], lambda side: side, b"\0" + objects[1].parameter_sets)
+    # Another level changes nothing but the bytes.
+    vps, sps, pps = nal_units(objects[1].parameter_sets)
+    sets = to_annexb([with_level(vps, LEVEL_6_2 - 3), with_level(sps, LEVEL_6_2 - 3), pps])
+    other = rebuilt(objects[1], lambda side: side, sets)
     decoder.calls.clear()
     mixed = [objects[0], other, objects[2], objects[3]]
     assert torch.equal(
@@ -168,6 +172,21 @@ def test_one_decode_call_for_all_pages_with_the_same_parameter_sets():
         GroupDecoder(PageTransforms(SPEC, "exact"), decoder).decode(objects, 0, Side.KEY),
     )
     assert decoder.calls == [3, 1, 4]
+
+
+@pytest.mark.parametrize("use", [GroupDecoder.decode, lambda *arguments: list(GroupDecoder.decode_frames(*arguments))])
+def test_parameter_sets_of_another_size_reach_no_decoder(use):
+    page = encode_pages(SPEC, "exact", [page_values(SPEC, 0)])[0]
+    larger = SoftwareEncoder().encode(np.zeros((1, 1536, 8192), np.uint8)).parameter_sets
+    decoder = CountingDecoder()
+    with pytest.raises(CodecError, match="8192x1024 are stated"):
+        use(
+            GroupDecoder(PageTransforms(SPEC, "exact"), decoder),
+            [rebuilt(page, lambda side: side, larger)],
+            0,
+            Side.KEY,
+        )
+    assert decoder.calls == []
 
 
 @pytest.mark.parametrize("profile", ["exact", "high"])
