@@ -14,6 +14,7 @@ from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.profile import EXACT
 from sglang_kvcodec.format.spec import Side, layer_groups
+from sglang_kvcodec.interpreter import BACKGROUND_TURN
 from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
 from sglang_kvcodec.video import (
     Canvases,
@@ -282,10 +283,12 @@ class GroupDecoder:
         """
         if self._decoder is None:
             raise ValueError(f"profile {self._transforms.profile_name!r} has no pictures")
-        for page in pages:
-            self._transforms.check(page.header)
-        data = [page.side_data(group_index, side) for page in pages]
-        for (canvas_shape, parameter_sets), members in self._segments(pages).items():
+        with BACKGROUND_TURN:
+            for page in pages:
+                self._transforms.check(page.header)
+            data = [page.side_data(group_index, side) for page in pages]
+            segments = self._segments(pages)
+        for (canvas_shape, parameter_sets), members in segments.items():
             pictures = [_picture_of(pages[index], data[index]) for index in members]
             _check_size(parameter_sets, canvas_shape)
             frames = self._decoder.decode_frames(parameter_sets, [picture.data for picture in pictures])

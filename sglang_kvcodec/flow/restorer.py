@@ -29,6 +29,7 @@ from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, layer_groups
+from sglang_kvcodec.interpreter import BACKGROUND_TURN
 from sglang_kvcodec.kernels import PageRestores
 from sglang_kvcodec.transform import PackedSide
 
@@ -295,7 +296,7 @@ class Restorer:
             if device.type == "cuda" and device.index != frames.device:
                 raise KVCodecError(f"planes on device {frames.device}, the pool on {device}")
             stream = self._pool.stream(frames.stream)
-            with stream.working():
+            with BACKGROUND_TURN, stream.working():
                 planes = planes_at(frames.luma_addresses, frames.chroma_addresses, frames.pitch_bytes, device)
                 digests = [data.picture.plane_digest for data in segment.data if data.picture is not None]
                 # Before what waits for the forward pass, so that the result does not.

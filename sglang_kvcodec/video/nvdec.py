@@ -30,6 +30,7 @@ import numpy.typing as npt
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import CodecError, ConfigurationError
 from sglang_kvcodec.format.spec import is_picture_size
+from sglang_kvcodec.interpreter import BACKGROUND_TURN
 from sglang_kvcodec.video.base import Canvases, DecodedFrames
 from sglang_kvcodec.video.segments import SegmentMemory, checked_segment
 from sglang_kvcodec.video.software import SoftwareEncoder
@@ -86,18 +87,23 @@ def _decoded(decoder: Any, packet: Any) -> list[_Picture]:
         CodecError: the library failed.
     """
     try:
+        return _described(decoder.Decode(packet))
+    except Exception as error:
+        # Its exceptions have no base of their own.
+        reason = str(error)
+    raise CodecError(f"NVDEC failed: {reason}")
+
+
+def _described(frames: Sequence[Any]) -> list[_Picture]:
+    with BACKGROUND_TURN:
         return [
             _Picture(
                 tuple(frame.shape),
                 int(frame.strides[0]),
                 (int(frame.GetPtrToPlane(0)), int(frame.GetPtrToPlane(1))),
             )
-            for frame in decoder.Decode(packet)
+            for frame in frames
         ]
-    except Exception as error:
-        # Its exceptions have no base of their own.
-        reason = str(error)
-    raise CodecError(f"NVDEC failed: {reason}")
 
 
 class NvdecDecoder:
@@ -128,7 +134,8 @@ class NvdecDecoder:
 
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
-        picture_format, segment = checked_segment(parameter_sets, pictures, self._memory)
+        with BACKGROUND_TURN:
+            picture_format, segment = checked_segment(parameter_sets, pictures, self._memory)
         width, height = size = picture_format.width, picture_format.height
         if not is_picture_size(width, height):
             raise CodecError(f"pictures of {width}x{height}, which not every engine decodes")
