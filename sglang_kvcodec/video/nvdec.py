@@ -32,7 +32,7 @@ from sglang_kvcodec.errors import CodecError, ConfigurationError
 from sglang_kvcodec.format.spec import is_picture_size
 from sglang_kvcodec.interpreter import BACKGROUND_TURN
 from sglang_kvcodec.video.base import Canvases, DecodedFrames
-from sglang_kvcodec.video.segments import SegmentMemory, checked_segment
+from sglang_kvcodec.video.segments import SegmentMemory, check_units, joined_segment
 from sglang_kvcodec.video.software import SoftwareEncoder
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,8 @@ class NvdecDecoder:
     def decode_frames(self, parameter_sets: bytes, pictures: Sequence[bytes | memoryview]) -> DecodedFrames:
         """See ``FrameDecoder.decode_frames``: planes on the device, in the order of :attr:`stream`."""
         with BACKGROUND_TURN:
-            picture_format, segment = checked_segment(parameter_sets, pictures, self._memory)
+            picture_format, segment = joined_segment(parameter_sets, pictures, self._memory)
+        check_units(segment, len(pictures))
         width, height = size = picture_format.width, picture_format.height
         if not is_picture_size(width, height):
             raise CodecError(f"pictures of {width}x{height}, which not every engine decodes")

@@ -44,8 +44,21 @@ def checked_segment(
 ) -> tuple[PictureFormat, npt.NDArray[np.uint8]]:
     """Joins a segment, in which a decoder finds nothing but one slice of each picture behind the parameter sets.
 
-    A second parameter set would set the decoder up anew, for whatever it says. What is coded in the slices is not
-    looked at: digests judge what comes out.
+    See :func:`joined_segment` and :func:`check_units`. What is coded in the slices is not looked at: digests judge what
+    comes out.
+
+    Raises:
+        CodecError: as these.
+    """
+    picture_format, segment = joined_segment(parameter_sets, pictures, memory)
+    check_units(segment, len(pictures))
+    return picture_format, segment
+
+
+def joined_segment(
+    parameter_sets: bytes, pictures: Sequence[bytes | memoryview], memory: SegmentMemory | None = None
+) -> tuple[PictureFormat, npt.NDArray[np.uint8]]:
+    """A segment whose parameter sets and first slice headers are checked, and nothing else.
 
     Args:
         parameter_sets: VPS, SPS and PPS.
@@ -62,12 +75,21 @@ def checked_segment(
         if picture[: len(START_CODE)] != START_CODE:
             raise CodecError("a picture that does not begin with an IDR slice: there is no start code")
         _check_slice_header(bytes(picture[len(START_CODE) : _SLICE_HEADER_END]), picture_format)
-    segment = (memory or SegmentMemory()).join([parameter_sets, *pictures])
-    # Each of them begins with one: more of them lie within, or where two pictures meet.
+    return picture_format, (memory or SegmentMemory()).join([parameter_sets, *pictures])
+
+
+def check_units(segment: npt.NDArray[np.uint8], pictures: int) -> None:
+    """Refuses a segment with more NAL units than its parts should have. Other threads run meanwhile.
+
+    A second parameter set would set the decoder up anew, for whatever it says.
+
+    Raises:
+        CodecError: it has.
+    """
+    # Each part begins with one: more of them lie within, or where two pictures meet.
     units = count_start_codes(segment)
-    if units != _PARAMETER_SETS + len(pictures):
-        raise CodecError(f"{units} NAL units in a segment of {len(pictures)} pictures")
-    return picture_format, segment
+    if units != _PARAMETER_SETS + pictures:
+        raise CodecError(f"{units} NAL units in a segment of {pictures} pictures")
 
 
 def count_start_codes(stream: npt.NDArray[np.uint8]) -> int:
