@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
-from sglang_kvcodec.kernels import exact_pack, klt, klt_pack, open_restore, restore
+from sglang_kvcodec.kernels import digest, exact_pack, high_pack, klt, klt_pack, open_restore, restore
+from sglang_kvcodec.kernels.planes import planes_of
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
 from sglang_kvcodec.testing.synthetic import kv_like
 from sglang_kvcodec.transform import PackedSide, get_transform
@@ -98,6 +99,8 @@ _PATTERNS = {
 _EFFECTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "_read_values": lambda arguments: arguments["is_bad"].zero_(),
     "_write_codes": lambda arguments: arguments["escapes"].fill_(1),
+    "_first_steps": lambda arguments: arguments["escaped"].fill_(1),
+    "_write_high": lambda arguments: arguments["counts"].zero_(),
 }
 """What a launch that only compiles has to leave behind: values that can be coded, and escapes to list."""
 
@@ -143,7 +146,8 @@ def klt_rows(layers_per_block: int) -> list[dict[str, object]]:
     code_bytes = 2 * PAGES * 64 * basis.columns
     moved = {
         "_read_codes": values + PAGES * len(packed[0].stored) + code_bytes,
-        "_read_escapes": 0,
+        "_write_escapes": 0,
+        "_read_far_escapes": 0,
         "_restore_klt_tile": code_bytes
         + basis.synthesis.nbytes
         + basis.means.nbytes
@@ -216,7 +220,8 @@ def exact_pack_row() -> dict[str, object]:
     return {"kernel": "pack_exact", **resources(compiled), "bytes_per_value": 2 + 1 + 1 + 1.0}
 
 
-_ESCAPE = b"\0" * 4 + (200).to_bytes(4, "little")
+_ESCAPE = b"".join(number.to_bytes(4, "little") for number in (0, 1, 200, 1 << 22))
+"""Of two components: one that a code can hold, and one that none can."""
 
 
 def identity_rows() -> list[dict[str, object]]:
@@ -224,7 +229,10 @@ def identity_rows() -> list[dict[str, object]]:
     spec = KVSpec(1, 8, 128, 64, KVDtype.BFLOAT16)
     rows: list[dict[str, object]] = []
     for profile, bytes_per_value in (("high", 1 + 2), ("exact", 2 + 2)):
-        packed = get_transform(profile, spec).pack(kv_like(spec, 1, 1, 0))
+        values = kv_like(spec, 1, 1, 0)
+        if profile == "high":
+            values[0, 0, 0, 0, 0] = 3e4
+        packed = get_transform(profile, spec).pack(values)
         name = f"_restore_{profile}_layer"
         kernel = open_restore(profile, spec)
         assert kernel is not None
@@ -233,9 +241,42 @@ def identity_rows() -> list[dict[str, object]]:
         def launch(kernel: Any = kernel, packed: Any = packed, buffers: Any = buffers) -> None:
             kernel.restore(packed, torch.arange(64), buffers)
 
-        compiled = compile_launches(restore, [name, "_write_high_escapes"], launch)[name]
-        rows.append({"kernel": name.strip("_"), **resources(compiled), "bytes_per_value": float(bytes_per_value)})
+        for found, compiled in compile_launches(restore, [name, "_write_high_escapes"], launch).items():
+            moved = float(bytes_per_value) if found == name else 0.0
+            rows.append({"kernel": found.strip("_"), **resources(compiled), "bytes_per_value": moved})
     return rows
+
+
+def high_pack_rows() -> list[dict[str, object]]:
+    """The kernels that pack ``high`` without a calibration; each pass reads the slots again."""
+    spec = KVSpec(1, 8, 128, 64, KVDtype.BFLOAT16)
+    kernel = high_pack.HighPack(spec, "cpu")
+    buffers = [torch.zeros((64, 8, 128), dtype=torch.bfloat16)]
+    moved = {
+        "_channel_means": 2.0,
+        "_signal_sums": 2.0,
+        "_first_steps": 0.0,
+        "_noise_sums": 2.0,
+        "_choose_steps": 0.0,
+        "_write_high": 3.0,
+        "_list_high_escapes": 0.0,
+    }
+    compiled = compile_launches(
+        high_pack,
+        list(moved),
+        lambda: kernel.pack(layer_groups(spec)[0], Side.KEY, [0], torch.arange(64), buffers),
+    )
+    return [
+        {"kernel": name.strip("_"), "packs": "high", **resources(each), "bytes_per_value": moved[name]}
+        for name, each in compiled.items()
+    ]
+
+
+def digest_row() -> dict[str, object]:
+    """The kernel that checks decoded pictures."""
+    planes = planes_of(torch.zeros((2, 384, 512), dtype=torch.uint8))
+    compiled = compile_launches(digest, ["_add_digest"], lambda: digest.plane_digests(planes, 512, 256))["_add_digest"]
+    return {"kernel": "add_digest", **resources(compiled), "bytes_per_value": 1.0}
 
 
 def main() -> None:
@@ -244,7 +285,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     arguments = parser.parse_args()
     driver.set_active(AbsentGPU())
-    rows = [*identity_rows(), *klt_rows(1), *klt_rows(3), exact_pack_row(), *klt_pack_rows(1), *klt_pack_rows(3)]
+    rows = [*identity_rows(), *klt_rows(1), *klt_rows(3), digest_row()]
+    rows += [exact_pack_row(), *high_pack_rows(), *klt_pack_rows(1), *klt_pack_rows(3)]
     for row in rows:
         print(json.dumps(row))
     if arguments.record:
