@@ -100,12 +100,7 @@ class Rig:
                 work()
                 times.append(time.perf_counter() - start)
                 continue
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(_seconds_between_events(work))
         return statistics.median(times)
 
     def device_seconds(self, work: Callable[[], object], repeats: int | None = None) -> float:
@@ -117,12 +112,7 @@ class Rig:
         times = []
         for _ in range(repeats or self.pick(20, 2)):
             torch.cuda._sleep(_AHEAD_CYCLES)
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(_seconds_between_events(work))
         return statistics.median(times)
 
     def rate(self, works: Sequence[Callable[[], object]], seconds: float) -> tuple[int, float]:
@@ -150,6 +140,15 @@ class Rig:
             raise failures[0]
         self.synchronize()
         return sum(counts), time.perf_counter() - start_s
+
+
+def _seconds_between_events(work: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def noise_segment(
