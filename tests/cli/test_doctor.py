@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sglang_kvcodec.cli.main import main
+from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.evaluation import examination
 from sglang_kvcodec.evaluation import rates as measures
@@ -57,11 +58,14 @@ def test_a_machine_without_a_gpu(accepted, capsys):
     assert "link" not in findings
 
 
-def test_model_link_and_prefill_give_a_break_even(accepted, capsys, peer):
+def test_model_link_and_prefill_give_a_break_even(accepted, capsys, peer, monkeypatch):
+    # A busy machine may need longer to connect than a person would wait.
+    monkeypatch.setattr(measures, "_TIMEOUTS", Timeouts(connect_s=60.0, lookup_s=60.0, progress_s=60.0))
     local, engine = peer
     remote = f"grpc://{local.address}"
     findings = findings_of(capsys, "--model", str(MODEL), "--remote", remote, "--prefill-tokens-per-s", "0.001")
     assert findings["break_even"]["values_per_token"] == 6 * 2 * 2 * 128
+    assert findings["break_even"]["min_tokens"] is not None, findings["notes"]
     assert findings["break_even"]["min_tokens"] >= 1
     assert findings["link"]["fetch_bits_per_s"] > 0
     assert findings["link"]["round_trip_s"] > 0
