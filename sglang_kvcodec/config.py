@@ -15,6 +15,7 @@ from sglang_kvcodec.errors import ConfigurationError
 DECODERS = ("auto", "nvdec", "software")
 ENCODERS = ("auto", "nvenc", "x265")
 PLANS = ("auto", "always")
+ADMISSIONS = ("early", "landed")
 PROFILES = ("raw", "exact", "high", "balanced", "compact")
 MIB = 1 << 20
 MAX_OBJECT_BYTES = 256 * MIB
@@ -131,6 +132,8 @@ class ServerConfig:
     """Of several peers, on how many each page is kept."""
     plan: str = "auto"
     """``auto``: fetch what is predicted to be faster than prefill; ``always``: every stored prefix."""
+    admit: str = "early"
+    """``early``: admit a request when what is missing of its pages will be in time; ``landed``: when all is there."""
     trace: str = ""
     """File for a trace of every request; empty for none."""
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
@@ -139,7 +142,7 @@ class ServerConfig:
         parse_remotes(self.remote)
         if self.profile not in PROFILES:
             raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
-        for name, known in (("decoder", DECODERS), ("encoder", ENCODERS), ("plan", PLANS)):
+        for name, known in (("decoder", DECODERS), ("encoder", ENCODERS), ("plan", PLANS), ("admit", ADMISSIONS)):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
         for name in (

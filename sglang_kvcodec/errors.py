@@ -9,6 +9,7 @@ KVCodecError
 │   ├── ChecksumError                               damaged
 │   ├── ForeignPageError                            another page, model, profile or geometry than asked for
 │   └── UnknownFormatError                          a version, stage or field this version does not know
+├── ArrivalError                  (RuntimeError)    bytes that were waited for do not come any more
 ├── NotFoundError                 (LookupError)     what was asked for by its name is not there
 ├── CodecError                    (RuntimeError)    an encoder or decoder failed
 │   └── EncoderDiedError                            the process that was encoding is gone
@@ -64,6 +65,10 @@ class ForeignPageError(FormatError):
 
 class UnknownFormatError(FormatError):
     """A version, stage or field that this version does not know."""
+
+
+class ArrivalError(KVCodecError, RuntimeError):
+    """Bytes that were waited for do not come any more."""
 
 
 class NotFoundError(KVCodecError, LookupError):

@@ -43,6 +43,7 @@ EXPLORATIONS = Counter("kvcodec_explorations", "Fetches that no request waited f
 TTFT_PREDICTED_SECONDS = Histogram(
     "kvcodec_ttft_predicted_seconds", "What the planner expected from queueing to the first token", ["choice"]
 )
+EARLY_ADMISSIONS = Counter("kvcodec_early_admissions_total", "Requests admitted before all of their pages had arrived")
 TTFT_SECONDS = Histogram("kvcodec_ttft_seconds", "What it took the same requests", ["choice"])
 LINK_BYTES_PER_SECOND = Gauge(
     "kvcodec_link_bytes_per_second", "Estimated bandwidth from the peer", multiprocess_mode="livemin"

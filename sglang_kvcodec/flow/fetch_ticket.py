@@ -11,7 +11,7 @@ from sglang_kvcodec.format.page_object import PageObject
 
 
 class FetchTicket:
-    """One request's fetch. Its fields may be read by any thread once :attr:`is_done`."""
+    """One request's fetch. Its fields may be read by any thread once :attr:`is_ready`."""
 
     def __init__(
         self, page_hashes: Sequence[bytes], tokens_before: int = 0, prompt_tokens: int = 0, rid: str = ""
@@ -23,7 +23,8 @@ class FetchTicket:
         self.prompt_tokens = prompt_tokens
         self.start_s = time.monotonic()
         self.pages: list[PageObject] = []
-        """The pages that arrived: an unbroken prefix of ``page_hashes``. Held as long as the ticket is."""
+        """The pages that can be restored: an unbroken prefix of ``page_hashes``. All of it has arrived or, in a ticket
+        that is ready before it is done, will. Held as long as the ticket is."""
         self.stored_pages = len(self.page_hashes)
         """How long a prefix the peer has; that it has all is the guess until it was asked."""
         self.plan: FetchPlan | None = None
@@ -34,6 +35,8 @@ class FetchTicket:
         """Ends the transfer."""
         self._is_settled = False
         self._is_measuring = False
+        self._is_promised = False
+        self._is_kept = False
         self._cancelled = threading.Event()
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -42,6 +45,16 @@ class FetchTicket:
     def is_done(self) -> bool:
         """Whether nothing more will arrive."""
         return self._done.is_set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :attr:`pages` are final: nothing more will arrive, or what is under way will be in time."""
+        return self._is_promised or self.is_done
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether it was ready before it was done."""
+        return self._is_promised
 
     @property
     def is_cancelled(self) -> bool:
@@ -59,7 +72,7 @@ class FetchTicket:
     @property
     def most_pages(self) -> int:
         """More than these will not come."""
-        if self.is_done:
+        if self.is_ready:
             return len(self.pages)
         plan = self.plan
         return len(self.page_hashes) if plan is None else plan.pages
@@ -70,6 +83,25 @@ class FetchTicket:
         with self._lock:
             if not self._is_measuring:
                 self.stop.set()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether all that was promised has arrived."""
+        return self._is_kept
+
+    def admitted(self) -> None:
+        """The request is in a batch: it waits no more for the fetch, but for pages that were promised."""
+        if not self._is_promised:
+            self.cancel()
+
+    def promise(self, pages: Sequence[PageObject]) -> bool:
+        """What has not arrived of ``pages`` will be there in time. Whether that was news to those who wait."""
+        with self._lock:
+            if self._is_settled or self._is_promised or self.is_cancelled or self.cut_phase:
+                return False
+            self.pages = list(pages)
+            self._is_promised = True
+            return True
 
     def cut(self, phase: str) -> None:
         """Computing is faster: ends the transfer with what has arrived whole."""
@@ -82,18 +114,24 @@ class FetchTicket:
         What is under way may go on, to learn how slow it is.
         """
         with self._lock:
-            if self._is_settled:
+            if self._is_settled or self._is_promised:
                 return False
             self.cut_phase = phase
             self._is_settled = self._is_measuring = True
             return True
 
     def settle(self, pages: Sequence[PageObject]) -> bool:
-        """Nothing more will arrive but ``pages``. Whether that was not settled before; then :meth:`finish` follows."""
+        """Nothing more will arrive but ``pages``. Whether that was not settled before; then :meth:`finish` follows.
+
+        What was promised stays so: whoever waits for the rest of it hears from the pages.
+        """
         with self._lock:
             if self._is_settled:
                 return False
-            self.pages = list(pages)
+            if self._is_promised:
+                self._is_kept = len(pages) == len(self.pages)
+            else:
+                self.pages = list(pages)
             self._is_settled = True
             return True
 

@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import PeerError
+from sglang_kvcodec.flow.admission import Admission
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.exploring import Explorer
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.pacing import FIRST_BYTE, LOOKUP, PROGRESS, Flight, Pacer, Stage
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.planner import (
+    BLOCK_S,
     LINK_TOO_SLOW,
     Bounds,
     FetchPlan,
@@ -42,7 +44,6 @@ MAX_TICKETS = 256
 FETCH_THREADS = 8
 MAX_RUNS = 4
 """Changes of namespace within one prefix: each costs a Lookup and a Fetch."""
-BLOCK_S = 0.5
 FIRST_BLOCK_BYTES = 4 << 20
 """Of a block of pages, while the link's bandwidth is not known."""
 OVERTAKEN = "overtaken"
@@ -112,6 +113,7 @@ class Fetcher:
         self._on_done = on_done
         self._tracer = tracer or Tracer()
         self._always = config.plan == "always"
+        self._admits_early = config.admit == "early"
         self._pacer = Pacer(self._known, is_watching=not self._always)
         self._was_fetching: dict[int, bool] = {}
         """Magnitude of a stored prefix -> what was done with the last such one."""
@@ -168,7 +170,12 @@ class Fetcher:
     def _known(self) -> Knowledge:
         rates = self._rates
         return Knowledge(
-            rates.link.round_trip_s, rates.link.bytes_per_s(), (), rates.restore.model(), rates.prefill.model()
+            rates.link.round_trip_s,
+            rates.link.bytes_per_s(),
+            (),
+            rates.restore.model(),
+            rates.prefill.model(),
+            self._admits_early,
         )
 
     def _run(self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight) -> None:
@@ -212,7 +219,8 @@ class Fetcher:
 
     def _finish(self, ticket: FetchTicket, outcome: str) -> None:
         metrics.FETCHES.labels(outcome=outcome).inc()
-        unused = ticket.stored_pages - len(ticket.pages)
+        used = 0 if ticket.is_promised and not ticket.is_kept else len(ticket.pages)
+        unused = ticket.stored_pages - used
         if unused:
             metrics.MISSES.labels(reason=outcome).inc(unused)
         not_stored = len(ticket.page_hashes) - ticket.stored_pages
@@ -260,10 +268,10 @@ class Fetcher:
         self._explorer.found_fast()
         outcome = plan.reason
         wanted = ticket.page_hashes[: plan.pages]
+        prefix = dataclasses.replace(prefix, page_bytes=prefix.page_bytes[: plan.pages])
         receiver = self._receiver(runs, wanted)
-        flight.begin(
-            FIRST_BYTE, time.monotonic(), dataclasses.replace(prefix, page_bytes=prefix.page_bytes[: plan.pages])
-        )
+        admission = Admission(prefix)
+        flight.begin(FIRST_BYTE, time.monotonic(), prefix)
         try:
             for event in self._events(runs, wanted, ticket.stop, flight, ticket.rid):
                 receiver.add(event)
@@ -274,16 +282,38 @@ class Fetcher:
                 if time.monotonic() > deadline_s:
                     outcome = "too_slow"
                     break
+                if ticket.is_promised and receiver.failure:
+                    # It is computed from its start, so the rest is of no use.
+                    break
                 flight.progress(receiver.received_bytes, receiver.whole_pages)
+                self._promise_if_due(ticket, receiver, flight, admission)
         except PeerError as error:
             # What had arrived whole is still good.
             self._monitor.failed("fetch", error)
             outcome = error.reason
+        finally:
+            # A forward pass may be waiting for what is missing.
+            receiver.end(ticket.cut_phase or outcome)
         pages += receiver.whole_prefix()
         self._settle(receiver, wanted, pages, damaged)
         if ticket.was_cut() and not receiver.failure:
             return OVERTAKEN
         return receiver.failure or ("cancelled" if ticket.is_cancelled else outcome)
+
+    def _promise_if_due(self, ticket: FetchTicket, receiver: Receiver, flight: Flight, admission: Admission) -> None:
+        """Lets the request be admitted as soon as what is missing will be in time."""
+        if not self._admits_early or ticket.is_promised or receiver.failure:
+            return
+        if not admission.is_worth_asking(time.monotonic()):
+            return
+        if admission.is_due(receiver.received_bytes, self._pacer.knowledge(flight)) and ticket.promise(
+            receiver.promise()
+        ):
+            flight.promised()
+            metrics.EARLY_ADMISSIONS.inc()
+            now_s = time.monotonic()
+            self._tracer.span(ticket.rid, "promise", now_s, now_s, received_bytes=receiver.received_bytes)
+            self._on_done()
 
     def _plan(self, ticket: FetchTicket, runs: Sequence[_Run], flight: Flight) -> tuple[FetchPlan, Prefix]:
         """The plan, and what is stored."""
@@ -305,7 +335,8 @@ class Fetcher:
     def _receiver(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> Receiver:
         places = [run.namespace_digest for run in runs for _ in range(run.pages)]
         keys = [PageKey(*place) for place in zip(places, wanted, strict=False)]
-        return Receiver(keys, self._transforms, self._config.host_cache_bytes)
+        sizes = [size for run in runs for size in run.page_bytes][: len(keys)]
+        return Receiver(keys, self._transforms, self._config.host_cache_bytes, sizes)
 
     def _settle(
         self, receiver: Receiver, wanted: Sequence[bytes], pages: Sequence[PageObject], damaged: list[PageKey]

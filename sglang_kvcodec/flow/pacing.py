@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict
+from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict, predict_rest
 
 LOOKUP = "lookup"
 FIRST_BYTE = "first_byte"
@@ -37,6 +37,7 @@ class Stage:
         prefix: the pages that were planned; before that, none.
         received_bytes: of them.
         whole_pages: the unbroken prefix of them that is complete.
+        is_promised: the request has been admitted, and all are needed: without the rest it is computed from its start.
     """
 
     phase: str
@@ -44,6 +45,7 @@ class Stage:
     prefix: Prefix
     received_bytes: int = 0
     whole_pages: int = 0
+    is_promised: bool = False
 
     @property
     def missing_bytes(self) -> int:
@@ -67,12 +69,15 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
         return stage.since_s + allowed_s - now_s
     if known.bytes_per_s is None:
         return None
-    prediction = predict(prefix, known)
-    after_s = prediction.ttft_s - prediction.fetch_s
+    after_s = predict(prefix, known).after_s
     missing = stage.missing_bytes
-    shared = missing + sum(min(missing, other) for other in known.others_bytes)
-    keep_s = shared / max(known.bytes_per_s, 1e-9) + float(after_s[-1])
-    cut_s = float(after_s[stage.whole_pages])
+    rest = predict_rest(prefix, missing, known) if known.overlaps else None
+    if rest is not None:
+        keep_s = max(rest.landing_s + rest.tail_s, rest.after_s)
+    else:
+        shared = missing + sum(min(missing, other) for other in known.others_bytes)
+        keep_s = shared / max(known.bytes_per_s, 1e-9) + float(after_s[-1])
+    cut_s = float(after_s[0 if stage.is_promised else stage.whole_pages])
     if keep_s <= cut_s * (1 + CUT_MARGIN):
         return None
     return min(MAX_PATIENCE_S, max(MIN_PATIENCE_S, PATIENCE_SHARE * cut_s))
@@ -91,6 +96,7 @@ class Flight:
         self._stage = stage
         self._received_bytes = 0
         self._whole_pages = 0
+        self._is_promised = False
         self._give_up = give_up
         self._bad_since_s: float | None = None
         self._is_over = False
@@ -103,7 +109,21 @@ class Flight:
     @property
     def stage(self) -> Stage:
         """Where it is now."""
-        return dataclasses.replace(self._stage, received_bytes=self._received_bytes, whole_pages=self._whole_pages)
+        return dataclasses.replace(
+            self._stage,
+            received_bytes=self._received_bytes,
+            whole_pages=self._whole_pages,
+            is_promised=self._is_promised,
+        )
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether its request has been admitted."""
+        return self._is_promised
+
+    def promised(self) -> None:
+        """Its request has been admitted."""
+        self._is_promised = True
 
     def begin(self, phase: str, now_s: float, prefix: Prefix | None = None) -> None:
         """The next phase begins, with another prefix if one is given."""
@@ -136,7 +156,8 @@ class Pacer:
 
         Args:
             known: what is known now, but for the other fetches.
-            is_watching: whether to give any up.
+            is_watching: whether to give any up whose request still waits. Those whose request is in a batch, where
+                others wait with it, are watched in any case.
         """
         self._known = known
         self._is_watching = is_watching
@@ -149,7 +170,7 @@ class Pacer:
         """Watches a fetch until :meth:`remove`."""
         with self._changed:
             self._flights.append(flight)
-            if self._thread is None and self._is_watching and not self._is_closed:
+            if self._thread is None and not self._is_closed:
                 self._thread = threading.Thread(target=self._run, name="kvcodec-pacer", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -182,6 +203,8 @@ class Pacer:
                 flights = list(self._flights)
             known, missing = self._known(), _missing_bytes(flights)
             for flight in flights:
+                if not self._is_watching and not flight.is_promised:
+                    continue
                 flight.judge(_beside(flight, known, missing), time.monotonic())
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, timeout=PERIOD_S)

@@ -1,13 +1,20 @@
 """Decides how much of a stored prefix is worth fetching: a pure function with a reason in words.
 
-What it minimises is the predicted time to the first token, with the pipeline as it is: the request is admitted when
-the pages that it will use are in host memory; from then on they are decoded and restored layer group by layer group
-while the forward pass over the rest of the prompt follows one group behind. So with ``k`` pages
+What it minimises is the predicted time to the first token, with the pipeline as it is. Pages are decoded and restored
+layer group by layer group while the forward pass over the rest of the prompt follows one group behind: with ``k`` pages
+that have landed in host memory this takes
 
-    ttft(k) = fetch(k) + max(restore(k) + forward(k) / groups, restore(k) / groups + forward(k))
+    after(k) = max(restore(k) + forward(k) / groups, restore(k) / groups + forward(k))
 
-where ``forward(k)`` computes what is left of the prompt, and ``ttft(0)`` is the prefill. Waiting for other prefills is
-left out: it comes on top of either.
+where ``forward(k)`` computes what is left of the prompt, and ``ttft(0)`` is the prefill. Where a request is admitted
+when all has landed, ``ttft(k) = fetch(k) + after(k)``. Where it is admitted so that nobody has to wait for the network
+(``flow/admission.py``), all of it overlaps but for the ends:
+
+    ttft(k) = max(fetch(k) + tail(k), round trip + after(k))
+
+``tail(k)`` begins when the last byte lands: its part is restored, and the forward pass, which could not begin before
+the first layers of the last block had landed, does what is left of it. Waiting for other prefills is left out: it comes
+on top of either.
 """
 
 from __future__ import annotations
@@ -35,6 +42,8 @@ REASONS = (NOT_STORED, TOO_SHORT, WHOLE_PREFIX, PART, LEARNING, CUT_TO_HOST_MEMO
 
 TAKE_GAIN = 0.1
 """Where the last prefix of such a length was computed, the next is fetched if that is predicted to save this share."""
+BLOCK_S = 0.5
+"""Pages are fetched in blocks that take about so long on the link."""
 BLIND_S = 2.0
 """As long as nothing is known of prefill, a fetch may be predicted to take so long at most."""
 
@@ -79,6 +88,7 @@ class Knowledge:
         others_bytes: what each fetch under way has yet to receive. They share the link evenly.
         restore: decoding and restoring.
         prefill: computing.
+        overlaps: whether a request is admitted before all has landed, where enough is known to tell when.
     """
 
     round_trip_s: float
@@ -86,6 +96,7 @@ class Knowledge:
     others_bytes: Sequence[int]
     restore: RestoreModel | None
     prefill: PrefillModel | None
+    overlaps: bool = False
 
 
 NOTHING_KNOWN = Knowledge(0.0, None, (), None, None)
@@ -120,12 +131,14 @@ class Prediction:
         fetch_s: until they are in host memory.
         restore_s: from then until they are in the pool.
         forward_s: to compute the rest of the prompt; zeros where prefill is not known.
+        after_s: from when they are in host memory to the first token.
         ttft_s: of all.
     """
 
     fetch_s: Floats
     restore_s: Floats
     forward_s: Floats
+    after_s: Floats
     ttft_s: Floats
 
 
@@ -139,17 +152,78 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         ahead = sum((np.minimum(coded_bytes, other) for other in known.others_bytes), np.zeros(len(pages)))
         # A link that carries nothing takes for ever, but no page takes no time.
         fetch_s += (coded_bytes + ahead) / max(known.bytes_per_s, 1e-9)
-    restore_s = np.zeros(len(pages))
-    groups = 1
-    if (restore := known.restore) is not None:
-        groups = restore.layer_groups
-        segments = -(-pages // restore.segment_pages)
-        work_s = segments * restore.parts * restore.part_s + coded_bytes * restore.byte_s
-        waited_s = np.maximum(0.0, restore.queued_s - fetch_s)
-        restore_s = np.where(pages > 0, work_s / restore.threads + waited_s, 0.0)
     forward_s = _forward_s(prefix, known.prefill, pages)
-    ttft_s = fetch_s + np.maximum(restore_s + forward_s / groups, restore_s / groups + forward_s)
-    return Prediction(fetch_s, restore_s, forward_s, ttft_s)
+    if (restore := known.restore) is None:
+        return Prediction(fetch_s, np.zeros(len(pages)), forward_s, forward_s, fetch_s + forward_s)
+    groups = restore.layer_groups
+    segments = -(-pages // restore.segment_pages)
+    work_s = (segments * restore.parts * restore.part_s + coded_bytes * restore.byte_s) / restore.threads
+    restore_s = np.where(pages > 0, work_s + np.maximum(0.0, restore.queued_s - fetch_s), 0.0)
+    after_s = np.maximum(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    ttft_s = fetch_s + after_s
+    if known.overlaps and known.bytes_per_s is not None and known.prefill is not None:
+        queued_s = np.maximum(known.round_trip_s, restore.queued_s)
+        at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
+        segment_bytes = coded_bytes / np.maximum(1, segments)
+        tail_s = _tail_s(fetch_s, segment_bytes, forward_s, restore)
+        ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(fetch_s + tail_s, at_once_s)), ttft_s)
+    return Prediction(fetch_s, restore_s, forward_s, after_s, ttft_s)
+
+
+def _tail_s(fetch_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel) -> Floats:
+    """From when the last byte lands, with nothing but that left to restore, to the first token."""
+    groups = restore.layer_groups
+    last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
+    # The forward pass begins with the first layer group of the last block, and is then at most one group behind.
+    begun_s = np.minimum(fetch_s, BLOCK_S) * (1 - 1 / groups)
+    tail_s: Floats = last_part_s + np.maximum(forward_s / groups, forward_s - begun_s)
+    return tail_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What is left of a fetch under way, from now on, in seconds.
+
+    Attributes:
+        landing_s: until all is in host memory.
+        tail_s: from then to the first token, if all but the last part has been restored by then.
+        after_s: to the first token if all were in host memory now.
+    """
+
+    landing_s: float
+    tail_s: float
+    after_s: float
+
+    @property
+    def stall_s(self) -> float:
+        """How long restore and forward pass would have to wait for bytes if they began now."""
+        return max(0.0, self.landing_s + self.tail_s - self.after_s)
+
+
+def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin: float = 0.0) -> Rest | None:
+    """What is left of a fetch of all pages of ``prefix``; None where too little is known.
+
+    Args:
+        prefix: the pages that are being fetched.
+        missing_bytes: of them.
+        known: what was measured.
+        margin: share by which the link may be slower.
+    """
+    restore, prefill, bytes_per_s = known.restore, known.prefill, known.bytes_per_s
+    if restore is None or prefill is None or bytes_per_s is None or not prefix.page_bytes:
+        return None
+    pages, coded_bytes = len(prefix.page_bytes), sum(prefix.page_bytes)
+    shared_bytes = missing_bytes + sum(min(missing_bytes, other) for other in known.others_bytes)
+    landing_s = shared_bytes / max(bytes_per_s, 1e-9) * (1 + margin)
+    # Each block is asked for when the one before it has come.
+    landing_s += known.round_trip_s * int(landing_s / BLOCK_S)
+    restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
+    forward_s = float(_forward_s(prefix, prefill, np.array([pages]))[0])
+    groups = restore.layer_groups
+    segment_bytes = np.array([coded_bytes / -(-pages // restore.segment_pages)])
+    tail_s = float(_tail_s(np.array([landing_s]), segment_bytes, np.array([forward_s]), restore)[0])
+    after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    return Rest(landing_s, min(tail_s, after_s), after_s)
 
 
 def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Floats:

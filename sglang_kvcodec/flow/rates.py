@@ -205,11 +205,17 @@ class RestoreMeter:
         with self._lock:
             self._queued_bytes += coded_bytes
 
-    def part_ended(self, coded_bytes: int, seconds: float | None) -> None:
-        """A part of a segment of ``coded_bytes`` is done; None if it was left out or failed."""
-        share_bytes = coded_bytes / self._parts
+    def part_ended(self, queued_bytes: int, seconds: float | None, coded_bytes: int | None = None) -> None:
+        """A part of a segment is done; None for its seconds if it was left out or failed.
+
+        Args:
+            queued_bytes: of the segment, as :meth:`queued` was told.
+            seconds: that a thread worked on it.
+            coded_bytes: of the segment; None if that is what was told.
+        """
+        share_bytes = (queued_bytes if coded_bytes is None else coded_bytes) / self._parts
         with self._lock:
-            self._queued_bytes -= share_bytes
+            self._queued_bytes -= queued_bytes / self._parts
             is_idle = self._queued_bytes < 1
             if is_idle:
                 self._queued_bytes = 0.0

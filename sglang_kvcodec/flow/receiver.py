@@ -6,12 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.errors import FormatError, PeerRejectedError
-from sglang_kvcodec.flow.assembly import PageAssembly
+from sglang_kvcodec.errors import ArrivalError, FormatError
+from sglang_kvcodec.flow.arriving_page import ArrivingPage
 from sglang_kvcodec.flow.planner import CUT_TO_HOST_MEMORY
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing, FetchEvent
 from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
@@ -25,11 +24,22 @@ def bytes_of(event: FetchedHeader | FetchedFragment) -> int:
 class Receiver:
     """Turns the events of one fetch into pages; a bad page ends the prefix there."""
 
-    def __init__(self, keys: Sequence[PageKey], transforms: PageTransforms, max_bytes: int) -> None:
-        self._keys = keys
+    def __init__(
+        self, keys: Sequence[PageKey], transforms: PageTransforms, max_bytes: int, expected_bytes: Sequence[int] = ()
+    ) -> None:
+        """Waits for pages.
+
+        Args:
+            keys: of the pages, in prefix order.
+            transforms: what can be restored here.
+            max_bytes: of all pages together.
+            expected_bytes: of each page; none where that is not known.
+        """
+        sizes = expected_bytes or [0] * len(keys)
+        self.pages = [ArrivingPage(key, transforms, size) for key, size in zip(keys, sizes, strict=True)]
+        """All of them, in prefix order, whatever has arrived of each."""
         self._transforms = transforms
-        self._assemblies: dict[int, PageAssembly] = {}
-        self._pages: dict[int, PageObject] = {}
+        self._is_promised = False
         self._usable = len(keys)
         self._free_bytes = max_bytes
         self._whole = 0
@@ -41,12 +51,12 @@ class Receiver:
     @property
     def is_complete(self) -> bool:
         """Whether nothing of use can come any more."""
-        return len(self._pages) >= self._usable
+        return self.whole_pages >= self._usable
 
     @property
     def whole_pages(self) -> int:
         """Length of :meth:`whole_prefix`."""
-        while self._whole in self._pages:
+        while self._whole < self._usable and self.pages[self._whole].is_whole:
             self._whole += 1
         return min(self._whole, self._usable)
 
@@ -56,48 +66,58 @@ class Receiver:
         index = first + event.page_index
         if not isinstance(event, FetchedMissing):
             self.received_bytes += bytes_of(event)
-        if index >= self._usable or index in self._pages:
+        if index >= self._usable or self.pages[index].is_whole:
             return
+        page = self.pages[index]
         if isinstance(event, FetchedMissing):
-            self.gone.append(self._keys[index])
+            self.gone.append(page.key)
             self._cut(index, "gone")
             return
+        metrics.FETCHED_BYTES.inc(bytes_of(event))
         try:
-            if isinstance(event, FetchedHeader):
-                metrics.FETCHED_BYTES.inc(len(event.header))
-                if event.object_bytes > self._free_bytes:
-                    self._cut(index, CUT_TO_HOST_MEMORY)
-                    return
-                self._free_bytes -= event.object_bytes
-                self._assemblies[index] = PageAssembly(self._keys[index], self._transforms, event)
-                page = self._assemblies[index].finish()
+            if isinstance(event, FetchedFragment):
+                page.add(event)
+                return
+            if page.has_begun:
+                page = self._begin_again(index, event)
+            elif event.object_bytes > self._free_bytes:
+                self._cut(index, CUT_TO_HOST_MEMORY)
+                return
             else:
-                metrics.FETCHED_BYTES.inc(len(event.data))
-                assembly = self._assemblies.get(index)
-                if assembly is None:
-                    raise PeerRejectedError(f"page {self._keys[index]}: the peer sends bytes before the header")
-                page = assembly.add(event)
+                self._free_bytes -= event.object_bytes
+            page.begin(event)
         except FormatError as error:
-            logger.warning("kvcodec: stored page %s can't be used: %s", self._keys[index], error)
-            self.damaged.append(self._keys[index])
+            logger.warning("kvcodec: stored page %s can't be used: %s", page.key, error)
+            self.damaged.append(page.key)
             self._cut(index, error.reason)
-            return
-        if page is not None:
-            self._pages[index] = page
-            del self._assemblies[index]
+
+    def promise(self) -> list[ArrivingPage]:
+        """All pages, whatever has arrived of each, for who will wait for the rest."""
+        self._is_promised = True
+        return list(self.pages)
+
+    def _begin_again(self, index: int, header: FetchedHeader) -> ArrivingPage:
+        """The page, whose header comes again, from another peer that may keep other bytes under its key."""
+        page = self.pages[index]
+        if not self._is_promised and header.header != page.header_view:
+            self._free_bytes += len(page) - header.object_bytes
+            page = self.pages[index] = ArrivingPage(page.key, self._transforms)
+        return page
 
     def _cut(self, index: int, reason: str) -> None:
         """Pages from ``index`` on are of no use."""
         self._usable = index
         self.failure = reason
-        for i in [i for i in self._assemblies if i >= index]:
-            del self._assemblies[i]
-        for i in [i for i in self._pages if i >= index]:
-            del self._pages[i]
+        self._fail_from(index, reason)
 
-    def whole_prefix(self) -> list[PageObject]:
+    def end(self, reason: str) -> None:
+        """Nothing more will come: whoever waits for what is missing is told so."""
+        self._fail_from(self.whole_pages, reason)
+
+    def _fail_from(self, index: int, reason: str) -> None:
+        for page in self.pages[index:]:
+            page.fail(ArrivalError(f"page {page.key} does not arrive: {reason}"))
+
+    def whole_prefix(self) -> list[ArrivingPage]:
         """The pages from the first on, up to the first that is not whole."""
-        pages: list[PageObject] = []
-        while len(pages) in self._pages:
-            pages.append(self._pages[len(pages)])
-        return pages
+        return self.pages[: self.whole_pages]

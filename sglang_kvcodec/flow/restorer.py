@@ -1,5 +1,8 @@
 """Decodes page objects and writes them into the pool, layer group by layer group, on threads of its own.
 
+Pages may still be arriving: each part begins when the layer group of its pages has landed. One that never will ends the
+restore, as a damaged one does.
+
 Where a decoder leaves planes on the pool's GPU, all that follows is queued on the decoder's stream: the digests of the
 planes, then the restore, straight from the planes into the slots. So the next segment may be decoded into the same
 buffers without waiting. A thread waits on the host for one thing, the result of the digests, and a layer is told with
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -21,7 +25,8 @@ import numpy as np
 import torch
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.errors import KVCodecError
+from sglang_kvcodec.errors import ArrivalError, KVCodecError
+from sglang_kvcodec.flow.arriving_page import when_all_landed
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder
 from sglang_kvcodec.flow.rates import RestoreMeter
@@ -51,7 +56,7 @@ class RestoreJob:
     """Pages of one request and where they go.
 
     Attributes:
-        pages: checked page objects; held until the restore has ended.
+        pages: checked page objects, or arriving ones; held until the restore has ended.
         slots: int64 ``(len(pages) * page_tokens,)`` on the pool's device, private to the request until it has ended;
             what comes later in the order of the events that were told may reuse them.
     """
@@ -133,6 +138,23 @@ class Restore:
             self.bad_pages.extend(page for page in pages if page not in self.bad_pages)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One side of one layer group of one segment of one job: what a thread does at once.
+
+    Attributes:
+        expected_bytes: coded size of the segment's pages, as it was known when the restore began.
+    """
+
+    restore: Restore
+    group: LayerGroup
+    side: Side
+    pages: Sequence[PageObject]
+    slots: torch.Tensor
+    after: Sequence[Any]
+    expected_bytes: int
+
+
 class Restorer:
     """Owns the decoding threads, each with a decoder of its own."""
 
@@ -187,13 +209,31 @@ class Restorer:
             for i in range(0, len(job.pages), SEGMENT_PAGES)
         ]
         restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure)
+        sizes = [sum(map(len, pages)) for pages, _ in segments]
         if self._meter is not None:
-            self._meter.queued(sum(len(page) for job in jobs for page in job.pages))
+            self._meter.queued(sum(sizes))
         for group in layer_groups(spec):
-            for pages, slots in segments:
-                for side in spec.sides:
-                    self._executor.submit(self._restore_part, restore, group, side, pages, slots, after)
+            for (pages, slots), size_bytes in zip(segments, sizes, strict=True):
+                parts = [_Part(restore, group, side, pages, slots, after, size_bytes) for side in spec.sides]
+                when_all_landed(pages, group.index, functools.partial(self._landed, parts))
         return restore
+
+    def _landed(self, parts: Sequence[_Part], error: KVCodecError | None) -> None:
+        """Parts can be restored, or never will."""
+        for part in parts:
+            if error is None:
+                try:
+                    self._executor.submit(self._restore_part, part)
+                    continue
+                except RuntimeError:
+                    error = ArrivalError("the server ends")
+            self._part_ended(part, None, error)
+
+    def _part_ended(self, part: _Part, took_s: float | None, error: KVCodecError | None) -> None:
+        part.restore.part_done(part.group.index, error)
+        # Last: the forward pass does not wait for it.
+        if self._meter is not None:
+            self._meter.part_ended(part.expected_bytes, took_s, sum(map(len, part.pages)))
 
     def close(self) -> None:
         """Waits for what is under way and ends."""
@@ -202,15 +242,15 @@ class Restorer:
             event.synchronize()
         self._in_use.clear()
 
-    def _restore_part(
-        self,
-        restore: Restore,
-        group: LayerGroup,
-        side: Side,
-        pages: Sequence[PageObject],
-        slots: torch.Tensor,
-        after: Sequence[Any],
-    ) -> None:
+    def _restore_part(self, part: _Part) -> None:
+        restore, group, side, pages, slots, after = (
+            part.restore,
+            part.group,
+            part.side,
+            part.pages,
+            part.slots,
+            part.after,
+        )
         error: KVCodecError | None = None
         blamed: list[PageObject] = []
         took_s: float | None = None
@@ -242,10 +282,7 @@ class Restorer:
             logger.exception("kvcodec: a restore failed, its requests are computed")
             restore.found_bad(pages)
             error = KVCodecError(str(caught))
-        restore.part_done(group.index, error)
-        # Last: the forward pass does not wait for it.
-        if self._meter is not None:
-            self._meter.part_ended(sum(map(len, pages)), took_s)
+        self._part_ended(part, took_s, error)
 
     def _write(
         self,

@@ -323,13 +323,23 @@ class PageObject:
             raise ForeignPageError(f"asked for page {expected}, got {self.header.key}")
         if len(self._data) != self.header.object_bytes:
             raise TruncatedError(f"a page object of {self.header.object_bytes} bytes arrived as {len(self._data)}")
-        for group in self.header.manifest.groups:
-            for part in group.parts:
-                if bytes_crc32(self._slice(part)) != part.crc32:
-                    raise ChecksumError(f"page {self.header.key}: a part of layer {group.first_layer} is damaged")
+        for index in range(len(self.header.group_ranges)):
+            self._check_group(index)
 
     def __len__(self) -> int:
         return len(self._data)
+
+    @property
+    def key(self) -> PageKey:
+        """The page it is."""
+        return self.header.key
+
+    def _check_group(self, group_index: int) -> None:
+        """Raises ChecksumError if a part of the layer group is damaged."""
+        group = self.header.manifest.groups[group_index]
+        for part in group.parts:
+            if bytes_crc32(self._slice(part)) != part.crc32:
+                raise ChecksumError(f"page {self.header.key}: a part of layer {group.first_layer} is damaged")
 
     def _slice(self, part: pb.Part) -> memoryview:
         start = self.header.header_bytes + part.offset

@@ -118,7 +118,7 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length in pages: those whose page objects are in host memory."""
-        before = {page.header.key.page_hash: page for page in self._matched.pop(rid, ())}
+        before = {page.key.page_hash: page for page in self._matched.pop(rid, ())}
         held = self._pages_of(rid)
         digests = self._usable_digests()
         if held is None or not digests:
@@ -127,7 +127,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         for key in self._keys(transfers):
             page = None if key in self._bad_pages else held.get(key) or before.get(key) or self._cache.get(key)
             # A thread may have put a page of old weights into the cache after it was cleared.
-            if page is None or page.header.key.namespace_digest not in digests:
+            if page is None or page.key.namespace_digest not in digests:
                 break
             pages.append(page)
         if pages and not before and not held and not self._pays(rid, pages):
@@ -136,7 +136,7 @@ class KVCodecLinker(UnifiedCacheLinker):
             # The restore takes these very objects, whatever the cache evicts until then. The next look-up does so too:
             # what is fetched for a request starts after what was found for it here.
             self._matched[rid] = pages
-            self._cache.mark_used([page.header.key.page_hash for page in pages])
+            self._cache.mark_used([page.key.page_hash for page in pages])
         return list(range(1, len(pages) + 1))
 
     def _usable_digests(self) -> Sequence[bytes]:
@@ -220,10 +220,10 @@ class KVCodecLinker(UnifiedCacheLinker):
         restore = self._running.pop(counter_index, None)
         if restore is not None and not landed:
             for page in restore.bad_pages:
-                self._bad_pages[page.header.key.page_hash] = None
+                self._bad_pages[page.key.page_hash] = None
             while len(self._bad_pages) > MAX_BAD_PAGES:
                 self._bad_pages.popitem(last=False)
-            self._cache.discard(page.header.key.page_hash for page in restore.bad_pages)
+            self._cache.discard(page.key.page_hash for page in restore.bad_pages)
         return landed
 
     def _waited(self, layer: int, start_s: float, end_s: float) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import time
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
         ).page_aligned(self.page_size)
         if not digests or request.rid not in self.retries or request in self._held:
             return
+        if self.retries.was_restarted(request.rid):
+            # Its pages did not all come. What did is in host memory, and it has waited once.
+            return
         if len(key) // self.page_size <= start_page:
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
@@ -170,7 +174,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         # All ranks hold the same requests in the same order, so the rows match. Each rank plans for itself.
         have = torch.tensor(
             [
-                [len(held.ticket.pages) if held.ticket.is_done else -1 for held in waiting],
+                [len(held.ticket.pages) if held.ticket.is_ready else -1 for held in waiting],
                 [held.ticket.most_pages for held in waiting],
             ],
             dtype=torch.int64,
@@ -203,18 +207,18 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def finish_storage_prefetch_admission(self, request: Any, fulfilled_tokens: int, reason: str | None) -> None:
         """The request is in a batch."""
         super().finish_storage_prefetch_admission(request, fulfilled_tokens, reason)
-        self._release(request)
+        self._release(request, FetchTicket.admitted)
 
     def release_aborted_request(self, request: Any) -> None:
         """The request is gone."""
         super().release_aborted_request(request)
-        self._release(request)
+        self._release(request, FetchTicket.cancel)
         self._passes.forget(request.rid)
 
-    def _release(self, request: Any) -> None:
+    def _release(self, request: Any, tell: Callable[[FetchTicket], None]) -> None:
         held = self._held.pop(request, None)
         if held is not None:
-            held.ticket.cancel()
+            tell(held.ticket)
             if self._runtime is not None:
                 self._runtime.tracer.span(request.rid, "held", held.ticket.start_s, time.monotonic())
         self._linker.forget(request.rid)

@@ -29,6 +29,7 @@ class RetryBook:
     def __init__(self) -> None:
         """Remembers nothing."""
         self._inputs: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._restarted: collections.OrderedDict[str, None] = collections.OrderedDict()
 
     def note(self, tokenized: Any) -> None:
         """Remembers the input of a request that arrives, if it can be started twice.
@@ -52,6 +53,11 @@ class RetryBook:
     def forget(self, rid: str) -> None:
         """The request needs no second start any more."""
         self._inputs.pop(rid, None)
+        self._restarted.pop(rid, None)
+
+    def was_restarted(self, rid: str) -> bool:
+        """Whether this is the request's second start."""
+        return rid in self._restarted
 
     def mark_failed(self, reqs: Sequence[Any]) -> None:
         """Gives requests that SGLang is about to answer with 503 an end that is not sent."""
@@ -64,5 +70,8 @@ class RetryBook:
         tokenized = self._inputs.get(req.rid)
         if tokenized is not None and not getattr(req, "_kvcodec_restarted", False):
             req._kvcodec_restarted = True
+            self._restarted[req.rid] = None
+            while len(self._restarted) > MAX_INPUTS:
+                self._restarted.popitem(last=False)
             logger.warning("kvcodec: request %s is computed from its start", req.rid)
             scheduler.handle_generate_request(tokenized)

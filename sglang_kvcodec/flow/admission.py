@@ -1,0 +1,51 @@
+"""When a request may be admitted before all of its KV has landed: as soon as no one would have to wait for the network.
+
+From its admission on a request's restore and its forward pass keep the scheduler waiting, and with it every request of
+the batch. That time is spent anyway while pages are decoded; it must not get longer because bytes are still on their
+way. So what is left of the fetch, of the restore and of the forward pass are predicted together, and the request is
+admitted when the stall that bytes would cause is nil.
+"""
+
+from __future__ import annotations
+
+from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict_rest
+
+PERIOD_S = 0.01
+LANDING_MARGIN = 0.15
+"""The link is taken to be so much slower than it was measured."""
+STALL_SHARE = 0.02
+STALL_S = 0.002
+"""A stall of this share of restore and forward pass, or of so many seconds, is nil."""
+
+
+def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge) -> bool:
+    """Whether what is missing will land before its restore gets to it, if the restore begins now.
+
+    Args:
+        prefix: the pages that are being fetched.
+        missing_bytes: of them.
+        known: what was measured; without a rate of each kind nothing is in time.
+    """
+    rest = predict_rest(prefix, missing_bytes, known, LANDING_MARGIN)
+    return rest is not None and rest.stall_s <= max(STALL_S, STALL_SHARE * rest.after_s)
+
+
+class Admission:
+    """Asks that for one fetch, now and then."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        """Of a fetch of all pages of ``prefix``."""
+        self._prefix = prefix
+        self._total_bytes = sum(prefix.page_bytes)
+        self._next_s = 0.0
+
+    def is_worth_asking(self, now_s: float) -> bool:
+        """Whether it is time to ask once more; what is known costs more to get than this."""
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + PERIOD_S
+        return True
+
+    def is_due(self, received_bytes: int, known: Knowledge) -> bool:
+        """Whether the request is to be admitted, with so much received."""
+        return is_in_time(self._prefix, max(0, self._total_bytes - received_bytes), known)
