@@ -359,15 +359,15 @@ class Fetcher:
         """The events of fetches of one block of pages after another, each with the index of its block's first page.
 
         A block takes about :data:`BLOCK_S`: as a peer sends layer group after layer group, a transfer that ends early
-        leaves whole pages of the blocks before only.
+        leaves whole pages of the blocks before only. What is left of the last one is fetched with the one before.
         """
         for run in runs:
-            first = run.first
-            while first < min(run.first + run.pages, len(wanted)) and not stop.is_set():
+            first, end = run.first, min(run.first + run.pages, len(wanted))
+            while first < end and not stop.is_set():
                 bytes_per_s = self._rates.link.bytes_per_s()
                 block_bytes = FIRST_BLOCK_BYTES if bytes_per_s is None else bytes_per_s * BLOCK_S
                 pages = max(1, int(block_bytes * run.pages / max(1, run.coded_bytes)))
-                block = wanted[first : min(first + pages, run.first + run.pages)]
+                block = wanted[first : end if end - first <= 1.5 * pages else first + pages]
                 transfer = self._rates.link.transfer()
                 start_s, received_bytes = time.monotonic(), 0
                 try:

@@ -43,7 +43,7 @@ REASONS = (NOT_STORED, TOO_SHORT, WHOLE_PREFIX, PART, LEARNING, CUT_TO_HOST_MEMO
 TAKE_GAIN = 0.1
 """Where the last prefix of such a length was computed, the next is fetched if that is predicted to save this share."""
 BLOCK_S = 0.5
-"""Pages are fetched in blocks that take about so long on the link."""
+"""Pages are fetched in blocks that take about so long on the link; the last one from half to one and a half of it."""
 BLIND_S = 2.0
 """As long as nothing is known of prefill, a fetch may be predicted to take so long at most."""
 
@@ -175,7 +175,8 @@ def _tail_s(fetch_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: 
     groups = restore.layer_groups
     last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
     # The forward pass begins with the first layer group of the last block, and is then at most one group behind.
-    begun_s = np.minimum(fetch_s, BLOCK_S) * (1 - 1 / groups)
+    last_block_s = fetch_s - (np.maximum(1, np.ceil(fetch_s / BLOCK_S - 0.5)) - 1) * BLOCK_S
+    begun_s = last_block_s * (1 - 1 / groups)
     tail_s: Floats = last_part_s + np.maximum(forward_s / groups, forward_s - begun_s)
     return tail_s
 

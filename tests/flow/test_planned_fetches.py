@@ -7,7 +7,8 @@ import threading
 import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates
 
-from sglang_kvcodec.flow import exploring
+from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
+from sglang_kvcodec.flow import admission, exploring
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
@@ -219,3 +220,129 @@ def test_pages_are_fetched_in_blocks_so_that_what_came_before_a_cut_is_whole(set
     ticket = setup.fetch()
     assert len(ticket.pages) == len(NAMES)
     assert setup.peer.calls.count("fetch") == 3
+
+
+class Held:
+    """Holds a fetch after a number of messages, at a moment of which the rates are given."""
+
+    def __init__(self, setup, events, bytes_per_s):
+        self.go_on = threading.Event()
+        self._setup, self._events, self._bytes_per_s = setup, events, bytes_per_s
+        self._seen = 0
+        self.error = None
+        setup.peer.on_event = self
+
+    def __call__(self, event):
+        self._seen += 1
+        if isinstance(event, FetchedFragment):
+            self._setup.clock.now_s += len(event.data) / self._bytes_per_s
+        if self._seen == self._events:
+            assert self.go_on.wait(LIMIT_S)
+            if self.error is not None:
+                raise self.error
+
+
+@pytest.fixture
+def held(setup, monkeypatch):
+    """Six pages of which a few messages have come; restoring them takes far longer than the rest will."""
+    monkeypatch.setattr(admission, "PERIOD_S", 0.0)
+    setup.peer.inner._max_message_bytes = 8 << 10
+    setup.prefill_takes(0.2)
+    setup.link_carries(1e8)
+    setup.restoring_takes(1e-6)
+    held = Held(setup, 12, 1e8)
+    yield held
+    held.go_on.set()
+
+
+def wait_until(condition):
+    pause = threading.Event()
+    for _ in range(int(LIMIT_S / 0.01)):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to pass")
+
+
+def test_a_request_is_ready_when_what_is_missing_will_be_in_time(setup, held, delta):
+    ticket = setup.start()
+    wait_until(lambda: ticket.is_ready)
+    assert not ticket.is_done
+    assert ticket.most_pages == len(ticket.pages) == len(NAMES)
+    assert delta("kvcodec_early_admissions_total") == 1
+    landed = []
+    for page in ticket.pages:
+        page.when_landed(0, landed.append)
+    assert len(landed) < len(NAMES)
+    # In a batch, it still needs what comes.
+    ticket.admitted()
+    held.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert landed == [None] * len(NAMES)
+    assert all(page.is_whole for page in ticket.pages)
+    assert [bytes(page._data) for page in ticket.pages] == [setup.pages.coded(name) for name in NAMES]
+    assert delta("kvcodec_misses_total", reason="whole_prefix") == 0
+    assert all(hash_of(name) in setup.cache for name in NAMES)
+
+
+def test_with_a_link_that_is_slower_than_restoring_it_waits(setup, held, delta):
+    setup.link_carries(1e5)
+    setup.prefill_takes(20)
+    ticket = setup.start()
+    wait_until(lambda: held._seen == 12)
+    assert not ticket.is_ready
+    held.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert len(ticket.pages) == len(NAMES)
+
+
+def test_an_operator_can_have_it_wait_for_all(setup, held, delta):
+    setup.fetcher.close()
+    setup._config = dataclasses.replace(setup._config, admit="landed")
+    setup.fetcher = setup.new_fetcher()
+    ticket = setup.start()
+    wait_until(lambda: held._seen == 12)
+    assert not ticket.is_ready
+    held.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert delta("kvcodec_early_admissions_total") == 0
+
+
+def test_what_was_promised_and_does_not_come_is_told(setup, held, delta):
+    ticket = setup.start()
+    wait_until(lambda: ticket.is_ready)
+    told = []
+    for page in ticket.pages:
+        page.when_landed(0, told.append)
+    ticket.admitted()
+    held.error = PeerUnavailableError("gone")
+    held.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert len(told) == len(NAMES)
+    assert {type(error) for error in told} == {type(None), ArrivalError} or {type(e) for e in told} == {ArrivalError}
+    # Its request is computed: nothing of it was of use.
+    assert delta("kvcodec_misses_total", reason="peer_unavailable") == len(NAMES)
+    assert len(ticket.pages) == len(NAMES)
+
+
+def test_a_promise_that_takes_too_long_is_given_up_whoever_plans(setup, held, delta):
+    setup.fetcher.close()
+    setup._config = dataclasses.replace(setup._config, plan="always")
+    setup.fetcher = setup.new_fetcher()
+    ticket = setup.start()
+    wait_until(lambda: ticket.is_ready)
+    # Silence: what is on its way counts as not moving.
+    setup.clock.now_s += 3000
+    wait_until(lambda: ticket.was_cut())
+    held.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert not ticket.is_kept
+
+
+def test_an_aborted_request_ends_its_fetch_although_it_was_promised(setup, held):
+    ticket = setup.start()
+    wait_until(lambda: ticket.is_ready)
+    ticket.cancel()
+    held.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert not all(page.is_whole for page in ticket.pages)

@@ -5,14 +5,16 @@ import pytest
 import torch
 from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
 
-from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError, KVCodecError
+from sglang_kvcodec.errors import ArrivalError, ChecksumError, CodecError, FormatError, KVCodecError
 from sglang_kvcodec.flow import restorer as restorer_module
+from sglang_kvcodec.flow.arriving_page import ArrivingPage
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.rates import RestoreMeter
 from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
 from sglang_kvcodec.flow.trace import FileTracer
+from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader
 from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object
+from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object, read_header
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
@@ -415,3 +417,105 @@ def test_layers_are_told_with_the_events_of_all_their_parts():
     restore.part_done(0, None)
     assert outcome.calls == [0, 1]
     assert outcome.events == [["v0", "k0"], ["k1", "v1"]]
+
+
+class Arriving:
+    """Pages whose layer groups arrive when they are told to."""
+
+    def __init__(self, pages, names):
+        self._objects = [pages.coded(name) for name in names]
+        transforms = PageTransforms(pages.spec, pages.profile)
+        self.pages = [ArrivingPage(PageKey(NAMESPACE, hash_of(name)), transforms) for name in names]
+
+    def header(self, index):
+        data = self._objects[index]
+        size = read_header(data).header_bytes
+        self.pages[index].begin(FetchedHeader(0, len(data), data[:size]))
+
+    def group(self, index, group):
+        data = self._objects[index]
+        start, stop = read_header(data).group_ranges[group]
+        self.pages[index].add(FetchedFragment(0, start, data[start:stop]))
+
+
+def test_parts_are_restored_as_they_land(start, exact, exact_pages, monkeypatch, delta):
+    monkeypatch.setattr(restorer_module, "SEGMENT_PAGES", 2)
+    arriving = Arriving(exact, range(3))
+    pool = KnownPool(GROUPED, 4)
+    before = pool.bits()
+    decoded = []
+    _, outcome = start(
+        pool,
+        "exact",
+        [(arriving.pages, [2, 0, 3]), ([exact_pages[0]], [1])],
+        2,
+        lambda segment, group, side: decoded.append((group, len(segment), side)),
+    )
+    # The third page is a segment of its own, and the first to be there.
+    arriving.header(2)
+    for group in range(3):
+        arriving.group(2, group)
+    for index in (1, 0):
+        arriving.header(index)
+    assert outcome.calls == []
+    for group in range(3):
+        assert outcome.calls == [] or outcome.calls[-1] < group
+        for index in (1, 0):
+            arriving.group(index, group)
+    assert outcome.wait() == [0, 1, 2]
+    assert sorted(size for _, size, _ in decoded) == [1] * 12 + [2] * 6
+    for name, number in enumerate([2, 0, 3]):
+        assert same_bits(pool.page(number), exact.values(name))
+    assert same_bits(pool.page(1), exact.values(0))
+    assert pool.others_are(before, [0, 1, 2, 3])
+    assert delta("kvcodec_restored_tokens_total") == 4 * GROUPED.page_tokens
+
+
+def test_a_page_that_never_lands_fails_the_restore_once_and_blames_no_page(start, exact, delta):
+    arriving = Arriving(exact, range(2))
+    pool = KnownPool(GROUPED, 3)
+    before = pool.bits()
+    restore, outcome = start(pool, "exact", [(arriving.pages, [2, 0])])
+    for index in range(2):
+        arriving.header(index)
+        arriving.group(index, 0)
+    for page in arriving.pages:
+        page.fail(ArrivalError("the peer is gone"))
+    calls = outcome.wait()
+    assert isinstance(calls[-1], ArrivalError)
+    assert calls[:-1] in ([], [0])
+    assert restore.bad_pages == []
+    assert pool.others_are(before, [2, 0])
+    assert delta("kvcodec_restore_failures_total", reason="arrival") == 1
+
+
+def test_what_lands_after_the_threads_have_ended_is_a_failure(closing, exact):
+    arriving = Arriving(exact, range(1))
+    pool = KnownPool(GROUPED, 1)
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 1)
+    outcome = Outcome()
+    restorer.start([RestoreJob(arriving.pages, pool.slots([0]))], outcome.on_layers, outcome.on_failure)
+    restorer.close()
+    arriving.header(0)
+    for group in range(3):
+        arriving.group(0, group)
+    (error,) = outcome.wait()
+    assert isinstance(error, ArrivalError)
+
+
+def test_a_size_that_was_guessed_leaves_nothing_queued(closing, exact):
+    arriving = Arriving(exact, range(1))
+    pool = KnownPool(GROUPED, 1)
+    meter = RestoreMeter(3, 2, 32, 1)
+    idle = threading.Event()
+    meter.on_idle = idle.set
+    restorer = Restorer(pool.wrapped, lambda: new_decoder(GROUPED, "exact"), 1, meter=meter)
+    closing.callback(restorer.close)
+    outcome = Outcome()
+    restorer.start([RestoreJob(arriving.pages, pool.slots([0]))], outcome.on_layers, outcome.on_failure)
+    arriving.header(0)
+    for group in range(3):
+        arriving.group(0, group)
+    assert outcome.wait() == [0, 1, 2]
+    assert idle.wait(LIMIT_S)
+    assert meter.model().queued_s == 0

@@ -60,3 +60,19 @@ def test_only_so_many_are_remembered(monkeypatch):
     for rid in "abc":
         book.note(tokenized(rid))
     assert [rid in book for rid in "abc"] == [False, True, True]
+
+
+def test_a_second_start_is_known_as_one_until_it_is_over(monkeypatch):
+    book, scheduler = RetryBook(), Scheduler()
+    book.note(tokenized())
+    assert not book.was_restarted("r")
+    book.restart(request(), scheduler)
+    book.note(tokenized())
+    assert book.was_restarted("r")
+    book.forget("r")
+    assert not book.was_restarted("r")
+    monkeypatch.setattr(retry, "MAX_INPUTS", 1)
+    for rid in "ab":
+        book.note(tokenized(rid))
+        book.restart(request(rid), scheduler)
+    assert [book.was_restarted(rid) for rid in "ab"] == [False, True]

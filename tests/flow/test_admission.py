@@ -1,0 +1,164 @@
+"""Admission before all has landed, against a simulation of link, restore threads and forward pass."""
+
+import dataclasses
+import heapq
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_kvcodec.flow.admission import LANDING_MARGIN, PERIOD_S, STALL_S, STALL_SHARE, Admission, is_in_time
+from sglang_kvcodec.flow.planner import BLOCK_S, NOTHING_KNOWN, Bounds, Knowledge, Prefix, plan_fetch, predict_rest
+from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+
+PREFILL = PrefillModel(0.01, 1e-4, 0.0)
+RESTORE = RestoreModel(0.0, 1e-7, 20, 32, 2, 10)
+"""Ten layer groups of two sides; 20 MB/s with both threads."""
+PREFIX = Prefix([100_000] * 64, 64, 0, 64 * 64 + 100)
+"""6.4 MB: 0.32 s to restore, and 0.02 s to compute the rest."""
+
+
+def known(bytes_per_s=10e6, **changes):
+    return dataclasses.replace(Knowledge(0.001, bytes_per_s, (), RESTORE, PREFILL, overlaps=True), **changes)
+
+
+@pytest.mark.parametrize("missing", ["bytes_per_s", "restore", "prefill"])
+def test_nothing_is_admitted_on_a_guess(missing):
+    assert not is_in_time(PREFIX, 1, dataclasses.replace(known(), **{missing: None}))
+    assert not is_in_time(PREFIX, 0, NOTHING_KNOWN)
+
+
+def test_what_has_landed_is_in_time():
+    assert is_in_time(PREFIX, 0, known())
+
+
+def test_the_link_may_take_as_long_as_the_restore():
+    # 0.32 s of restoring, 0.64 s of link for all.
+    assert not is_in_time(PREFIX, 6_400_000, known())
+    assert not is_in_time(PREFIX, 3_200_000, known())
+    assert is_in_time(PREFIX, 2_500_000, known())
+    assert is_in_time(PREFIX, 6_400_000, known(30e6))
+    assert not is_in_time(PREFIX, 2_500_000, known(others_bytes=[10**9]))
+    # What else is to be restored gives the link time.
+    assert is_in_time(PREFIX, 3_200_000, known(restore=dataclasses.replace(RESTORE, queued_s=0.2)))
+
+
+def test_it_is_asked_now_and_then():
+    admission = Admission(PREFIX)
+    assert admission.is_worth_asking(5.0)
+    assert not admission.is_worth_asking(5.0 + PERIOD_S / 2)
+    assert admission.is_worth_asking(5.0 + PERIOD_S)
+    assert admission.is_due(6_000_000, known())
+    assert not admission.is_due(1_000_000, known())
+    # More than was announced.
+    assert admission.is_due(7_000_000, known())
+
+
+def first_token_s(prefix, missing_bytes, known, landed=False):
+    """Simulated time to the first token of a request that is admitted now; ``landed``: as if nothing were missing.
+
+    Blocks of :data:`BLOCK_S` land one after another, each layer group by layer group. A part of a segment can be
+    restored when the layer group of all its pages has landed. Parts are restored in that order, each by one thread. The
+    forward pass waits for each layer group.
+    """
+    restore, groups = known.restore, known.restore.layer_groups
+    pages, total = len(prefix.page_bytes), sum(prefix.page_bytes)
+    block_pages = max(1, int(known.bytes_per_s * BLOCK_S / (total / pages)))
+    lands_s = {}
+    position, first = 0.0, 0
+    while first < pages:
+        block = range(first, pages if pages - first <= 1.5 * block_pages else first + block_pages)
+        for group in range(groups):
+            for page in block:
+                position += prefix.page_bytes[page] / groups
+                late_bytes = 0.0 if landed else max(0.0, position - (total - missing_bytes))
+                lands_s[page, group] = late_bytes / known.bytes_per_s
+        first = block.stop
+    sides = restore.parts // groups
+    parts = []
+    for group in range(groups):
+        for start in range(0, pages, restore.segment_pages):
+            segment = range(start, min(pages, start + restore.segment_pages))
+            part_bytes = sum(prefix.page_bytes[page] for page in segment) / groups / sides
+            landed_s = max(lands_s[page, group] for page in segment)
+            parts += [(landed_s, group, restore.part_s + part_bytes * restore.byte_s)] * sides
+    parts.sort(key=lambda part: part[0])
+    free = [restore.queued_s] * restore.threads
+    ready_s = [0.0] * groups
+    for lands_s, group, seconds in parts:
+        begun_s = max(heapq.heappop(free), lands_s)
+        heapq.heappush(free, begun_s + seconds)
+        ready_s[group] = max(ready_s[group], begun_s + seconds)
+    before = prefix.tokens_before + pages * prefix.page_tokens
+    forward_s = known.prefill.seconds(max(1, prefix.prompt_tokens - before), before)
+    now_s = 0.0
+    for group_s in ready_s:
+        now_s = max(now_s, group_s) + forward_s / groups
+    return now_s
+
+
+@given(
+    pages=st.integers(1, 200),
+    page_bytes=st.integers(1_000, 200_000),
+    missing=st.floats(0, 1),
+    link=st.floats(1e5, 1e9),
+    part_s=st.floats(0, 0.005),
+    byte_s=st.floats(1e-9, 1e-6),
+    threads=st.integers(1, 8),
+    rest=st.integers(1, 3000),
+    queued_s=st.floats(0, 0.5),
+)
+def test_who_is_admitted_early_waits_no_longer_than_for_the_decoders(
+    pages, page_bytes, missing, link, part_s, byte_s, threads, rest, queued_s
+):
+    prefix = Prefix([page_bytes] * pages, 64, 0, pages * 64 + rest)
+    restore = RestoreModel(part_s, byte_s, 20, 32, threads, 10, queued_s)
+    state = known(link, restore=restore, round_trip_s=0.0)
+    missing_bytes = missing * pages * page_bytes
+    if not is_in_time(prefix, missing_bytes, state):
+        return
+    at_once_s = first_token_s(prefix, missing_bytes, state, landed=True)
+    early_s = first_token_s(prefix, missing_bytes, state)
+    # Threads that have nothing yet, at the begin, and the uneven last parts are what the prediction leaves out.
+    part = part_s + min(pages, 32) * page_bytes / 20 * byte_s
+    after_s = predict_rest(prefix, missing_bytes, state).after_s
+    assert early_s <= max(at_once_s, after_s) * (1 + STALL_SHARE) + STALL_S + 3 * part
+
+
+@given(missing=st.floats(0, 1), link=st.floats(1e5, 1e9))
+def test_less_to_come_is_never_worse(missing, link):
+    total = sum(PREFIX.page_bytes)
+    if is_in_time(PREFIX, missing * total, known(link)):
+        assert is_in_time(PREFIX, missing * total / 2, known(link))
+        assert is_in_time(PREFIX, missing * total, known(2 * link))
+
+
+def test_the_margin_is_kept():
+    rest = predict_rest(PREFIX, 10**6, known(), LANDING_MARGIN)
+    assert rest.landing_s == pytest.approx(0.1 * (1 + LANDING_MARGIN))
+
+
+@pytest.mark.parametrize("link", [2e6, 10e6, 20e6, 40e6, 1e9])
+@pytest.mark.parametrize("rest", [1, 300, 3000])
+def test_the_plan_expects_what_overlapping_gives(link, rest):
+    prefix = dataclasses.replace(PREFIX, prompt_tokens=64 * 64 + rest)
+    bounds = Bounds(1, 1 << 60)
+    early = plan_fetch(prefix, known(link, prefill=PrefillModel(0.01, 1.0, 0.0)), bounds)
+    landed = plan_fetch(prefix, known(link, prefill=PrefillModel(0.01, 1.0, 0.0), overlaps=False), bounds)
+    assert early.pages == landed.pages == 64
+    prefill = PrefillModel(0.01, 1e-4, 0.0)
+    early, landed = (
+        plan_fetch(prefix, known(link, prefill=prefill, overlaps=overlaps), bounds, always=True)
+        for overlaps in (True, False)
+    )
+    total = sum(prefix.page_bytes)
+    best = min(
+        # Admitted at each moment of the transfer, with no stall: what a clairvoyant would do.
+        received / link + first_token_s(prefix, total - received, known(link, prefill=prefill))
+        for received in range(0, total + 1, total // 64)
+        if received == total
+        or first_token_s(prefix, total - received, known(link, prefill=prefill))
+        <= first_token_s(prefix, 0, known(link, prefill=prefill)) * 1.02 + 0.002
+    )
+    assert early.ttft_s <= landed.ttft_s
+    assert early.ttft_s == pytest.approx(best, rel=0.15, abs=0.02)
