@@ -20,16 +20,18 @@ from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.pacing import FIRST_BYTE, LOOKUP, PROGRESS, Flight, Pacer, Stage
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.planner import (
-    BLOCK_S,
     LINK_TOO_SLOW,
     Bounds,
     FetchPlan,
     Knowledge,
     Prefix,
+    block_pages,
+    next_block,
     plan_fetch,
 )
 from sglang_kvcodec.flow.rates import Rates
 from sglang_kvcodec.flow.receiver import Receiver, bytes_of
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.exchange import FetchedMissing, FetchEvent, PeerTransport
@@ -44,8 +46,6 @@ MAX_TICKETS = 256
 FETCH_THREADS = 8
 MAX_RUNS = 4
 """Changes of namespace within one prefix: each costs a Lookup and a Fetch."""
-FIRST_BLOCK_BYTES = 4 << 20
-"""Of a block of pages, while the link's bandwidth is not known."""
 OVERTAKEN = "overtaken"
 """Outcome of a fetch that was given up because computing had become faster."""
 
@@ -358,16 +358,14 @@ class Fetcher:
     ) -> Iterator[tuple[int, FetchEvent]]:
         """The events of fetches of one block of pages after another, each with the index of its block's first page.
 
-        A block takes about :data:`BLOCK_S`: as a peer sends layer group after layer group, a transfer that ends early
+        A block takes about ``BLOCK_S``: as a peer sends layer group after layer group, a transfer that ends early
         leaves whole pages of the blocks before only. What is left of the last one is fetched with the one before.
         """
         for run in runs:
             first, end = run.first, min(run.first + run.pages, len(wanted))
             while first < end and not stop.is_set():
-                bytes_per_s = self._rates.link.bytes_per_s()
-                block_bytes = FIRST_BLOCK_BYTES if bytes_per_s is None else bytes_per_s * BLOCK_S
-                pages = max(1, int(block_bytes * run.pages / max(1, run.coded_bytes)))
-                block = wanted[first : end if end - first <= 1.5 * pages else first + pages]
+                pages = block_pages(self._rates.link.bytes_per_s(), run.coded_bytes / run.pages, SEGMENT_PAGES)
+                block = wanted[first : first + next_block(end - first, pages)]
                 transfer = self._rates.link.transfer()
                 start_s, received_bytes = time.monotonic(), 0
                 try:

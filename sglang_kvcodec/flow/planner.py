@@ -44,6 +44,8 @@ TAKE_GAIN = 0.1
 """Where the last prefix of such a length was computed, the next is fetched if that is predicted to save this share."""
 BLOCK_S = 0.5
 """Pages are fetched in blocks that take about so long on the link; the last one from half to one and a half of it."""
+FIRST_BLOCK_BYTES = 4 << 20
+"""Of a block, while the link's bandwidth is not known."""
 BLIND_S = 2.0
 """As long as nothing is known of prefill, a fetch may be predicted to take so long at most."""
 
@@ -164,20 +166,51 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
     if known.overlaps and known.bytes_per_s is not None and known.prefill is not None:
         queued_s = np.maximum(known.round_trip_s, restore.queued_s)
         at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
-        segment_bytes = coded_bytes / np.maximum(1, segments)
-        tail_s = _tail_s(fetch_s, segment_bytes, forward_s, restore)
+        segment_bytes = coded_bytes * np.minimum(1.0, restore.segment_pages / np.maximum(1, pages))
+        last_block_s = fetch_s * _last_block_share(pages, prefix, known.bytes_per_s, restore.segment_pages)
+        tail_s = _tail_s(last_block_s, segment_bytes, forward_s, restore)
         ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(fetch_s + tail_s, at_once_s)), ttft_s)
     return Prediction(fetch_s, restore_s, forward_s, after_s, ttft_s)
 
 
-def _tail_s(fetch_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel) -> Floats:
+def block_pages(bytes_per_s: float | None, page_bytes: float, segment_pages: int) -> int:
+    """Pages of a block: whole segments of the restorer, or of a smaller block a part that tiles one.
+
+    A segment that lies across blocks could not be restored before the last of them comes.
+
+    Args:
+        bytes_per_s: of the link; None while that is not known.
+        page_bytes: of a page.
+        segment_pages: pages that are decoded in one call, a power of two.
+    """
+    block_bytes = FIRST_BLOCK_BYTES if bytes_per_s is None else bytes_per_s * BLOCK_S
+    pages = int(block_bytes / max(1.0, page_bytes))
+    if pages >= segment_pages:
+        return pages // segment_pages * segment_pages
+    return 1 << max(0, pages.bit_length() - 1)
+
+
+def next_block(left_pages: int, block: int) -> int:
+    """Pages of the next block: what would be left after the last whole one is fetched with it."""
+    return left_pages if left_pages <= 1.5 * block else block
+
+
+def _last_block_share(pages: Ints, prefix: Prefix, bytes_per_s: float, segment_pages: int) -> Floats:
+    """Share of the last block in each number of pages."""
+    block = block_pages(bytes_per_s, sum(prefix.page_bytes) / max(1, len(prefix.page_bytes)), segment_pages)
+    last = pages - block * np.maximum(0, np.ceil(pages / block - 1.5))
+    share: Floats = last / np.maximum(1, pages)
+    return share
+
+
+def _tail_s(last_block_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel) -> Floats:
     """From when the last byte lands, with nothing but that left to restore, to the first token."""
     groups = restore.layer_groups
     last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
-    # The forward pass begins with the first layer group of the last block, and is then at most one group behind.
-    last_block_s = fetch_s - (np.maximum(1, np.ceil(fetch_s / BLOCK_S - 0.5)) - 1) * BLOCK_S
+    segment_s = (restore.parts * restore.part_s + segment_bytes * restore.byte_s) / restore.threads
+    # Forward pass and last segment begin with the first layer group of the last block, and are then one group behind.
     begun_s = last_block_s * (1 - 1 / groups)
-    tail_s: Floats = last_part_s + np.maximum(forward_s / groups, forward_s - begun_s)
+    tail_s: Floats = last_part_s + np.maximum(forward_s / groups, np.maximum(forward_s, segment_s) - begun_s)
     return tail_s
 
 
@@ -221,8 +254,10 @@ def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin:
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     forward_s = float(_forward_s(prefix, prefill, np.array([pages]))[0])
     groups = restore.layer_groups
-    segment_bytes = np.array([coded_bytes / -(-pages // restore.segment_pages)])
-    tail_s = float(_tail_s(np.array([landing_s]), segment_bytes, np.array([forward_s]), restore)[0])
+    segment_bytes = np.array([coded_bytes * min(1.0, restore.segment_pages / pages)])
+    share = _last_block_share(np.array([pages]), prefix, bytes_per_s, restore.segment_pages)
+    last_block_s = np.minimum(landing_s, share * coded_bytes / max(bytes_per_s, 1e-9))
+    tail_s = float(_tail_s(last_block_s, segment_bytes, np.array([forward_s]), restore)[0])
     after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
     return Rest(landing_s, min(tail_s, after_s), after_s)
 

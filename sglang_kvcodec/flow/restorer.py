@@ -14,10 +14,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import heapq
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ import torch
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import ArrivalError, KVCodecError
-from sglang_kvcodec.flow.arriving_page import when_all_landed
+from sglang_kvcodec.flow.arriving_page import ArrivingPage, when_all_landed
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder
 from sglang_kvcodec.flow.rates import RestoreMeter
@@ -48,7 +50,7 @@ OnLayers = Callable[[LayerGroup, Sequence[DeviceEvent]], None]
 """Takes a layer group, and the events after which all its layers are in the pool; none if they are there already."""
 
 SEGMENT_PAGES = 32
-"""Pages per decode call: bounds the decoded planes in memory, and lets several threads share one request."""
+"""Pages per decode call: bounds decoded planes in memory, lets several threads share one request. A power of two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,12 @@ class Restore:
         parts: int,
         on_layers: OnLayers,
         on_failure: Callable[[KVCodecError], None],
+        number: int = 0,
     ) -> None:
-        """A restore of all layer groups of ``spec``, each in ``parts`` parts."""
+        """A restore of all layer groups of ``spec``, each in ``parts`` parts; the least ``number`` is first."""
         groups = layer_groups(spec)
         self.jobs = jobs
+        self.number = number
         self.bad_pages: list[PageObject] = []
         self._groups = groups
         self._page_bytes = spec.page_bytes
@@ -183,6 +187,10 @@ class Restorer:
         self._tracer = tracer or Tracer()
         self._new_decoder = new_decoder
         self._local = threading.local()
+        self._lock = threading.Lock()
+        self._order = itertools.count()
+        self._ready: list[tuple[int, int, int, _Part]] = []
+        """A heap: the first restore's parts first, those of its first layers first among them, then in their order."""
         self._in_use: collections.deque[tuple[DeviceEvent, torch.Tensor]] = collections.deque()
         """Slots that queued work still reads: torch's allocator knows nothing of a decoder's stream."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
@@ -204,11 +212,11 @@ class Restorer:
         """
         spec = self._pool.spec
         segments = [
-            (job.pages[i : i + SEGMENT_PAGES], job.slots[i * spec.page_tokens : (i + SEGMENT_PAGES) * spec.page_tokens])
+            (job.pages[start:stop], job.slots[start * spec.page_tokens : stop * spec.page_tokens])
             for job in jobs
-            for i in range(0, len(job.pages), SEGMENT_PAGES)
+            for start, stop in _segments(job.pages)
         ]
-        restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure)
+        restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure, next(self._order))
         sizes = [sum(map(len, pages)) for pages, _ in segments]
         if self._meter is not None:
             self._meter.queued(sum(sizes))
@@ -222,12 +230,29 @@ class Restorer:
         """Parts can be restored, or never will."""
         for part in parts:
             if error is None:
+                with self._lock:
+                    heapq.heappush(self._ready, (part.restore.number, part.group.index, next(self._order), part))
                 try:
-                    self._executor.submit(self._restore_part, part)
+                    self._executor.submit(self._restore_next)
                     continue
                 except RuntimeError:
-                    error = ArrivalError("the server ends")
-            self._part_ended(part, None, error)
+                    self._drop_ready()
+            else:
+                self._part_ended(part, None, error)
+
+    def _restore_next(self) -> None:
+        """The part that a forward pass needs first, of those that can be restored."""
+        with self._lock:
+            part = heapq.heappop(self._ready)[-1] if self._ready else None
+        if part is not None:
+            self._restore_part(part)
+
+    def _drop_ready(self) -> None:
+        """No thread is left that would restore them."""
+        with self._lock:
+            dropped, self._ready = [entry[-1] for entry in self._ready], []
+        for part in dropped:
+            self._part_ended(part, None, ArrivalError("the server ends"))
 
     def _part_ended(self, part: _Part, took_s: float | None, error: KVCodecError | None) -> None:
         part.restore.part_done(part.group.index, error)
@@ -421,6 +446,14 @@ class Restorer:
             except KVCodecError:
                 bad.append(page)
         return bad or pages
+
+
+def _segments(pages: Sequence[PageObject]) -> Iterator[tuple[int, int]]:
+    """Where segments start and stop. Pages that arrive, the last ones, begin one: they are fetched in such blocks."""
+    landed = next((index for index, page in enumerate(pages) if isinstance(page, ArrivingPage)), len(pages))
+    for first, end in ((0, landed), (landed, len(pages))):
+        for start in range(first, end, SEGMENT_PAGES):
+            yield start, min(start + SEGMENT_PAGES, end)
 
 
 def _alike(pages: Sequence[PageObject]) -> Mapping[tuple[str, bytes], list[int]]:

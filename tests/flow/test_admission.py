@@ -8,8 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_kvcodec.flow.admission import LANDING_MARGIN, PERIOD_S, STALL_S, STALL_SHARE, Admission, is_in_time
-from sglang_kvcodec.flow.planner import BLOCK_S, NOTHING_KNOWN, Bounds, Knowledge, Prefix, plan_fetch, predict_rest
+from sglang_kvcodec.flow.planner import (
+    BLOCK_S,
+    NOTHING_KNOWN,
+    Bounds,
+    Knowledge,
+    Prefix,
+    block_pages,
+    next_block,
+    plan_fetch,
+    predict_rest,
+)
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 
 PREFILL = PrefillModel(0.01, 1e-4, 0.0)
 RESTORE = RestoreModel(0.0, 1e-7, 20, 32, 2, 10)
@@ -54,20 +65,29 @@ def test_it_is_asked_now_and_then():
     assert admission.is_due(7_000_000, known())
 
 
+@given(st.floats(1, 1e12), st.floats(1, 1e9))
+def test_blocks_tile_segments_or_are_tiled_by_them(bytes_per_s, page_bytes):
+    block = block_pages(bytes_per_s, page_bytes, SEGMENT_PAGES)
+    pages = bytes_per_s * BLOCK_S / page_bytes
+    assert 1 <= block <= max(1, pages)
+    assert block > pages / 2 - 1
+    assert SEGMENT_PAGES % block == 0 or block % SEGMENT_PAGES == 0
+
+
 def first_token_s(prefix, missing_bytes, known, landed=False):
     """Simulated time to the first token of a request that is admitted now; ``landed``: as if nothing were missing.
 
     Blocks of :data:`BLOCK_S` land one after another, each layer group by layer group. A part of a segment can be
-    restored when the layer group of all its pages has landed. Parts are restored in that order, each by one thread. The
-    forward pass waits for each layer group.
+    restored when the layer group of all its pages has landed, each by one thread. The forward pass waits for each layer
+    group.
     """
     restore, groups = known.restore, known.restore.layer_groups
     pages, total = len(prefix.page_bytes), sum(prefix.page_bytes)
-    block_pages = max(1, int(known.bytes_per_s * BLOCK_S / (total / pages)))
+    each = block_pages(known.bytes_per_s, total / pages, restore.segment_pages)
     lands_s = {}
     position, first = 0.0, 0
     while first < pages:
-        block = range(first, pages if pages - first <= 1.5 * block_pages else first + block_pages)
+        block = range(first, first + next_block(pages - first, each))
         for group in range(groups):
             for page in block:
                 position += prefix.page_bytes[page] / groups
@@ -82,13 +102,15 @@ def first_token_s(prefix, missing_bytes, known, landed=False):
             part_bytes = sum(prefix.page_bytes[page] for page in segment) / groups / sides
             landed_s = max(lands_s[page, group] for page in segment)
             parts += [(landed_s, group, restore.part_s + part_bytes * restore.byte_s)] * sides
-    parts.sort(key=lambda part: part[0])
     free = [restore.queued_s] * restore.threads
     ready_s = [0.0] * groups
-    for lands_s, group, seconds in parts:
-        begun_s = max(heapq.heappop(free), lands_s)
-        heapq.heappush(free, begun_s + seconds)
-        ready_s[group] = max(ready_s[group], begun_s + seconds)
+    while parts:
+        now_s = max(heapq.heappop(free), min(parts)[0])
+        # Of those that have landed the first layers first.
+        _, group, seconds = chosen = min((part for part in parts if part[0] <= now_s), key=lambda part: part[1])
+        parts.remove(chosen)
+        heapq.heappush(free, now_s + seconds)
+        ready_s[group] = max(ready_s[group], now_s + seconds)
     before = prefix.tokens_before + pages * prefix.page_tokens
     forward_s = known.prefill.seconds(max(1, prefix.prompt_tokens - before), before)
     now_s = 0.0

@@ -8,7 +8,7 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
-from sglang_kvcodec.flow import admission, exploring
+from sglang_kvcodec.flow import admission, exploring, planner
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
@@ -216,7 +216,7 @@ def test_a_request_does_not_wait_for_a_thread_longer_than_it_is_worth(setup, del
 
 
 def test_pages_are_fetched_in_blocks_so_that_what_came_before_a_cut_is_whole(setup, delta, monkeypatch):
-    monkeypatch.setattr(fetcher_module, "FIRST_BLOCK_BYTES", 2 * len(setup.pages.coded(0)) + 1)
+    monkeypatch.setattr(planner, "FIRST_BLOCK_BYTES", 2 * len(setup.pages.coded(0)) + 1)
     ticket = setup.fetch()
     assert len(ticket.pages) == len(NAMES)
     assert setup.peer.calls.count("fetch") == 3
