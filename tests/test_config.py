@@ -102,6 +102,7 @@ def test_environment_names_are_the_fields_without_their_unit():
     assert ENV_NAMES == {
         "remote": "KVCODEC_REMOTE",
         "replicas": "KVCODEC_REPLICAS",
+        "admit": "KVCODEC_ADMIT",
         "profile": "KVCODEC_PROFILE",
         "host_cache_bytes": "KVCODEC_HOST_CACHE",
         "publish_queue_bytes": "KVCODEC_PUBLISH_QUEUE",

@@ -1,6 +1,8 @@
 """Whatever happens to the peer and to what it keeps, the answer is that of a server without kvcodec."""
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -198,6 +200,64 @@ def test_a_stored_object_that_is_not_what_it_should_be(fresh, stored, damage):
     healed = ask(fresh.b, text)
     assert healed.text == answer
     assert healed.cached.storage > 0
+
+
+@pytest.fixture
+def stored_and_rated(fresh, stored):
+    """As ``stored``; the second server knows its rates, so that it admits requests before all has landed."""
+    wait_up(fresh.b)
+    for _ in range(2):
+        assert ask(fresh.b, stored[0]).text == stored[1]
+        forget(fresh.b)
+    return stored
+
+
+def test_what_turns_out_bad_after_an_early_admission_is_computed(fresh, stored_and_rated):
+    text, answer = stored_and_rated
+    # The last bytes of each page, which come last.
+    assert _tamper(fresh, _bit_flipped) > 0
+    fresh.restart_peer("100Mbps")
+    wait_up(fresh.b)
+    early = metric(fresh.b, "kvcodec_early_admissions_total")
+    failed = metric(fresh.b, "kvcodec_restore_failures_total", reason="arrival")
+    reply = ask(fresh.b, text)
+    assert reply.text == answer
+    assert reply.cached.storage == 0
+    assert metric(fresh.b, "kvcodec_early_admissions_total") == early + 1
+    assert metric(fresh.b, "kvcodec_restore_failures_total", reason="arrival") == failed + 1
+    # It gets idle, and the page is stored anew.
+    assert fresh.b.client.wait_published()
+    forget(fresh.b)
+    healed = ask(fresh.b, text)
+    assert healed.text == answer
+    assert healed.cached.storage > 0
+    fresh.restart_peer()
+
+
+@pytest.mark.parametrize("stop", ["kill", "pause"])
+def test_a_peer_that_goes_after_an_early_admission(fresh, stored_and_rated, stop):
+    text, answer = stored_and_rated
+    fresh.restart_peer("50Mbps")
+    wait_up(fresh.b)
+    early = metric(fresh.b, "kvcodec_early_admissions_total")
+    replies = []
+    asking = threading.Thread(target=lambda: replies.append(ask(fresh.b, text)))
+    asking.start()
+    wait_for(
+        lambda: metric(fresh.b, "kvcodec_early_admissions_total") > early or not asking.is_alive(), "early admission"
+    )
+    os.kill(fresh.peer.pid, signal.SIGKILL if stop == "kill" else signal.SIGSTOP)
+    asking.join()
+    assert replies[0].text == answer
+    assert metric(fresh.b, "kvcodec_early_admissions_total") > early
+    assert ask(fresh.b, text).text == answer
+    fresh.peer.kill()
+    fresh.restart_peer()
+    wait_up(fresh.b)
+    forget(fresh.b)
+    again = ask(fresh.b, text)
+    assert again.text == answer
+    assert again.cached.storage > 0
 
 
 def _unrestorable(data: bytes) -> bytes:
