@@ -73,7 +73,7 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
     missing = stage.missing_bytes
     rest = predict_rest(prefix, missing, known) if known.overlaps else None
     if rest is not None:
-        keep_s = max(rest.landing_s + rest.tail_s, rest.after_s)
+        keep_s = rest.first_token_s
     else:
         shared = missing + sum(min(missing, other) for other in known.others_bytes)
         keep_s = shared / max(known.bytes_per_s, 1e-9) + float(after_s[-1])

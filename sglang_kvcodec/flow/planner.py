@@ -10,11 +10,11 @@ where ``forward(k)`` computes what is left of the prompt, and ``ttft(0)`` is the
 when all has landed, ``ttft(k) = fetch(k) + after(k)``. Where it is admitted so that nobody has to wait for the network
 (``flow/admission.py``), all of it overlaps but for the ends:
 
-    ttft(k) = max(fetch(k) + tail(k), round trip + after(k))
+    ttft(k) = max(landed(k), round trip + after(k))
 
-``tail(k)`` begins when the last byte lands: its part is restored, and the forward pass, which could not begin before
-the first layers of the last block had landed, does what is left of it. Waiting for other prefills is left out: it comes
-on top of either.
+``landed(k)`` hangs on two moments of the fetch. When the last byte has landed, its part has yet to be restored and the
+last layers to be computed; when the first layer group of the last block has, the forward pass can begin, and the
+restore of the last segment. Waiting for other prefills is left out: it comes on top of either.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
         segment_bytes = coded_bytes * np.minimum(1.0, restore.segment_pages / np.maximum(1, pages))
         last_block_s = fetch_s * _last_block_share(pages, prefix, known.bytes_per_s, restore.segment_pages)
-        tail_s = _tail_s(last_block_s, segment_bytes, forward_s, restore)
-        ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(fetch_s + tail_s, at_once_s)), ttft_s)
+        landed_s = _landed_s(fetch_s, last_block_s, segment_bytes, forward_s, restore)
+        ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(landed_s, at_once_s)), ttft_s)
     return Prediction(fetch_s, restore_s, forward_s, after_s, ttft_s)
 
 
@@ -203,15 +203,17 @@ def _last_block_share(pages: Ints, prefix: Prefix, bytes_per_s: float, segment_p
     return share
 
 
-def _tail_s(last_block_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel) -> Floats:
-    """From when the last byte lands, with nothing but that left to restore, to the first token."""
+def _landed_s(
+    fetch_s: Floats, last_block_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel
+) -> Floats:
+    """First token, as far as it hangs on when bytes land: the last one, and the first layer group of the last block."""
     groups = restore.layer_groups
     last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
     segment_s = (restore.parts * restore.part_s + segment_bytes * restore.byte_s) / restore.threads
-    # Forward pass and last segment begin with the first layer group of the last block, and are then one group behind.
-    begun_s = last_block_s * (1 - 1 / groups)
-    tail_s: Floats = last_part_s + np.maximum(forward_s / groups, np.maximum(forward_s, segment_s) - begun_s)
-    return tail_s
+    first_group_s = np.maximum(0.0, fetch_s - last_block_s * (1 - 1 / groups))
+    after_first_s = np.maximum(segment_s + forward_s / groups, segment_s / groups + forward_s)
+    landed_s: Floats = np.maximum(fetch_s + last_part_s + forward_s / groups, first_group_s + after_first_s)
+    return landed_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,18 +222,23 @@ class Rest:
 
     Attributes:
         landing_s: until all is in host memory.
-        tail_s: from then to the first token, if all but the last part has been restored by then.
+        landed_s: to the first token, as far as it hangs on when bytes land.
         after_s: to the first token if all were in host memory now.
     """
 
     landing_s: float
-    tail_s: float
+    landed_s: float
     after_s: float
+
+    @property
+    def first_token_s(self) -> float:
+        """To the first token, if the restore begins now."""
+        return max(self.landed_s, self.after_s)
 
     @property
     def stall_s(self) -> float:
         """How long restore and forward pass would have to wait for bytes if they began now."""
-        return max(0.0, self.landing_s + self.tail_s - self.after_s)
+        return max(0.0, self.landed_s - self.after_s)
 
 
 def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin: float = 0.0) -> Rest | None:
@@ -256,10 +263,12 @@ def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin:
     groups = restore.layer_groups
     segment_bytes = np.array([coded_bytes * min(1.0, restore.segment_pages / pages)])
     share = _last_block_share(np.array([pages]), prefix, bytes_per_s, restore.segment_pages)
-    last_block_s = np.minimum(landing_s, share * coded_bytes / max(bytes_per_s, 1e-9))
-    tail_s = float(_tail_s(last_block_s, segment_bytes, np.array([forward_s]), restore)[0])
+    last_block_s = share * coded_bytes / max(bytes_per_s, 1e-9)
+    landed_s = _landed_s(np.array([landing_s]), last_block_s, segment_bytes, np.array([forward_s]), restore)[0]
     after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
-    return Rest(landing_s, min(tail_s, after_s), after_s)
+    if missing_bytes <= 0:
+        landed_s = 0.0
+    return Rest(landing_s, float(landed_s), after_s)
 
 
 def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Floats:

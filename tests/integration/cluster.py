@@ -5,6 +5,7 @@ import pathlib
 import re
 import time
 import urllib.request
+from collections.abc import Sequence
 
 from sglang_kvcodec.config import parse_bytes
 from sglang_kvcodec.format.exchange import PeerStat
@@ -62,9 +63,11 @@ class Cluster:
         self._stack.callback(server.kill)
         return server
 
-    def start_peer(self, bandwidth_limit: str | None = None, capacity: str = CAPACITY) -> None:
+    def start_peer(
+        self, bandwidth_limit: str | None = None, capacity: str = CAPACITY, arguments: Sequence[str] = ()
+    ) -> None:
         """Starts the peer at its address."""
-        self.peer = PeerProcess(f"lmdb:{self.store_dir}", capacity, self.peer_port, bandwidth_limit)
+        self.peer = PeerProcess(f"lmdb:{self.store_dir}", capacity, self.peer_port, bandwidth_limit, arguments)
 
     def stop_peer(self) -> None:
         """SIGTERM, if it runs."""
