@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.config import Access, Timeouts
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, PutOutcome
 from sglang_kvcodec.format.namespace import PageKey
@@ -146,14 +146,14 @@ def restore_rate(spec: KVSpec, seconds: float) -> float:
     return rounds * len(pages) * small.layers * small.layer_values / elapsed_s
 
 
-def measure_link(remote: str, seconds: float) -> Link:
+def measure_link(remote: str, seconds: float, access: Access) -> Link:
     """Round trips, and bandwidth with objects that are stored under a namespace of their own and deleted again.
 
     Raises:
         PeerError: the peer can't be reached or does not take them.
-        ConfigurationError: not an address.
+        ConfigurationError: not an address, or ``access`` does not go with it.
     """
-    peer = GrpcPeer(remote, _TIMEOUTS)
+    peer = GrpcPeer(remote, _TIMEOUTS, access=access)
     namespace = secrets.token_bytes(32)
     stored: list[bytes] = []
     try:
