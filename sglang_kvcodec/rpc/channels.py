@@ -42,6 +42,19 @@ def check_files(access: Access) -> None:
     TokenSource(access.token_file)
 
 
+def tls_files_stamp(access: Access) -> tuple[tuple[int, int] | None, ...]:
+    """Changes when a file of certificates or keys does."""
+    stamps: list[tuple[int, int] | None] = []
+    for path in filter(None, (access.tls_ca, access.tls_cert, access.tls_key)):
+        try:
+            stat = pathlib.Path(path).stat()
+        except OSError:
+            stamps.append(None)
+        else:
+            stamps.append((stat.st_mtime_ns, stat.st_ino))
+    return tuple(stamps)
+
+
 def _tls_files(access: Access) -> tuple[bytes | None, bytes | None, bytes | None]:
     """The peer's CA, the client's key and its certificate."""
     ca = _read(access.tls_ca) if access.tls_ca else None

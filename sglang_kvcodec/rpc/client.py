@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import grpc
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, MAX_OBJECT_BYTES, Access, Timeouts, parse_remote
 from sglang_kvcodec.errors import (
+    ConfigurationError,
     FormatError,
     PeerDeniedError,
     PeerError,
@@ -31,13 +33,15 @@ from sglang_kvcodec.format.exchange import (
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, Progress, calibration_entries, put_messages
-from sglang_kvcodec.rpc.channels import TokenSource, open_channel
+from sglang_kvcodec.rpc.channels import TokenSource, open_channel, tls_files_stamp
 from sglang_kvcodec.rpc.errors import peer_error
 from sglang_kvcodec.rpc.heap import keep_freed_memory
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
 from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
 from sglang_kvcodec.rpc.watch import CallWatch, Verdict, WatchedCall
 from sglang_kvcodec.rpc.wire import decode_fetch, encode_chunk
+
+logger = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 
@@ -58,7 +62,8 @@ class GrpcPeer:
             remote: ``grpc://HOST:PORT``, or ``grpcs://HOST:PORT`` by TLS.
             timeouts: how long each phase may take.
             max_message_bytes: asks for smaller or larger messages of a Fetch; 0 leaves it to the peer.
-            access: certificates and token; the files are read now, and the token's again when it changes.
+            access: certificates and token; the files are read now, the token's again when it changes, and the
+                certificates' when they have changed and there is no connection.
 
         Raises:
             ConfigurationError: not such a URL, or ``access`` does not go with it, or one of its files can't be used.
@@ -73,17 +78,24 @@ class GrpcPeer:
         self._answered = False
         self._watch = CallWatch()
         self._token = TokenSource(access.token_file)
-        self._channel = open_channel(remote, access, self._timeouts)
-        unary = self._channel.unary_unary
+        self._remote, self._access = remote, access
+        self._opening = threading.Lock()
+        self._files = tls_files_stamp(access)
+        self._retired: grpc.Channel | None = None
+        self._use(open_channel(remote, access, self._timeouts))
+
+    def _use(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        unary = channel.unary_unary
         self._lookup = unary(f"/{_SERVICE}/Lookup", pb.LookupRequest.SerializeToString, pb.LookupResponse.FromString)
         self._delete = unary(f"/{_SERVICE}/Delete", pb.DeleteRequest.SerializeToString, pb.DeleteResponse.FromString)
         self._stat = unary(f"/{_SERVICE}/Stat", pb.StatRequest.SerializeToString, pb.StatResponse.FromString)
-        self._fetch = self._channel.unary_stream(f"/{_SERVICE}/Fetch", pb.FetchRequest.SerializeToString)
-        self._put = self._channel.stream_unary(f"/{_SERVICE}/Put", None, pb.PutResponse.FromString)
-        self._put_calibration = self._channel.stream_unary(
+        self._fetch = channel.unary_stream(f"/{_SERVICE}/Fetch", pb.FetchRequest.SerializeToString)
+        self._put = channel.stream_unary(f"/{_SERVICE}/Put", None, pb.PutResponse.FromString)
+        self._put_calibration = channel.stream_unary(
             f"/{_SERVICE}/PutCalibration", None, pb.PutCalibrationResponse.FromString
         )
-        self._get_calibration = self._channel.unary_stream(
+        self._get_calibration = channel.unary_stream(
             f"/{_SERVICE}/GetCalibration", pb.GetCalibrationRequest.SerializeToString
         )
         self._list_calibrations = unary(
@@ -202,8 +214,11 @@ class GrpcPeer:
 
     def close(self) -> None:
         """Ends every call under way with ``PeerUnavailableError``. May be called twice."""
-        self._closed = True
-        self._channel.close()
+        with self._opening:
+            self._closed = True
+            for channel in (self._channel, self._retired):
+                if channel is not None:
+                    channel.close()
         self._watch.close()
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -218,6 +233,24 @@ class GrpcPeer:
             except grpc.FutureTimeoutError:
                 # A call knows why there is none, a certificate that is not accepted for instance.
                 self._stat(pb.StatRequest(), **self._terms(self._timeouts.progress_s))
+
+    def _open_anew_if_renewed(self) -> None:
+        """A channel keeps the certificates that it was opened with: after they are renewed there has to be another."""
+        with self._opening:
+            files = tls_files_stamp(self._access)
+            if self._closed or files == self._files:
+                return
+            self._files = files
+            try:
+                channel = open_channel(self._remote, self._access, self._timeouts)
+            except ConfigurationError as error:
+                logger.warning("kvcodec: the certificates of before stay in use: %s", error)
+                return
+            # Calls that are under way end on the old one, which is closed when there is the next.
+            if self._retired is not None:
+                self._retired.close()
+            self._retired = self._channel
+            self._use(channel)
 
     def _put_all(self, objects: Sequence[tuple[PageKey, bytes]]) -> list[PutResult]:
         with self._translated("Put"):
@@ -311,6 +344,8 @@ class GrpcPeer:
                 self._answered = False
             if isinstance(error, PeerDeniedError):
                 self._token.look_again()
+            if isinstance(error, PeerUnavailableError):
+                self._open_anew_if_renewed()
             metrics.PEER_ERRORS.labels(rpc.lower(), error.reason).inc()
             raise
 

@@ -142,6 +142,29 @@ def test_a_certificate_is_renewed_under_a_running_peer(tmp_path, authority, serv
     assert 'kvcodec_peer_certificate_reloads_total{outcome="ok"} 1.0' in metrics_of(process)
 
 
+def test_a_client_takes_renewed_certificates_from_its_files(tmp_path, authority, serve, client_of):
+    clients = Authority(tmp_path, "clients")
+    process = serve(*authority.issue("peer"), "--tls-client-ca", clients.file)
+    certificate, key = clients.issue("server-a", -2 * DAY, -DAY)
+    client = client_of(process.remote, tls_ca=authority.file, tls_cert=certificate, tls_key=key)
+    with pytest.raises(PeerUnavailableError):
+        client.lookup(NAMESPACE, HASHES)
+    for renew in (lambda: certificate.write_text("half"), lambda: clients.issue("server-a")):
+        renew()
+        with pytest.raises(PeerUnavailableError):
+            client.lookup(NAMESPACE, HASHES)
+    assert client.lookup(NAMESPACE, HASHES).covered_pages == 0
+    client.put(NAMESPACE, PAGES)
+    # As soon as there is no connection, the next renewal counts as well.
+    clients.issue("server-a")
+    process.terminate()
+    with pytest.raises(PeerUnavailableError):
+        client.lookup(NAMESPACE, HASHES)
+    process.restart()
+    client.wait_until_ready(60)
+    assert client.lookup(NAMESPACE, HASHES).covered_pages == 0
+
+
 def test_connections_that_never_shake_hands_are_closed(authority, serve, client_of):
     process = serve(*authority.issue("peer"))
     host, _, port = process.address.rpartition(":")

@@ -1,8 +1,13 @@
 """Tenants in one engine: each has all that an engine promises, and nothing of the others."""
 
+import hashlib
+
 import pytest
 
+from sglang_kvcodec.config import Access
+from sglang_kvcodec.rpc.server import PeerSecurity
 from sglang_kvcodec.rpc.tenants import TenantEngine
+from sglang_kvcodec.rpc.tokens import TokenEntry, TokenFile, append_entry
 from sglang_kvcodec.storage.memory import MemoryEngine
 from sglang_kvcodec.storage.wrappers import ExpiringEngine
 from sglang_kvcodec.testing.storage import StorageEngineContract, make_key
@@ -64,3 +69,32 @@ def test_a_tenant_finds_nothing_of_another_by_any_call():
         assert bytes(get_range(key, 1, 3)) == b"al"
     assert one.stored_at_s([key]) != [None]
     assert engine.stat().objects == 3
+
+
+def test_a_page_of_another_tenant_takes_the_path_of_one_that_is_nowhere(
+    tmp_path, start_peer, connect, engine, namespace, page
+):
+    """What a peer does, and so how long it takes, tells nobody what others have stored or asked for."""
+    for name in ("one", "other"):
+        digest = hashlib.sha256(name.encode()).digest()
+        append_entry(tmp_path / "tokens", TokenEntry(name, digest, frozenset({"read", "write"}), tenant=name))
+        (tmp_path / name).write_text(name)
+    peer = start_peer(security=PeerSecurity(tokens=TokenFile(tmp_path / "tokens")))
+    one, other = (connect(peer.remote, access=Access(token_file=str(tmp_path / name))) for name in ("one", "other"))
+    theirs = [page(f"theirs {index}") for index in range(5)]
+    hashes = [page_hash for page_hash, _ in theirs]
+    one.lookup(namespace, hashes)
+    one.put(namespace, theirs)
+    calls = []
+    engine.before = lambda method, keys: calls.append((method, len(keys)))
+
+    def seen(objects):
+        calls.clear()
+        hashes = [page_hash for page_hash, _ in objects]
+        # The last page alone: the peer knows from nobody but its own tenant what comes before it.
+        answers = [other.put(namespace, objects[-1:]), other.lookup(namespace, hashes[:-1])]
+        answers += [list(other.fetch(namespace, hashes[:-1])), other.delete(namespace, hashes[:-1])]
+        return answers, list(calls)
+
+    assert seen(theirs) == seen([page(f"nobody's {index}") for index in range(5)])
+    assert one.lookup(namespace, hashes).covered_pages == 5
