@@ -11,8 +11,9 @@ from sglang_kvcodec.errors import CapacityError, ClientLimitError
 from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
 from sglang_kvcodec.rpc.budget import ByteBudget
 
-_MOST_DELAY_S = 10.0
-"""What would wait longer for its client's bandwidth is refused: it would only hold memory and a stream."""
+_MOST_DELAY_S = 3.0
+"""What would wait longer for its client's bandwidth is refused: the client would take the peer for silent, see
+``config.Timeouts.progress_s``, and the call would only hold memory and a stream."""
 
 
 class StreamSlots:

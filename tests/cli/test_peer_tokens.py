@@ -16,6 +16,7 @@ from peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all, make_page, me
 from sglang_kvcodec.cli.main import main
 from sglang_kvcodec.config import MAX_OBJECT_BYTES, Access
 from sglang_kvcodec.errors import ConfigurationError, PeerDeniedError, PeerRejectedError, PeerUnavailableError
+from sglang_kvcodec.evaluation.rates import measure_link
 from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.client import GrpcPeer
@@ -347,6 +348,13 @@ def test_tenants_pages_outlive_a_scrub(site, tmp_path):
     process.restart()
     wait_until(lambda: "kvcodec_store_scrub_passes_total 1.0" in metrics_of(process))
     assert fetch_all(site.client(token)) == [data for _, data in PAGES]
+
+
+def test_the_doctor_measures_the_link_to_a_tenants_pages(site):
+    token = site.issue("a", tenant="a")
+    process = site.serve()
+    link = measure_link(process.remote, 0.2, Access(token_file=str(token)))
+    assert link.measured_bytes > 1 << 20
 
 
 # ---- limits of one client ----
