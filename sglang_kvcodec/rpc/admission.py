@@ -49,9 +49,9 @@ class Caller:
         return self.token.tenant if self.token is not None else ""
 
     @property
-    def sees_counts(self) -> bool:
-        """Whether it may know how much the store holds, which tells what other tenants do."""
-        return self.token is None or "admin" in self.token.scopes
+    def is_operator(self) -> bool:
+        """Whether it may know of all tenants, as how much the store holds: anybody without tokens, else no tenant."""
+        return self.token is None or ("admin" in self.token.scopes and not self.token.tenant)
 
 
 class Admission:
@@ -106,12 +106,19 @@ class Admission:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Asks for a token, of any scope, where a service does not ask for it itself: reflection."""
+    """Asks for tokens where a service does not itself: any for reflection, an operator's for all that is not named."""
 
-    def __init__(self, admission: Admission, service: str) -> None:
-        """Guards the methods of ``service``."""
+    def __init__(self, admission: Admission, self_guarded: Iterable[str], for_any_token: Iterable[str]) -> None:
+        """Guards what the server serves.
+
+        Args:
+            admission: knows the tokens.
+            self_guarded: full names of services that are open, or ask for tokens themselves.
+            for_any_token: full names of services for whoever has a token.
+        """
         self._admission = admission
-        self._prefix = f"/{service}/"
+        self._self_guarded = frozenset(self_guarded)
+        self._for_any_token = frozenset(for_any_token)
 
     async def intercept_service(
         self,
@@ -119,9 +126,12 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Passes on what may pass."""
-        if handler_call_details.method.startswith(self._prefix):
+        service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
+        if service not in self._self_guarded:
             try:
-                self._admission.identify(handler_call_details.invocation_metadata)
+                caller = self._admission.identify(handler_call_details.invocation_metadata)
+                if service not in self._for_any_token and not caller.is_operator:
+                    raise _counted("scope", ForbiddenError(f"{service} is for tokens of the scope admin, of no tenant"))
             except AccessError as error:
                 return _refusing(error)
         return await continuation(handler_call_details)

@@ -84,7 +84,9 @@ class PeerServer:
         self._security = security or PeerSecurity()
         admission = Admission(self._security.tokens)
         calls = Calls(admission, limits)
-        guards = [] if self._security.tokens is None else [TokenInterceptor(admission, reflection.SERVICE_NAME)]
+        guards = []
+        if self._security.tokens is not None:
+            guards.append(TokenInterceptor(admission, (SERVICE, health.SERVICE_NAME), (reflection.SERVICE_NAME,)))
         self._engine = engine
         self._listen = listen
         self._servicer = PeerServicer(engine, limits, calls)

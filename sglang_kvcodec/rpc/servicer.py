@@ -140,7 +140,7 @@ class PeerServicer:
         async with self._serving("Stat", context) as call:
             await call.request(pb.StatRequest)
             stat = await self._read(self._engine.stat)
-            is_told = call.caller.sees_counts
+            is_told = call.caller.is_operator
             return pb.StatResponse(
                 objects=stat.objects if is_told else 0,
                 stored_bytes=stat.stored_bytes if is_told else 0,

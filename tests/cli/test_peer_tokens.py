@@ -188,6 +188,25 @@ def test_health_is_open_and_reflection_is_not(site):
         assert list(stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=PATIENCE_S))
 
 
+def test_services_that_nobody_thought_of_are_an_operators(site):
+    """What is served one day without a thought of tokens is not open to all for that."""
+    for name, fields in (("reader", {}), ("chief", {"tenant": "a"}), ("operator", {})):
+        site.issue(name, "read" if name == "reader" else "admin", **fields)
+    process = site.serve()
+    codes = {}
+    with grpc.insecure_channel(process.address) as channel:
+        call = channel.unary_unary("/somebody.Else/Anything", None, None)
+        for name in ("", "reader", "chief", "operator"):
+            metadata = (("authorization", f"Bearer token-of-{name}"),) if name else ()
+            codes[name] = call.future(b"", metadata=metadata, timeout=PATIENCE_S).code()
+    assert codes == {
+        "": grpc.StatusCode.UNAUTHENTICATED,
+        "reader": grpc.StatusCode.PERMISSION_DENIED,
+        "chief": grpc.StatusCode.PERMISSION_DENIED,
+        "operator": grpc.StatusCode.UNIMPLEMENTED,
+    }
+
+
 @pytest.mark.parametrize("by_signal", [False, True])
 def test_a_token_that_was_withdrawn_is_refused(site, by_signal):
     old, kept = site.issue("old"), site.issue("kept")
@@ -296,13 +315,14 @@ def test_a_tenant_sees_its_own_pages_alone(site, tmp_path):
 
 def test_a_tenant_is_not_told_how_much_others_store(site):
     writer, chief = site.issue("a", tenant="a"), site.issue("chief", "admin", tenant="a")
+    default, operator = site.issue("default"), site.issue("operator", "admin")
     site.serve()
-    client = site.client(writer)
-    client.put(NAMESPACE, PAGES)
-    stat = client.stat()
-    assert (stat.objects, stat.stored_bytes, stat.evicted_objects) == (0, 0, 0)
-    assert stat.capacity_bytes > 0
-    assert site.client(chief).stat().objects == len(PAGES)
+    site.client(writer).put(NAMESPACE, PAGES)
+    for token in (writer, chief, default):
+        stat = site.client(token).stat()
+        assert (stat.objects, stat.stored_bytes, stat.evicted_objects) == (0, 0, 0)
+        assert stat.capacity_bytes > 0
+    assert site.client(operator).stat().objects == len(PAGES)
 
 
 def test_calibrations_are_the_tenants_own(site, tmp_path):
