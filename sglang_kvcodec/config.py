@@ -52,14 +52,14 @@ def parse_bits_per_s(text: str) -> int:
 
 
 def parse_remote(url: str) -> str:
-    """``"grpc://HOST:PORT"`` as the ``"HOST:PORT"`` a gRPC channel takes.
+    """``"grpc://HOST:PORT"``, or ``grpcs`` by TLS, as the ``"HOST:PORT"`` a gRPC channel takes.
 
     Raises:
         ConfigurationError: not such a URL.
     """
-    match = re.fullmatch(r"grpc://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})/?", url)
+    match = re.fullmatch(r"grpcs?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})/?", url)
     if match is None or not 0 < int(match[2]) < 65536:
-        raise ConfigurationError(f"not a peer's address: {url!r}; write grpc://HOST:PORT")
+        raise ConfigurationError(f"not a peer's address: {url!r}; write grpc://HOST:PORT, grpcs:// for TLS")
     return f"{match[1]}:{match[2]}"
 
 
@@ -74,6 +74,51 @@ def parse_remotes(url: str) -> tuple[str, ...]:
     if len(set(parsed)) < len(parsed):
         raise ConfigurationError(f"a peer's address is there twice: {url!r}")
     return parsed
+
+
+def uses_tls(url: str) -> bool:
+    """Whether a peer's URL asks for TLS."""
+    return url.startswith("grpcs://")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as it is written in an address, is this machine and no other can reach it."""
+    return re.fullmatch(r"localhost|127(\.\d{1,3}){3}|\[::1\]", host) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What a client shows a peer, and how it knows the peer. Names of files, empty for none."""
+
+    tls_ca: str = ""
+    """PEM: who signs the peer's certificate; the system's CAs without."""
+    tls_cert: str = ""
+    """PEM: the client's own certificate, for peers that ask for one."""
+    tls_key: str = ""
+    """PEM: its private key."""
+    token_file: str = ""
+    """One line: the client's token."""
+    insecure: bool = False
+    """Send the token in plaintext to another machine."""
+
+    def require_fit(self, remote: str) -> None:
+        """Refuses settings that do not go with the peers' URL.
+
+        Raises:
+            ConfigurationError: TLS without ``grpcs``, half a certificate, or a token that others could read.
+        """
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigurationError("a client's certificate needs its key, tls_cert and tls_key")
+        if uses_tls(remote):
+            return
+        if self.tls_ca or self.tls_cert:
+            raise ConfigurationError(f"{remote!r} is plaintext; write grpcs:// for TLS")
+        hosts = [address.rpartition(":")[0] for address in parse_remotes(remote)]
+        if self.token_file and not self.insecure and not all(is_loopback(host) for host in hosts):
+            raise ConfigurationError(
+                f"no token is sent to {remote!r} in plaintext; write grpcs:// for TLS, "
+                "or allow it with insecure where the network is trusted"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +150,7 @@ class ServerConfig:
     """How one SGLang server uses kvcodec."""
 
     remote: str
-    """URL of the storage peer, ``grpc://HOST:PORT``, or of several, ``grpc://HOST:PORT,HOST:PORT``."""
+    """URL of the storage peer, ``grpc://HOST:PORT``, or of several, ``grpc://HOST:PORT,HOST:PORT``; ``grpcs``: TLS."""
     profile: str = "exact"
     """Quality tier, one of :data:`PROFILES`."""
     host_cache_bytes: int = 1 << 30
@@ -136,10 +181,17 @@ class ServerConfig:
     """``early``: admit a request when what is missing of its pages will be in time; ``landed``: when all is there."""
     trace: str = ""
     """File for a trace of every request; empty for none."""
+    tls_ca: str = ""
+    """See :class:`Access`, also for the next four."""
+    tls_cert: str = ""
+    tls_key: str = ""
+    token_file: str = ""
+    insecure: bool = False
     timeouts: Timeouts = dataclasses.field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         parse_remotes(self.remote)
+        self.access.require_fit(self.remote)
         if self.profile not in PROFILES:
             raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
         for name, known in (("decoder", DECODERS), ("encoder", ENCODERS), ("plan", PLANS), ("admit", ADMISSIONS)):
@@ -162,6 +214,11 @@ class ServerConfig:
             raise ConfigurationError(f"profile {self.profile!r} needs no calibration; leave auto_calibrate away")
         if self.auto_calibrate and self.read_only:
             raise ConfigurationError("auto_calibrate learns from what is published, and read_only publishes nothing")
+
+    @property
+    def access(self) -> Access:
+        """What the server shows its peers."""
+        return Access(self.tls_ca, self.tls_cert, self.tls_key, self.token_file, self.insecure)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> ServerConfig:

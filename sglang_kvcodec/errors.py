@@ -11,6 +11,10 @@ KVCodecError
 │   └── UnknownFormatError                          a version, stage or field this version does not know
 ├── ArrivalError                  (RuntimeError)    bytes that were waited for do not come any more
 ├── NotFoundError                 (LookupError)     what was asked for by its name is not there
+├── AccessError                   (PermissionError) a peer's client may not do what it asks
+│   ├── UnauthenticatedError                        it shows no token that is known and not expired
+│   └── ForbiddenError                              its token has not the scope
+├── ClientLimitError              (RuntimeError)    a peer's client takes more than its share
 ├── CodecError                    (RuntimeError)    an encoder or decoder failed
 │   └── EncoderDiedError                            the process that was encoding is gone
 ├── StorageError                  (RuntimeError)
@@ -18,8 +22,10 @@ KVCodecError
 │   └── StorageUnavailableError                     disk full, read-only, engine gone
 └── PeerError                     (ConnectionError)
     ├── PeerUnavailableError                        no peer to talk to
+    │   └── PeerUntrustedError                      no TLS connection: a certificate is not accepted
     ├── PeerTimeoutError          (TimeoutError)    a phase of an RPC took too long
     └── PeerRejectedError                           the peer refused the request itself
+        └── PeerDeniedError                         the token is missing, unknown, expired, or lacks a scope
 """
 
 from __future__ import annotations
@@ -75,6 +81,22 @@ class NotFoundError(KVCodecError, LookupError):
     """What was asked for by its name is not there."""
 
 
+class AccessError(KVCodecError, PermissionError):
+    """A peer's client may not do what it asks."""
+
+
+class UnauthenticatedError(AccessError):
+    """The client shows no token that is known and not expired."""
+
+
+class ForbiddenError(AccessError):
+    """The client's token has not the scope."""
+
+
+class ClientLimitError(KVCodecError, RuntimeError):
+    """A peer's client takes more than its share."""
+
+
 class CodecError(KVCodecError, RuntimeError):
     """An encoder or decoder failed."""
 
@@ -103,9 +125,17 @@ class PeerUnavailableError(PeerError):
     """There is no peer to talk to."""
 
 
+class PeerUntrustedError(PeerUnavailableError):
+    """There is no TLS connection: one side does not accept the other's certificate."""
+
+
 class PeerTimeoutError(PeerError, TimeoutError):
     """A phase of an RPC took too long."""
 
 
 class PeerRejectedError(PeerError):
     """The peer refused the request itself."""
+
+
+class PeerDeniedError(PeerRejectedError):
+    """The peer does not accept the token, or there is none."""

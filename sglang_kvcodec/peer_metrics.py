@@ -9,6 +9,13 @@ from prometheus_client import Counter, Gauge, Histogram
 
 PEER_RPCS = Counter("kvcodec_peer_rpcs", "RPCs served, by method and gRPC status", ["method", "status"])
 PEER_RPC_SECONDS = Histogram("kvcodec_peer_rpc_seconds", "Time of an RPC", ["method"])
+PEER_REFUSED = Counter(
+    "kvcodec_peer_refused", "Calls refused or ended because of who made them or how much they took", ["reason"]
+)
+PEER_TOKEN_RELOADS = Counter("kvcodec_peer_token_reloads", "Reads of a changed token file, by outcome", ["outcome"])
+PEER_CERTIFICATE_RELOADS = Counter(
+    "kvcodec_peer_certificate_reloads", "Reads of changed certificate files, by outcome", ["outcome"]
+)
 PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch")
 PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")
 PEER_PUTS = Counter("kvcodec_peer_puts", "Objects put, by outcome", ["outcome"])

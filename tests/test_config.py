@@ -8,6 +8,7 @@ from sglang_kvcodec.config import (
     ENV_NAMES,
     MIB,
     PROFILES,
+    Access,
     ServerConfig,
     Timeouts,
     parse_bytes,
@@ -94,7 +95,9 @@ def test_bad_lists_of_addresses(url, says):
     ],
 )
 def test_a_bad_address_says_how_to_write_one(url):
-    with pytest.raises(ConfigurationError, match=r"^not a peer's address: .*; write grpc://HOST:PORT$"):
+    with pytest.raises(
+        ConfigurationError, match=r"^not a peer's address: .*; write grpc://HOST:PORT, grpcs:// for TLS$"
+    ):
         parse_remote(url)
 
 
@@ -117,6 +120,11 @@ def test_environment_names_are_the_fields_without_their_unit():
         "gpu_memory_bytes": "KVCODEC_GPU_MEMORY",
         "plan": "KVCODEC_PLAN",
         "trace": "KVCODEC_TRACE",
+        "tls_ca": "KVCODEC_TLS_CA",
+        "tls_cert": "KVCODEC_TLS_CERT",
+        "tls_key": "KVCODEC_TLS_KEY",
+        "token_file": "KVCODEC_TOKEN_FILE",
+        "insecure": "KVCODEC_INSECURE",
     }
 
 
@@ -133,11 +141,23 @@ def test_every_setting_can_be_given_by_environment():
             "KVCODEC_READ_ONLY": "TRUE",
             "KVCODEC_REPLICAS": "3",
             "KVCODEC_PLAN": "always",
+            "KVCODEC_TLS_CA": "ca",
+            "KVCODEC_TLS_CERT": "cert",
+            "KVCODEC_TLS_KEY": "key",
+            "KVCODEC_TOKEN_FILE": "token",
+            "KVCODEC_REMOTE": "grpcs://peer:50051",
             "UNRELATED": "ignored",
         }
     )
+    assert config.access == Access("ca", "cert", "key", "token")
     assert config == ServerConfig(
-        "grpc://peer:50051", "high", 2 << 30, 10**6, 128, 3, 4, True, replicas=3, plan="always"
+        *("grpcs://peer:50051", "high", 2 << 30, 10**6, 128, 3, 4, True),
+        replicas=3,
+        plan="always",
+        tls_ca="ca",
+        tls_cert="cert",
+        tls_key="key",
+        token_file="token",
     )
 
 
@@ -157,7 +177,7 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
     [
         ({}, r"kvcodec needs a storage peer: --kvcodec-remote grpc://HOST:PORT \(or KVCODEC_REMOTE\)"),
         ({"KVCODEC_REMOTE": ""}, r"kvcodec needs a storage peer: .*"),
-        ({"KVCODEC_REMOTE": "peer"}, r"not a peer's address: 'peer'; write grpc://HOST:PORT"),
+        ({"KVCODEC_REMOTE": "peer"}, r"not a peer's address: 'peer'; write grpc://HOST:PORT, grpcs:// for TLS"),
         (REMOTE | {"KVCODEC_PROFILE": "best"}, r"unknown profile 'best'; there are .*, compact"),
         (REMOTE | {"KVCODEC_HOST_CACHE": "lots"}, r"not a size: 'lots'; write e\.g\. 50GB or 512MiB"),
         (REMOTE | {"KVCODEC_HOST_CACHE": "0"}, r"host_cache_bytes must be at least 1"),

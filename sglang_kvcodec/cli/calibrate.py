@@ -12,7 +12,8 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from sglang_kvcodec.cli.bench import ProgressBar, need_libraries, prepare_out, set_threads
-from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.cli.peer_access import access, add_access_arguments
+from sglang_kvcodec.config import Access, Timeouts
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.client import GrpcPeer
 
@@ -31,7 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "balanced and compact. Servers fetch it from their peer at start. A few minutes for a small model.",
     )
     parser.add_argument("--model", metavar="PATH", required=True, type=pathlib.Path, help="a directory or .gguf file")
-    parser.add_argument("--remote", metavar="URL", help="store it at this peer, grpc://HOST:PORT")
+    parser.add_argument("--remote", metavar="URL", help="store it at this peer, grpc://HOST:PORT; grpcs: TLS")
+    add_access_arguments(parser)
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write it there, one file for each rank")
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", type=pathlib.Path, help="texts to run over (default: those that ship)"
@@ -69,6 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.out and not arguments.remote:
         raise ConfigurationError("say where the calibration goes: --remote grpc://HOST:PORT, --out DIR, or both")
+    if arguments.remote:
+        access(arguments).require_fit(arguments.remote)
     need_libraries()
     from sglang_kvcodec.evaluation.calibrate import CalibrationPlan, calibrate
     from sglang_kvcodec.evaluation.text import cut_documents, read_texts, shipped_texts
@@ -100,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
         calibrations = calibrate(model, files_digest, documents, plan, notes, bar)
     _print(calibrations)
     for calibration in calibrations:
-        _keep(calibration, out, arguments.remote)
+        _keep(calibration, out, arguments.remote, access(arguments))
     return 0
 
 
@@ -116,7 +120,7 @@ def _print(calibrations: list[Calibration]) -> None:
         )
 
 
-def _keep(calibration: Calibration, out: pathlib.Path | None, remote: str | None) -> None:
+def _keep(calibration: Calibration, out: pathlib.Path | None, remote: str | None, shown: Access) -> None:
     layout, size_mib = calibration.layout, len(calibration.encoded) / (1 << 20)
     rank = f" of rank {layout.tp_rank}" if layout.tp_size > 1 else ""
     print(
@@ -127,6 +131,6 @@ def _keep(calibration: Calibration, out: pathlib.Path | None, remote: str | None
         path.write_bytes(calibration.encoded)
         print(f"written to {path}")
     if remote:
-        with contextlib.closing(GrpcPeer(remote, _TIMEOUTS)) as peer:
+        with contextlib.closing(GrpcPeer(remote, _TIMEOUTS, access=shown)) as peer:
             peer.put_calibration(calibration.model_digest, calibration.encoded)
         print(f"stored at {remote}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from sglang_kvcodec.cli.peer_access import access, add_access_arguments
 from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, Timeouts
 from sglang_kvcodec.errors import ConfigurationError, NotFoundError
 from sglang_kvcodec.format.digest import artifact_digest
@@ -58,12 +59,13 @@ def _add_command(
     words: str,
 ) -> argparse.ArgumentParser:
     def connect_and_run(arguments: argparse.Namespace) -> int:
-        with contextlib.closing(GrpcPeer(arguments.remote, _TIMEOUTS)) as peer:
+        with contextlib.closing(GrpcPeer(arguments.remote, _TIMEOUTS, access=access(arguments))) as peer:
             run(arguments, peer)
         return 0
 
     parser = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
-    parser.add_argument("--remote", metavar="URL", required=True, help="the peer, grpc://HOST:PORT")
+    parser.add_argument("--remote", metavar="URL", required=True, help="the peer, grpc://HOST:PORT; grpcs: TLS")
+    add_access_arguments(parser)
     parser.set_defaults(run=connect_and_run)
     return parser
 

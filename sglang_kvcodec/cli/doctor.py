@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_kvcodec.cli.peer_access import access, add_access_arguments
 from sglang_kvcodec.config import DECODERS, ENCODERS
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.testing.machine import describe_machine, versions
@@ -25,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "fetching beats computing. Exit status 0 if a server would start, 1 with the reasons if not.",
     )
     parser.add_argument("--remote", metavar="URL", help="a peer to measure the link to; objects are put and deleted")
+    add_access_arguments(parser)
     parser.add_argument("--model", metavar="PATH", type=pathlib.Path, help="a model's directory or config.json")
     parser.add_argument("--prefill-tokens-per-s", metavar="RATE", type=float, help="of the server without kvcodec")
     parser.add_argument("--bits-per-value", metavar="BITS", type=float, default=2.0, help="coded; 2 is 8x below bf16")
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         from sglang_kvcodec.evaluation.examination import examine
     except ImportError as error:
         raise ConfigurationError(f"the doctor needs PyAV and NumPy: {error}") from error
-    findings = {"machine": describe_machine(), "versions": versions()} | examine(arguments)
+    findings = {"machine": describe_machine(), "versions": versions()} | examine(arguments, access(arguments))
     print(json.dumps(findings, indent=1) if arguments.json else as_text(findings))
     return 1 if findings["reasons"] else 0
 

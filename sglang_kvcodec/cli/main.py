@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from sglang_kvcodec import __version__
-from sglang_kvcodec.cli import bench, calibrate, calibrations, doctor, serve
+from sglang_kvcodec.cli import bench, calibrate, calibrations, doctor, serve, token
 from sglang_kvcodec.errors import KVCodecError
 
-_SUBCOMMANDS = (serve, doctor, calibrate, calibrations, bench)
+_SUBCOMMANDS = (serve, token, doctor, calibrate, calibrations, bench)
 """Modules with ``add_parser(subparsers)``; it sets ``run``, a function of the parsed arguments to the exit status."""
 
 

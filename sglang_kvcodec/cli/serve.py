@@ -6,23 +6,22 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import re
 import signal
 from collections.abc import Iterator
 
 import prometheus_client
 
+from sglang_kvcodec.cli.serve_security import add_security_arguments, check_listen, security, with_client_limits
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.heap import keep_freed_memory
+from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.scrub import Scrubber
 from sglang_kvcodec.rpc.server import PeerServer
-from sglang_kvcodec.rpc.servicer import PeerLimits
 
 logger = logging.getLogger(__name__)
 
 _SCRUB_BYTES_PER_S = 4 * 10**6
-_LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,9 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--grace", metavar="SECONDS", type=float, default=10.0, help="time for running streams to end at shutdown"
     )
-    parser.add_argument(
-        "--insecure", action="store_true", help="allow plaintext without authentication beyond this machine"
-    )
+    add_security_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
-    host = check_listen(arguments.listen, arguments.insecure)
+    secured = security(arguments)
+    host = check_listen(arguments.listen, arguments.insecure, secured)
     if arguments.ttl is not None and not arguments.ttl > 0:
         raise ConfigurationError("--ttl must be above 0")
     scrub_bytes_per_s = parse_bytes(arguments.scrub_rate) if arguments.scrub_rate is not None else None
@@ -83,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_streams=arguments.max_streams,
         bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
     )
+    limits = with_client_limits(limits, arguments)
     from sglang_kvcodec.storage import ExpiringEngine, MeteredEngine, ReadAheadEngine, open_store, without_password
 
     keep_freed_memory()
@@ -106,30 +105,11 @@ def run(arguments: argparse.Namespace) -> int:
         words = f"store={without_password(arguments.store)} capacity={capacity_bytes}{metrics_address}"
 
         async def serve() -> None:
-            await _serve(PeerServer(engine, arguments.listen, limits, artifacts), arguments.grace, words)
+            await _serve(PeerServer(engine, arguments.listen, limits, artifacts, secured), arguments.grace, words)
 
         with contextlib.closing(Scrubber(engine, scrub_bytes_per_s)):
             asyncio.run(serve())
     return 0
-
-
-def check_listen(listen: str, insecure: bool) -> str:
-    """The host of ``HOST:PORT``.
-
-    Raises:
-        ConfigurationError: not an address, or one beyond this machine without ``insecure``.
-    """
-    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})", listen)
-    if match is None or int(match[2]) > 65535:
-        raise ConfigurationError(f"can't listen on {listen!r}; write HOST:PORT")
-    if not _LOOPBACK.fullmatch(match[1]):
-        if not insecure:
-            raise ConfigurationError(
-                f"{listen} is open to other machines, without encryption or authentication; "
-                "listen on 127.0.0.1, or add --insecure where the network is trusted"
-            )
-        logger.warning("plaintext without authentication on %s: whoever reaches it reads and writes the cache", listen)
-    return match[1]
 
 
 async def _serve(server: PeerServer, grace_s: float, words: str) -> None:
@@ -137,6 +117,8 @@ async def _serve(server: PeerServer, grace_s: float, words: str) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    if server.asks_for_tokens:
+        loop.add_signal_handler(signal.SIGHUP, server.reload_tokens)
     await server.start()
     print(f"kvcodec peer ready on {server.address} {words}", flush=True)
     await stopping.wait()

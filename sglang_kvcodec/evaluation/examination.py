@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from sglang_kvcodec import __version__
+from sglang_kvcodec.config import Access
 from sglang_kvcodec.errors import ConfigurationError, KVCodecError
 from sglang_kvcodec.evaluation import rates
 from sglang_kvcodec.evaluation.break_even import break_even, spec_of_model
@@ -21,8 +22,11 @@ _LARGE_MODEL = KVSpec(layers=32, kv_heads=8, head_dim=128, page_tokens=64, dtype
 """Pictures of this shape are coded where no model is given."""
 
 
-def examine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All findings, ready for JSON. ``reasons`` are those for which a server would not start."""
+def examine(arguments: argparse.Namespace, access: Access) -> dict[str, Any]:
+    """All findings, ready for JSON. ``reasons`` are those for which a server would not start.
+
+    ``access`` is what the peer that ``arguments`` name is shown.
+    """
     reasons: list[str] = []
     notes: list[str] = []
     spec = dataclasses.replace(_LARGE_MODEL, page_tokens=arguments.page_size)
@@ -49,7 +53,7 @@ def examine(arguments: argparse.Namespace) -> dict[str, Any]:
         notes.append(f"without an NVIDIA driver ({LIBRARY}) pages are decoded and restored on the CPU")
     decode = _coding(arguments, device, findings, reasons)
     restore_values_per_s = _restoring(spec, arguments, findings, notes)
-    link = _link(arguments, findings, notes)
+    link = _link(arguments, access, findings, notes)
     if decode is not None and model is not None:
         values_per_token = model.layers * len(model.sides) * model.channels
         result = break_even(
@@ -124,12 +128,14 @@ def _restoring(spec: KVSpec, arguments: argparse.Namespace, findings: dict[str, 
     return one_thread * threads
 
 
-def _link(arguments: argparse.Namespace, findings: dict[str, Any], notes: list[str]) -> rates.Link | None:
+def _link(
+    arguments: argparse.Namespace, access: Access, findings: dict[str, Any], notes: list[str]
+) -> rates.Link | None:
     if arguments.remote is None:
         notes.append("no link was measured without --remote")
         return None
     try:
-        link = rates.measure_link(arguments.remote, arguments.seconds)
+        link = rates.measure_link(arguments.remote, arguments.seconds, access)
     except ConfigurationError:
         raise
     except KVCodecError as error:

@@ -59,7 +59,7 @@ def calibration_at_start(
     if config.profile not in CALIBRATED_TIERS:
         return None
     timeouts = dataclasses.replace(config.timeouts, calibration_s=config.timeouts.start_calibration_s)
-    with contextlib.closing(connect(config.remote, timeouts, config.replicas)) as peer:
+    with contextlib.closing(connect(config.remote, timeouts, config.replicas, config.access)) as peer:
         found = search_calibration(peer, lambda: rank_digest(ctx, transforms.spec), transforms)
     return settle_calibration(found, transforms, all_ranks)
 

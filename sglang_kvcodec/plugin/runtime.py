@@ -113,7 +113,7 @@ class Runtime:
         self.tracer = open_tracer(config.trace, f"sglang-kvcodec rank {rank}", rank)
         self.progress = threading.Event()
         self.cache = BitstreamCache(config.host_cache_bytes)
-        self._peer = connect(config.remote, config.timeouts, config.replicas)
+        self._peer = connect(config.remote, config.timeouts, config.replicas, config.access)
         decode_threads = decoders.threads if decoders is not None else config.decode_threads
         self.rates = Rates(
             LinkMeter(),

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_kvcodec.config import ENV_NAMES, PROFILES, ServerConfig
 from sglang_kvcodec.errors import UnsupportedError
+from sglang_kvcodec.rpc.channels import check_files
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,12 @@ MIN_PAGE_TOKENS = 16
 MAX_PAGE_TOKENS = 256
 
 _HELP = {
-    "remote": "Address of the storage peer, grpc://HOST:PORT, or of several, grpc://HOST:PORT,HOST:PORT.",
+    "remote": "Address of the storage peer, grpc://HOST:PORT, or of several, grpc://HOST:PORT,HOST:PORT; grpcs: TLS.",
+    "tls_ca": "File of the CA that signs the peer's certificate, for grpcs; the system's CAs without.",
+    "tls_cert": "File of this server's own certificate, for a peer that asks for one.",
+    "tls_key": "File of its private key.",
+    "token_file": "File that holds this server's token, for a peer that asks for one.",
+    "insecure": "true: send the token in plaintext to another machine.",
     "replicas": "Of several storage peers, on how many each page is kept.",
     "profile": f"Quality tier: {', '.join(PROFILES)}; 'exact' restores the KV cache bit for bit.",
     "host_cache_bytes": "Bound of the fetched page objects kept in host memory, e.g. 8GB.",
@@ -70,7 +76,7 @@ def prepare(server_args: Any) -> None:
     if getattr(server_args, "radix_cache_backend", None) != BACKEND_NAME:
         return
     check_version()
-    server_config(server_args)
+    check_files(server_config(server_args).access)
     _check_conflicts(server_args)
     if server_args.page_size is None:
         server_args.page_size = DEFAULT_PAGE_TOKENS

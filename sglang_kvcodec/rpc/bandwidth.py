@@ -24,6 +24,11 @@ class BandwidthLimit:
         """The largest sensible message."""
         return max(1, int(self._bytes_per_s * _GRAIN_S))
 
+    @property
+    def delay_s(self) -> float:
+        """How long what is taken already keeps the link."""
+        return max(0.0, self._free_at_s - time.monotonic())
+
     async def take(self, size_bytes: int) -> None:
         """Waits until ``size_bytes`` have gone down the link, after those that were taken before."""
         now_s = time.monotonic()

@@ -24,6 +24,11 @@ class ByteBudget:
         """Bytes handed out now."""
         return self._total_bytes - self._free_bytes
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody holds or waits for any."""
+        return self._free_bytes == self._total_bytes and not self._waiting
+
     async def acquire(self, size_bytes: int, timeout_s: float) -> None:
         """Waits for ``size_bytes``; the caller gives them back with :meth:`release`.
 

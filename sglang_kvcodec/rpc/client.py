@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +11,16 @@ from typing import Any
 import grpc
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, MAX_OBJECT_BYTES, Timeouts, parse_remote
-from sglang_kvcodec.errors import FormatError, PeerError, PeerRejectedError, PeerTimeoutError, PeerUnavailableError
+from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, MAX_OBJECT_BYTES, Access, Timeouts, parse_remote
+from sglang_kvcodec.errors import (
+    ConfigurationError,
+    FormatError,
+    PeerDeniedError,
+    PeerError,
+    PeerRejectedError,
+    PeerTimeoutError,
+    PeerUnavailableError,
+)
 from sglang_kvcodec.format.digest import Buffer, artifact_digest
 from sglang_kvcodec.format.exchange import (
     CalibrationEntry,
@@ -24,12 +33,15 @@ from sglang_kvcodec.format.exchange import (
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, Progress, calibration_entries, put_messages
+from sglang_kvcodec.rpc.channels import TokenSource, open_channel, tls_files_stamp
 from sglang_kvcodec.rpc.errors import peer_error
 from sglang_kvcodec.rpc.heap import keep_freed_memory
-from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES, channel_options
+from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
 from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
 from sglang_kvcodec.rpc.watch import CallWatch, Verdict, WatchedCall
 from sglang_kvcodec.rpc.wire import decode_fetch, encode_chunk
+
+logger = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 
@@ -37,35 +49,53 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 class GrpcPeer:
     """Implements ``format.exchange.PeerTransport``; see there. One connection, opened by the first call."""
 
-    def __init__(self, remote: str, timeouts: Timeouts | None = None, max_message_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        remote: str,
+        timeouts: Timeouts | None = None,
+        max_message_bytes: int = 0,
+        access: Access | None = None,
+    ) -> None:
         """Connects lazily. Has glibc keep freed memory, see ``rpc/heap.py``.
 
         Args:
-            remote: ``grpc://HOST:PORT``.
+            remote: ``grpc://HOST:PORT``, or ``grpcs://HOST:PORT`` by TLS.
             timeouts: how long each phase may take.
             max_message_bytes: asks for smaller or larger messages of a Fetch; 0 leaves it to the peer.
+            access: certificates and token; the files are read now, the token's again when it changes, and the
+                certificates' when they have changed and there is no connection.
 
         Raises:
-            ConfigurationError: not such a URL.
+            ConfigurationError: not such a URL, or ``access`` does not go with it, or one of its files can't be used.
         """
         self._address = parse_remote(remote)
+        access = access or Access()
+        access.require_fit(remote)
         keep_freed_memory()
         self._timeouts = timeouts or Timeouts()
         self._max_message_bytes = max_message_bytes
         self._closed = False
         self._answered = False
         self._watch = CallWatch()
-        self._channel = grpc.insecure_channel(self._address, options=channel_options(self._timeouts))
-        unary = self._channel.unary_unary
+        self._token = TokenSource(access.token_file)
+        self._remote, self._access = remote, access
+        self._opening = threading.Lock()
+        self._files = tls_files_stamp(access)
+        self._retired: grpc.Channel | None = None
+        self._use(open_channel(remote, access, self._timeouts))
+
+    def _use(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        unary = channel.unary_unary
         self._lookup = unary(f"/{_SERVICE}/Lookup", pb.LookupRequest.SerializeToString, pb.LookupResponse.FromString)
         self._delete = unary(f"/{_SERVICE}/Delete", pb.DeleteRequest.SerializeToString, pb.DeleteResponse.FromString)
         self._stat = unary(f"/{_SERVICE}/Stat", pb.StatRequest.SerializeToString, pb.StatResponse.FromString)
-        self._fetch = self._channel.unary_stream(f"/{_SERVICE}/Fetch", pb.FetchRequest.SerializeToString)
-        self._put = self._channel.stream_unary(f"/{_SERVICE}/Put", None, pb.PutResponse.FromString)
-        self._put_calibration = self._channel.stream_unary(
+        self._fetch = channel.unary_stream(f"/{_SERVICE}/Fetch", pb.FetchRequest.SerializeToString)
+        self._put = channel.stream_unary(f"/{_SERVICE}/Put", None, pb.PutResponse.FromString)
+        self._put_calibration = channel.stream_unary(
             f"/{_SERVICE}/PutCalibration", None, pb.PutCalibrationResponse.FromString
         )
-        self._get_calibration = self._channel.unary_stream(
+        self._get_calibration = channel.unary_stream(
             f"/{_SERVICE}/GetCalibration", pb.GetCalibrationRequest.SerializeToString
         )
         self._list_calibrations = unary(
@@ -83,20 +113,20 @@ class GrpcPeer:
         """Which of the pages are stored."""
         request = pb.LookupRequest(namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes))
         with self._translated("Lookup"):
-            response = self._lookup(request, timeout=self._deadline_s(self._timeouts.lookup_s))
+            response = self._lookup(request, **self._terms(self._timeouts.lookup_s))
             return lookup_result(response, len(page_hashes))
 
     def delete(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> int:
         """Deletes pages; how many there were."""
         request = pb.DeleteRequest(namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes))
         with self._translated("Delete"):
-            response = self._delete(request, timeout=self._deadline_s(self._timeouts.progress_s))
+            response = self._delete(request, **self._terms(self._timeouts.progress_s))
             return int(response.deleted_pages)
 
     def stat(self) -> PeerStat:
         """The peer's account of itself."""
         with self._translated("Stat"):
-            stat = self._stat(pb.StatRequest(), timeout=self._deadline_s(self._timeouts.progress_s))
+            stat = self._stat(pb.StatRequest(), **self._terms(self._timeouts.progress_s))
             return PeerStat(
                 stat.objects,
                 stat.stored_bytes,
@@ -118,7 +148,7 @@ class GrpcPeer:
         )
         checks = FetchChecks(page_hashes)
         with self._translated("Fetch"):
-            call = self._fetch(request, timeout=self._timeouts.fetch_s)
+            call = self._fetch(request, timeout=self._timeouts.fetch_s, metadata=self._token.metadata())
             watched = WatchedCall(call, self._timeouts.progress_s, cancelled)
             try:
                 for message in self._messages(call, watched):
@@ -155,7 +185,8 @@ class GrpcPeer:
         request = pb.GetCalibrationRequest(model_digest=model_digest, digest=digest or b"")
         receipt = CalibrationReceipt(digest, progress)
         with self._translated("GetCalibration"):
-            call = self._get_calibration(request, timeout=self._timeouts.calibration_s)
+            metadata = self._token.metadata()
+            call = self._get_calibration(request, timeout=self._timeouts.calibration_s, metadata=metadata)
             watched = WatchedCall(call, self._timeouts.progress_s, None)
             try:
                 for message in self._messages(call, watched, "GetCalibration"):
@@ -171,20 +202,23 @@ class GrpcPeer:
     def list_calibrations(self) -> list[CalibrationEntry]:
         """All calibration artifacts of the peer."""
         with self._translated("ListCalibrations"):
-            timeout_s = self._deadline_s(self._timeouts.progress_s)
-            return calibration_entries(self._list_calibrations(pb.ListCalibrationsRequest(), timeout=timeout_s))
+            terms = self._terms(self._timeouts.progress_s)
+            return calibration_entries(self._list_calibrations(pb.ListCalibrationsRequest(), **terms))
 
     def delete_calibration(self, model_digest: bytes, digest: bytes) -> bool:
         """Deletes a calibration artifact; whether it was there."""
         request = pb.DeleteCalibrationRequest(model_digest=model_digest, digest=digest)
         with self._translated("DeleteCalibration"):
-            response = self._delete_calibration(request, timeout=self._deadline_s(self._timeouts.progress_s))
+            response = self._delete_calibration(request, **self._terms(self._timeouts.progress_s))
             return bool(response.deleted)
 
     def close(self) -> None:
         """Ends every call under way with ``PeerUnavailableError``. May be called twice."""
-        self._closed = True
-        self._channel.close()
+        with self._opening:
+            self._closed = True
+            for channel in (self._channel, self._retired):
+                if channel is not None:
+                    channel.close()
         self._watch.close()
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -197,7 +231,26 @@ class GrpcPeer:
             try:
                 grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
             except grpc.FutureTimeoutError:
-                raise PeerUnavailableError(f"no connection to {self._address} within {timeout_s} s") from None
+                # A call knows why there is none, a certificate that is not accepted for instance.
+                self._stat(pb.StatRequest(), **self._terms(self._timeouts.progress_s))
+
+    def _open_anew_if_renewed(self) -> None:
+        """A channel keeps the certificates that it was opened with: after they are renewed there has to be another."""
+        with self._opening:
+            files = tls_files_stamp(self._access)
+            if self._closed or files == self._files:
+                return
+            self._files = files
+            try:
+                channel = open_channel(self._remote, self._access, self._timeouts)
+            except ConfigurationError as error:
+                logger.warning("kvcodec: the certificates of before stay in use: %s", error)
+                return
+            # Calls that are under way end on the old one, which is closed when there is the next.
+            if self._retired is not None:
+                self._retired.close()
+            self._retired = self._channel
+            self._use(channel)
 
     def _put_all(self, objects: Sequence[tuple[PageKey, bytes]]) -> list[PutResult]:
         with self._translated("Put"):
@@ -221,7 +274,7 @@ class GrpcPeer:
             if watched is not None:
                 watched.waiting()
 
-        call = method.future(messages(), timeout=timeout_s)
+        call = method.future(messages(), timeout=timeout_s, metadata=self._token.metadata())
         watched = WatchedCall(call, self._timeouts.progress_s, None)
         self._watch.add(watched)
         started.set()
@@ -263,9 +316,10 @@ class GrpcPeer:
             return PeerTimeoutError(f"{rpc} at {self._address}: silent for {self._timeouts.progress_s} s")
         return PeerUnavailableError(f"{rpc} at {self._address}: the client was closed")
 
-    def _deadline_s(self, phase_s: float) -> float:
-        """A call that may have to connect first gets the time for it."""
-        return phase_s if self._answered else self._timeouts.connect_s + phase_s
+    def _terms(self, phase_s: float) -> dict[str, Any]:
+        """Deadline and token of a call. One that may have to connect first gets the time for it."""
+        timeout_s = phase_s if self._answered else self._timeouts.connect_s + phase_s
+        return {"timeout": timeout_s, "metadata": self._token.metadata()}
 
     @contextlib.contextmanager
     def _translated(self, rpc: str) -> Iterator[None]:
@@ -288,6 +342,10 @@ class GrpcPeer:
         except PeerError as error:
             if not isinstance(error, PeerRejectedError):
                 self._answered = False
+            if isinstance(error, PeerDeniedError):
+                self._token.look_again()
+            if isinstance(error, PeerUnavailableError):
+                self._open_anew_if_renewed()
             metrics.PEER_ERRORS.labels(rpc.lower(), error.reason).inc()
             raise
 

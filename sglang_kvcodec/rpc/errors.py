@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from sglang_kvcodec.errors import (
     CapacityError,
+    ClientLimitError,
+    ForbiddenError,
     FormatError,
     KVCodecError,
     NotFoundError,
+    PeerDeniedError,
     PeerError,
     PeerRejectedError,
     PeerTimeoutError,
     PeerUnavailableError,
+    PeerUntrustedError,
+    UnauthenticatedError,
 )
+
+_HANDSHAKE_FAILED = re.compile(r"(Tls|Ssl) handshake failed|SSL_ERROR|[Vv]erification check failed")
+"""gRPC has no status for a certificate that is refused: only the words of what is otherwise an absent peer tell."""
 
 PEER_ERRORS_BY_STATUS: dict[grpc.StatusCode, type[PeerError]] = {
     # The call was ended from outside: the channel was closed, or the peer stopped.
@@ -29,8 +39,8 @@ PEER_ERRORS_BY_STATUS: dict[grpc.StatusCode, type[PeerError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: PeerRejectedError,
     grpc.StatusCode.NOT_FOUND: PeerRejectedError,
     grpc.StatusCode.ALREADY_EXISTS: PeerRejectedError,
-    grpc.StatusCode.PERMISSION_DENIED: PeerRejectedError,
-    grpc.StatusCode.UNAUTHENTICATED: PeerRejectedError,
+    grpc.StatusCode.PERMISSION_DENIED: PeerDeniedError,
+    grpc.StatusCode.UNAUTHENTICATED: PeerDeniedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: PeerRejectedError,
     grpc.StatusCode.FAILED_PRECONDITION: PeerRejectedError,
     grpc.StatusCode.OUT_OF_RANGE: PeerRejectedError,
@@ -42,6 +52,8 @@ PEER_ERRORS_BY_STATUS: dict[grpc.StatusCode, type[PeerError]] = {
 def peer_error(code: grpc.StatusCode, details: str | None, rpc: str, address: str) -> PeerError:
     """What a client raises for an RPC that ended with ``code``."""
     kind = PEER_ERRORS_BY_STATUS[code]
+    if code is grpc.StatusCode.UNAVAILABLE and _HANDSHAKE_FAILED.search(details or ""):
+        kind = PeerUntrustedError
     return kind(f"{rpc} at {address} failed: {details or 'no details'} ({code.name})")
 
 
@@ -51,7 +63,11 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.INVALID_ARGUMENT, str(error)
     if isinstance(error, NotFoundError):
         return grpc.StatusCode.NOT_FOUND, str(error)
-    if isinstance(error, CapacityError):
+    if isinstance(error, UnauthenticatedError):
+        return grpc.StatusCode.UNAUTHENTICATED, str(error)
+    if isinstance(error, ForbiddenError):
+        return grpc.StatusCode.PERMISSION_DENIED, str(error)
+    if isinstance(error, CapacityError | ClientLimitError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
     if isinstance(error, PeerTimeoutError):
         return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)

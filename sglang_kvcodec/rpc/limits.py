@@ -20,6 +20,8 @@ _FRAME_BYTES = MIB
 _READ_CHUNK_BYTES = 256 << 10
 _KEEPALIVE_S = 10
 _KEEPALIVE_TIMEOUT_S = 5
+_HANDSHAKE_S = 10
+_CALLS_OF_A_CONNECTION = 1024
 
 
 def message_bytes(asked: int, most: int = MAX_MESSAGE_BYTES) -> int:
@@ -42,6 +44,9 @@ def server_options() -> ChannelOptions:
     """Options of the peer's gRPC server."""
     return [
         *_common_options(),
+        # A connection that never gets as far as HTTP/2 is closed, and none holds any number of calls open.
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
+        ("grpc.max_concurrent_streams", _CALLS_OF_A_CONNECTION),
         # Two peers on one port would share the calls between two stores.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_S * 500),

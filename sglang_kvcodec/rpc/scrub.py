@@ -8,7 +8,7 @@ import time
 
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES
-from sglang_kvcodec.errors import FormatError, StorageError, UnknownFormatError
+from sglang_kvcodec.errors import ForeignPageError, FormatError, StorageError, UnknownFormatError
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import MAGIC, PageObject
 from sglang_kvcodec.storage.base import StorageEngine
@@ -74,7 +74,11 @@ class Scrubber:
 
     def _drop_if_damaged(self, key: bytes, data: bytes) -> bool:
         try:
-            PageObject(data, expected=PageKey.from_bytes(key))
+            page_hash = PageKey.from_bytes(key).page_hash
+            stored = PageObject(data).header.key
+            # The rest of the key may be a tenant's, which can't be told from the object.
+            if stored.page_hash != page_hash:
+                raise ForeignPageError(f"page {stored} is stored under another key")
         except (FormatError, ValueError) as error:
             if isinstance(error, UnknownFormatError) and data.startswith(MAGIC):
                 # Of another version of this package, which may be able to read it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 
 import grpc
@@ -13,9 +14,14 @@ from grpc_reflection.v1alpha import reflection
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ConfigurationError, StorageError
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.admission import Admission, TokenInterceptor
 from sglang_kvcodec.rpc.calibrations import CalibrationServicer
+from sglang_kvcodec.rpc.calls import Calls
+from sglang_kvcodec.rpc.certificates import ServerCertificates
 from sglang_kvcodec.rpc.limits import server_options
-from sglang_kvcodec.rpc.servicer import PeerLimits, PeerServicer
+from sglang_kvcodec.rpc.peer_limits import PeerLimits
+from sglang_kvcodec.rpc.servicer import PeerServicer
+from sglang_kvcodec.rpc.tokens import TokenFile
 from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine
 
@@ -23,21 +29,35 @@ logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 _METRICS_PERIOD_S = 5.0
+_TOKENS_PERIOD_S = 1.0
 
 
 def _handlers(servicer: PeerServicer) -> grpc.GenericRpcHandler:
     """The service as ``protos/`` has it; the servicer reads requests itself, and writes what it streams."""
-    unary, streamed = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+    unary, streamed = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
             "Lookup": unary(servicer.Lookup, None, pb.LookupResponse.SerializeToString),
             "Fetch": streamed(servicer.Fetch, None, None),
-            "Put": grpc.stream_unary_rpc_method_handler(servicer.Put, None, pb.PutResponse.SerializeToString),
+            "Put": unary(servicer.Put, None, pb.PutResponse.SerializeToString),
             "Delete": unary(servicer.Delete, None, pb.DeleteResponse.SerializeToString),
             "Stat": unary(servicer.Stat, None, pb.StatResponse.SerializeToString),
         },
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerSecurity:
+    """How a peer knows its clients, and they know it.
+
+    Attributes:
+        certificates: serves by TLS; None for plaintext.
+        tokens: asks for tokens; None for none. Health is open to all.
+    """
+
+    certificates: ServerCertificates | None = None
+    tokens: TokenFile | None = None
 
 
 class PeerServer:
@@ -49,6 +69,7 @@ class PeerServer:
         listen: str,
         limits: PeerLimits | None = None,
         artifacts: ArtifactStore | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         """Prepares a peer.
 
@@ -57,14 +78,22 @@ class PeerServer:
             listen: ``HOST:PORT``; port 0 takes a free one.
             limits: what it takes on at once.
             artifacts: its calibrations, also the caller's to close; without them their RPCs are UNIMPLEMENTED.
+            security: TLS and tokens; plaintext for everybody without.
         """
+        limits = limits or PeerLimits()
+        self._security = security or PeerSecurity()
+        admission = Admission(self._security.tokens)
+        calls = Calls(admission, limits)
+        guards = []
+        if self._security.tokens is not None:
+            guards.append(TokenInterceptor(admission, (SERVICE, health.SERVICE_NAME), (reflection.SERVICE_NAME,)))
         self._engine = engine
         self._listen = listen
-        self._servicer = PeerServicer(engine, limits)
-        self._calibrations = CalibrationServicer(artifacts, limits) if artifacts is not None else None
+        self._servicer = PeerServicer(engine, limits, calls)
+        self._calibrations = CalibrationServicer(artifacts, limits, calls) if artifacts is not None else None
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=server_options())
-        self._metrics_task: asyncio.Task[None] | None = None
+        self._server = grpc.aio.server(interceptors=guards, options=server_options())
+        self._tasks: list[asyncio.Task[None]] = []
         self.address = listen
         """Where it listens once started."""
 
@@ -82,25 +111,43 @@ class PeerServer:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
-            port = self._server.add_insecure_port(self._listen)
+            port = self._add_port()
         except RuntimeError as error:
             raise ConfigurationError(f"can't listen on {self._listen}: the port is taken or not ours") from error
         self.address = f"{self._listen.rpartition(':')[0]}:{port}"
         await self._server.start()
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._metrics_task = asyncio.create_task(self._export_store_metrics())
+        self._tasks.append(asyncio.create_task(self._export_store_metrics()))
+        if self._security.tokens is not None:
+            self._tasks.append(asyncio.create_task(_follow(self._security.tokens)))
+
+    @property
+    def asks_for_tokens(self) -> bool:
+        """Whether :meth:`reload_tokens` has something to do."""
+        return self._security.tokens is not None
+
+    def reload_tokens(self) -> None:
+        """Reads the tokens again, in the background; a certificate is looked at whenever a client connects."""
+        if self._security.tokens is not None:
+            asyncio.get_running_loop().run_in_executor(None, self._security.tokens.reload_if_changed, True)
 
     async def stop(self, grace_s: float) -> None:
         """Drains: takes no new calls, says NOT_SERVING, lets running ones end within ``grace_s``, then ends them."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-        if self._metrics_task is not None:
-            self._metrics_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._servicer.close)
         if self._calibrations is not None:
             await loop.run_in_executor(None, self._calibrations.close)
+
+    def _add_port(self) -> int:
+        certificates = self._security.certificates
+        if certificates is None:
+            return int(self._server.add_insecure_port(self._listen))
+        return int(self._server.add_secure_port(self._listen, certificates.credentials()))
 
     async def _export_store_metrics(self) -> None:
         evicted_before: int | None = None
@@ -117,3 +164,13 @@ class PeerServer:
                     peer_metrics.STORE_EVICTIONS.inc(max(0, stat.evicted_objects - evicted_before))
                 evicted_before = stat.evicted_objects
             await asyncio.sleep(_METRICS_PERIOD_S)
+
+
+async def _follow(tokens: TokenFile) -> None:
+    while True:
+        await asyncio.sleep(_TOKENS_PERIOD_S)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, tokens.reload_if_changed)
+        except Exception:
+            # A task's top: whatever it is, the tokens of before stay, and the next change is seen.
+            logger.exception("the tokens could not be read again")

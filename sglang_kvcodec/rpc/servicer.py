@@ -1,13 +1,13 @@
 """The peer's RPCs about pages. Nothing a client or an engine does ends more than its own call.
 
-Requests come serialized, so that bytes which are none are refused like any other bad request; Fetch writes serialized
-messages, see ``rpc/wire.py``.
+Every call is a stream of serialized messages to gRPC, also where there is one request: so its caller is known before
+any of it is read, one that never comes is given up, and bytes which are none are refused like any other bad request.
+Fetch writes serialized messages, see ``rpc/wire.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import logging
@@ -19,19 +19,24 @@ import grpc
 import grpc.aio
 
 from sglang_kvcodec import __version__, peer_metrics
-from sglang_kvcodec.config import MAX_OBJECT_BYTES, MIB
-from sglang_kvcodec.errors import FormatError, PeerTimeoutError, StorageError
+from sglang_kvcodec.config import MIB
+from sglang_kvcodec.errors import FormatError, StorageError
 from sglang_kvcodec.format.exchange import PutResult
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.admission import Caller
 from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
 from sglang_kvcodec.rpc.budget import ByteBudget
-from sglang_kvcodec.rpc.calls import StreamSlots, serving
+from sglang_kvcodec.rpc.calls import Call, Calls
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
+from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.prefix_order import PrefixOrder
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
-from sglang_kvcodec.rpc.requests import announced_object, parsed, storage_keys
+from sglang_kvcodec.rpc.requests import announced_object, storage_keys
+from sglang_kvcodec.rpc.shares import ClientBudgets, StreamSlots
+from sglang_kvcodec.rpc.tenants import TenantEngine
+from sglang_kvcodec.rpc.tokens import MAX_TOKENS
 from sglang_kvcodec.rpc.wire import decode_put
 from sglang_kvcodec.storage.base import StorageEngine
 
@@ -46,32 +51,14 @@ _NETWORK_THREADS = 16
 """Calls at once of an engine that only waits: for its reads, and as many for its writes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PeerLimits:
-    """What a peer takes on at once."""
-
-    max_streams: int = 256
-    """Fetch and Put streams; a further one is refused."""
-    receive_bytes: int = 2 * MAX_OBJECT_BYTES
-    """Bytes of announced objects that all Put streams hold together; a further one waits."""
-    receive_wait_s: float = 10.0
-    idle_s: float = 30.0
-    """Longest silence of a client inside a Put."""
-    bandwidth_bits_per_s: int | None = None
-    """Bound of the object bytes that all Fetch streams send together."""
-    read_threads: int = 4
-    write_threads: int = 2
-
-
 class PeerServicer:
     """Serves a storage engine. Belongs to one event loop; the engine is called in threads of its own."""
 
-    _serving = staticmethod(serving)
-
-    def __init__(self, engine: StorageEngine, limits: PeerLimits | None = None) -> None:
+    def __init__(self, engine: StorageEngine, limits: PeerLimits, calls: Calls) -> None:
         """Serves ``engine``, which stays the caller's to close, after :meth:`close`."""
         self._engine = engine
-        self._limits = limits or PeerLimits()
+        self._limits = limits
+        self._serving = calls
         # Apart, so that no Lookup waits for the disk behind a queue of writes.
         least_threads = _NETWORK_THREADS if engine.waits_for_network else 1
         self._readers = ThreadPoolExecutor(max(self._limits.read_threads, least_threads), "kvcodec-read")
@@ -79,7 +66,9 @@ class PeerServicer:
         self._budget = ByteBudget(self._limits.receive_bytes)
         bits_per_s = self._limits.bandwidth_bits_per_s
         self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None
-        self._stream = StreamSlots(self._limits.max_streams)
+        self._client_budgets = ClientBudgets(self._limits.receive_bytes_of_a_client)
+        self._stream = StreamSlots(self._limits.max_streams, self._limits.streams_of_a_client)
+        self._views: dict[tuple[str, bytes], TenantEngine] = {}
         self._order = PrefixOrder()
 
     def close(self) -> None:
@@ -87,13 +76,14 @@ class PeerServicer:
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown(cancel_futures=True)
 
-    async def Lookup(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.LookupResponse:
+    async def Lookup(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.LookupResponse:
         """See ``protos/``."""
-        async with self._serving("Lookup", context):
-            request = parsed(pb.LookupRequest, data)
+        async with self._serving("Lookup", context) as call:
+            request = await call.request(pb.LookupRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
-            self._order.learn(keys)
-            sizes = await self._read(self._engine.sizes, keys)
+            engine = self._engine_of(call.caller)
+            self._order.learn(_stored_keys(engine, keys))
+            sizes = await self._read(engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
             return pb.LookupResponse(
                 covered_pages=covered,
@@ -101,35 +91,36 @@ class PeerServicer:
                 covered_bytes=sum(size for size in sizes[:covered] if size is not None),
             )
 
-    async def Fetch(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def Fetch(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """See ``protos/``."""
-        async with self._serving("Fetch", context), self._stream("Fetch"):
-            request = parsed(pb.FetchRequest, data)
+        async with self._serving("Fetch", context) as call, self._stream("Fetch", call.caller.name):
+            request = await call.request(pb.FetchRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
-            most_bytes = self._bandwidth.message_bytes if self._bandwidth else MAX_MESSAGE_BYTES
-            size_bytes = message_bytes(request.max_message_bytes, most_bytes)
-            sizes = await self._read(self._engine.sizes, keys)
+            engine = self._engine_of(call.caller)
+            size_bytes = message_bytes(request.max_message_bytes, self._most_message_bytes())
+            sizes = await self._read(engine.sizes, keys)
             stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
-            with self._engine.reading_ahead([(keys[index], size) for index, size in stored]):
-                layouts = await self._send_headers(keys, stored, size_bytes, context)
-                await self._send_payload(keys, layouts, size_bytes, context)
+            with engine.reading_ahead([(keys[index], size) for index, size in stored]):
+                layouts = await self._send_headers(engine, keys, stored, size_bytes, call)
+                await self._send_payload(engine, keys, layouts, size_bytes, call)
 
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
         """See ``protos/``."""
-        async with self._serving("Put", context), self._stream("Put"):
+        async with self._serving("Put", context) as call, self._stream("Put", call.caller.name):
+            engine = self._engine_of(call.caller)
             storing: list[asyncio.Task[PutResult]] = []
             keys: list[bytes] = []
             try:
-                while (incoming := await self._receive(context)) is not None:
+                while (incoming := await self._receive(call)) is not None:
                     keys.append(incoming.key.to_bytes())
                     # Stored while the next one arrives.
-                    storing.append(asyncio.create_task(self._store(incoming)))
+                    storing.append(asyncio.create_task(self._store(engine, incoming, call.caller)))
                     if len(storing) > MAX_PAGES_PER_REQUEST:
                         raise FormatError(f"more than the {MAX_PAGES_PER_REQUEST} objects of one Put")
             finally:
                 # What is committed is stored before the client hears how its stream ended.
                 ended = await asyncio.gather(*storing, return_exceptions=True)
-                await self._keep_heads(keys)
+                await self._keep_heads(_stored_keys(engine, keys))
             response = pb.PutResponse()
             for result in ended:
                 if isinstance(result, BaseException):
@@ -137,30 +128,51 @@ class PeerServicer:
                 response.results.add(outcome=OUTCOMES[result.outcome], detail=result.detail)
             return response
 
-    async def Delete(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
+    async def Delete(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.DeleteResponse:
         """See ``protos/``."""
-        async with self._serving("Delete", context):
-            request = parsed(pb.DeleteRequest, data)
+        async with self._serving("Delete", context) as call:
+            request = await call.request(pb.DeleteRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
-            return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._engine, keys))
+            return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._engine_of(call.caller), keys))
 
-    async def Stat(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.StatResponse:
+    async def Stat(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.StatResponse:
         """See ``protos/``."""
-        async with self._serving("Stat", context):
-            parsed(pb.StatRequest, data)
+        async with self._serving("Stat", context) as call:
+            await call.request(pb.StatRequest)
             stat = await self._read(self._engine.stat)
+            is_told = call.caller.is_operator
             return pb.StatResponse(
-                objects=stat.objects,
-                stored_bytes=stat.stored_bytes,
+                objects=stat.objects if is_told else 0,
+                stored_bytes=stat.stored_bytes if is_told else 0,
                 capacity_bytes=stat.capacity_bytes,
-                evicted_objects=stat.evicted_objects,
+                evicted_objects=stat.evicted_objects if is_told else 0,
                 engine=self._engine.name,
                 format_version=FORMAT_VERSION,
                 software_version=__version__,
             )
 
+    def _engine_of(self, caller: Caller) -> StorageEngine:
+        """The engine as the caller's tenant sees it."""
+        if not caller.tenant:
+            return self._engine
+        tenant = caller.tenant, caller.tenant_secret
+        if tenant not in self._views:
+            if len(self._views) >= MAX_TOKENS:
+                # The file was changed very often: a view holds nothing that is not made anew.
+                self._views.clear()
+            self._views[tenant] = TenantEngine(self._engine, *tenant)
+        return self._views[tenant]
+
+    def _most_message_bytes(self) -> int:
+        """So large that under a limit of the bandwidth streams share the link evenly."""
+        bounds = [self._bandwidth.message_bytes if self._bandwidth else None, self._serving.message_bytes]
+        return min((bound for bound in bounds if bound is not None), default=MAX_MESSAGE_BYTES)
+
     async def _keep_heads(self, keys: Sequence[bytes]) -> None:
-        """Has the pages before those that were put outlive them. Pages of one Put are in prefix order."""
+        """Has the pages before those that were put outlive them. Pages of one Put are in prefix order.
+
+        ``keys``: as the whole engine has them.
+        """
         if not keys:
             return
         try:
@@ -170,10 +182,11 @@ class PeerServicer:
 
     async def _send_headers(
         self,
+        engine: StorageEngine,
         keys: Sequence[bytes],
         stored: Sequence[tuple[int, int]],
         size_bytes: int,
-        context: grpc.aio.ServicerContext,
+        call: Call,
     ) -> dict[int, PageLayout]:
         """Tells which pages are missing and sends the headers of the others; gives their layouts by page index.
 
@@ -185,33 +198,34 @@ class PeerServicer:
         held_bytes = 0
         for first in range(0, len(stored), _HEADERS_PER_READ):
             batch = stored[first : first + _HEADERS_PER_READ]
-            pages = await self._read(_read_pages, self._engine, [(keys[index], size) for index, size in batch])
+            pages = await self._read(_read_pages, engine, [(keys[index], size) for index, size in batch])
             for (index, object_bytes), page in zip(batch, pages, strict=True):
                 if page is None:
                     response.missing.append(index)
                     continue
                 header, layouts[index] = page
                 if held_bytes and held_bytes + len(header) > size_bytes:
-                    await self._send(response.SerializeToString(), held_bytes, context)
+                    await self._send(response.SerializeToString(), held_bytes, call)
                     response, held_bytes = pb.FetchResponse(), 0
                 response.headers.add(page_index=index, object_bytes=object_bytes, header=header)
                 held_bytes += len(header)
-        await self._send(response.SerializeToString(), held_bytes, context)
+        await self._send(response.SerializeToString(), held_bytes, call)
         return layouts
 
     async def _send_payload(
         self,
+        engine: StorageEngine,
         keys: Sequence[bytes],
         layouts: dict[int, PageLayout],
         size_bytes: int,
-        context: grpc.aio.ServicerContext,
+        call: Call,
     ) -> None:
         """Sends the payload; where reads may wait, the next few messages are read while the last few leave."""
-        reader = PayloadReader(self._engine, keys)
+        reader = PayloadReader(engine, keys)
         plan = plan_messages(layouts, size_bytes)
         if not self._engine.reads_wait:
             for message in plan:
-                await self._send_all(reader.read([message]), context)
+                await self._send_all(reader.read([message]), call)
             return
         at_once = max(1, _READ_AHEAD_BYTES // size_bytes)
         pending: asyncio.Task[list[FetchMessage]] | None = None
@@ -219,44 +233,56 @@ class PeerServicer:
             while slices := list(itertools.islice(plan, at_once)):
                 messages = [] if pending is None else await pending
                 pending = asyncio.create_task(self._read(reader.read, slices))
-                await self._send_all(messages, context)
+                await self._send_all(messages, call)
             if pending is not None:
-                await self._send_all(await pending, context)
+                await self._send_all(await pending, call)
         finally:
             if pending is not None:
                 pending.cancel()
 
-    async def _send_all(self, messages: Sequence[FetchMessage], context: grpc.aio.ServicerContext) -> None:
+    async def _send_all(self, messages: Sequence[FetchMessage], call: Call) -> None:
+        call.require_still_admitted()
         for message in messages:
             if message.lost:
-                await context.write(pb.FetchResponse(missing=message.lost).SerializeToString())
+                await call.write(pb.FetchResponse(missing=message.lost).SerializeToString(), 0)
             if message.payload_bytes:
-                await self._send(message.encoded, message.payload_bytes, context)
+                await self._send(message.encoded, message.payload_bytes, call)
 
-    async def _send(self, encoded: bytes, object_bytes: int, context: grpc.aio.ServicerContext) -> None:
+    async def _send(self, encoded: bytes, object_bytes: int, call: Call) -> None:
         if self._bandwidth is not None:
             await self._bandwidth.take(object_bytes)
-        await context.write(encoded)
+        await call.write(encoded, object_bytes)
         peer_metrics.PEER_SENT_BYTES.inc(object_bytes)
 
-    async def _receive(self, context: grpc.aio.ServicerContext) -> IncomingObject | None:
-        """The next object up to its commit, its bytes taken from the budget; None at the end of the stream."""
-        step = await self._next_step(context)
-        if step is None:
+    async def _receive(self, call: Call) -> IncomingObject | None:
+        """The next object up to its commit, its bytes taken from the budgets; None at the end of the stream."""
+        data = await call.next_message()
+        if data is None:
             return None
+        step = decode_put(data)
         if not isinstance(step, pb.PutRequest) or step.WhichOneof("step") != "begin":
             raise FormatError("an object starts with its begin")
+        call.require_still_admitted()
         incoming = IncomingObject(*announced_object(step.begin))
-        await self._budget.acquire(incoming.object_bytes, self._limits.receive_wait_s)
+        # The client's own first: who waits for that keeps nobody else waiting.
+        client, wait_s = call.caller.name, self._limits.receive_wait_s
+        await self._client_budgets.acquire(client, incoming.object_bytes, wait_s)
         try:
-            await self._receive_chunks(incoming, context)
+            await self._budget.acquire(incoming.object_bytes, wait_s)
         except BaseException:
-            self._budget.release(incoming.object_bytes)
+            self._client_budgets.release(client, incoming.object_bytes)
+            raise
+        try:
+            await self._receive_chunks(incoming, call)
+        except BaseException:
+            self._release(incoming, call.caller)
             raise
         return incoming
 
-    async def _receive_chunks(self, incoming: IncomingObject, context: grpc.aio.ServicerContext) -> None:
-        while (step := await self._next_step(context)) is not None:
+    async def _receive_chunks(self, incoming: IncomingObject, call: Call) -> None:
+        until_waited_s = call.waited_s + self._limits.object_s
+        while (data := await call.next_message()) is not None:
+            step = decode_put(data)
             if isinstance(step, memoryview):
                 incoming.add(step)
                 peer_metrics.PEER_RECEIVED_BYTES.inc(len(step))
@@ -264,23 +290,21 @@ class PeerServicer:
                 return
             else:
                 raise FormatError(f"page {incoming.key}: chunks and a commit follow the begin")
+            if call.waited_s > until_waited_s:
+                raise call.too_slow(f"page {incoming.key}: not complete within {self._limits.object_s} s")
         raise FormatError(f"page {incoming.key}: the stream ended before the commit")
 
-    async def _store(self, incoming: IncomingObject) -> PutResult:
+    async def _store(self, engine: StorageEngine, incoming: IncomingObject, caller: Caller) -> PutResult:
         try:
-            result = await self._write(store_object, self._engine, incoming)
+            result = await self._write(store_object, engine, incoming)
         finally:
-            self._budget.release(incoming.object_bytes)
+            self._release(incoming, caller)
         peer_metrics.PEER_PUTS.labels(result.outcome.value).inc()
         return result
 
-    async def _next_step(self, context: grpc.aio.ServicerContext) -> pb.PutRequest | memoryview | None:
-        try:
-            async with asyncio.timeout(self._limits.idle_s):
-                data = await context.read()
-        except TimeoutError:
-            raise PeerTimeoutError(f"no message within {self._limits.idle_s} s") from None
-        return None if data is grpc.aio.EOF else decode_put(data)
+    def _release(self, incoming: IncomingObject, caller: Caller) -> None:
+        self._budget.release(incoming.object_bytes)
+        self._client_budgets.release(caller.name, incoming.object_bytes)
 
     async def _read(self, function: Callable[..., T], *args: object) -> T:
         # A thread costs several times what it takes to copy a message, and the copy is then in another core's cache.
@@ -293,6 +317,11 @@ class PeerServicer:
 
     async def _in_threads(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))
+
+
+def _stored_keys(engine: StorageEngine, keys: Sequence[bytes]) -> Sequence[bytes]:
+    """The keys under which the whole engine has what a tenant's view of it calls ``keys``."""
+    return engine.stored_keys(keys) if isinstance(engine, TenantEngine) else keys
 
 
 def _read_pages(engine: StorageEngine, pages: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, PageLayout] | None]:

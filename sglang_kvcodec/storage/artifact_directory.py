@@ -39,6 +39,7 @@ from sglang_kvcodec.storage.artifacts import (
 )
 from sglang_kvcodec.storage.ownership import own_directory
 
+_TENANTS_DIRECTORY = "tenants"
 _CURRENT_FILE = "current"
 _CURRENT_BYTES = 65
 _UNFINISHED_NAME = re.compile(r"[0-9a-f]{16}\.part")
@@ -62,6 +63,7 @@ class DirectoryArtifactStore(ArtifactStore):
             StorageUnavailableError: in use by another store, read-only, disk full.
         """
         self._directory = directory
+        self._capacity_bytes = capacity_bytes
         self._change_lock = threading.Lock()
         if directory.exists() and not directory.is_dir():
             raise ConfigurationError(f"{directory} is not a directory")
@@ -116,6 +118,10 @@ class DirectoryArtifactStore(ArtifactStore):
                 return False
             self._remove(artifact)
             return True
+
+    def of_tenant(self, tenant: str) -> DirectoryArtifactStore:
+        """See the base class: in ``tenants/<tenant>``."""
+        return DirectoryArtifactStore(self._directory / _TENANTS_DIRECTORY / tenant, self._capacity_bytes)
 
     def stat(self) -> ArtifactStat:
         """See the base class."""

@@ -25,6 +25,7 @@ class MemoryArtifactStore(ArtifactStore):
     """Artifacts in a dict."""
 
     def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
         self._index = ArtifactIndex(capacity_bytes)
         self._change_lock = threading.Lock()
         self._contents: dict[StoredArtifact, bytes] = {}
@@ -64,6 +65,10 @@ class MemoryArtifactStore(ArtifactStore):
             self._index.remove(artifact)
             del self._contents[artifact]
             return True
+
+    def of_tenant(self, tenant: str) -> MemoryArtifactStore:
+        """See the base class; forgotten when it is closed."""
+        return MemoryArtifactStore(self._capacity_bytes)
 
     def stat(self) -> ArtifactStat:
         """See the base class."""

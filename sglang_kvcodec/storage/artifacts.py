@@ -143,6 +143,17 @@ class ArtifactStore(abc.ABC):
         """
 
     @abc.abstractmethod
+    def of_tenant(self, tenant: str) -> ArtifactStore:
+        """A store of its own, of the same capacity, kept beside this one; the caller's to close. Blocking.
+
+        Args:
+            tenant: may be the name of a directory.
+
+        Raises:
+            StorageUnavailableError: it can't be opened, or is open.
+        """
+
+    @abc.abstractmethod
     def stat(self) -> ArtifactStat:
         """Counts now."""
 

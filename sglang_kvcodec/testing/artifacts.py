@@ -402,6 +402,24 @@ class ArtifactStoreContract:
         for entry in entries:
             assert read_all(store, model, entry.digest) in artifacts
 
+    def test_tenants_have_stores_of_their_own(self, make_store: ArtifactStoreFactory) -> None:
+        """The same model and artifact in all of them, and room that nobody else takes."""
+        store = make_store(1000)
+        model, artifact = make_model("m"), make_artifact("a", 700)
+        digest = store.put(model, artifact)
+        one, other = store.of_tenant("one"), store.of_tenant("other-1")
+        try:
+            assert one.entries() == other.entries() == []
+            assert one.stat() == ArtifactStat(0, 0, 1000)
+            assert one.put(model, artifact) == digest
+            assert store.delete(model, digest)
+            assert read_all(one, model) == artifact
+            assert read_all(other, model) is None
+        finally:
+            one.close()
+            other.close()
+        assert store.entries() == []
+
     def test_closed(self, make_store: ArtifactStoreFactory) -> None:
         """Closing twice is fine; using it afterwards is refused, and what is on its way in can only be given up."""
         store = make_store(1000)

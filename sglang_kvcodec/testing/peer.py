@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ class PeerProcess:
     @property
     def remote(self) -> str:
         """What ``--kvcodec-remote`` takes."""
-        return f"grpc://{self.address}"
+        scheme = "grpcs" if "--tls-cert" in self._arguments else "grpc"
+        return f"{scheme}://{self.address}"
 
     @property
     def pid(self) -> int:
@@ -65,6 +67,10 @@ class PeerProcess:
     def alive(self) -> bool:
         """Whether it runs."""
         return self._process.poll() is None
+
+    def hang_up(self) -> None:
+        """SIGHUP: it reads its tokens again."""
+        self._process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
         """SIGKILL: what a crash or the end of the machine looks like."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sglang_kvcodec.cli.main import main
-from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.config import Access, Timeouts
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.evaluation import examination
 from sglang_kvcodec.evaluation import rates as measures
@@ -56,6 +56,14 @@ def test_a_machine_without_a_gpu(accepted, capsys):
     assert findings["pictures"]["width"] % 64 == 0
     assert "break_even" not in findings
     assert "link" not in findings
+
+
+def test_a_link_is_measured_with_objects_that_differ_in_size(peer):
+    local, engine = peer
+    link = measures.measure_link(f"grpc://{local.address}", 1.0, Access())
+    assert link.measured_bytes > 3 << 20
+    assert link.fetch_bits_per_s > 0
+    assert engine.stat().objects == 0
 
 
 def test_model_link_and_prefill_give_a_break_even(accepted, capsys, peer, monkeypatch):

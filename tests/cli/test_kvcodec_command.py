@@ -7,9 +7,10 @@ import pytest
 
 from sglang_kvcodec import __version__
 from sglang_kvcodec.cli.main import main
-from sglang_kvcodec.cli.serve import check_listen
+from sglang_kvcodec.cli.serve_security import check_listen
 from sglang_kvcodec.config import parse_bits_per_s
 from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.rpc.server import PeerSecurity
 
 
 def test_version_and_help(capsys):
@@ -52,14 +53,14 @@ def test_what_is_wrong_is_one_sentence(capfd, arguments, words):
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.8.0.1:1", "localhost:65535", "[::1]:7440"])
 def test_loopback_needs_no_flag(listen):
-    assert check_listen(listen, insecure=False) == listen.rpartition(":")[0]
+    assert check_listen(listen, insecure=False, security=PeerSecurity()) == listen.rpartition(":")[0]
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "example.org:1", "127.0.0.1.example.org:1"])
 def test_beyond_this_machine_needs_a_flag_and_warns(listen, caplog):
     with pytest.raises(ConfigurationError, match="--insecure"):
-        check_listen(listen, insecure=False)
-    assert check_listen(listen, insecure=True) == listen.rpartition(":")[0]
+        check_listen(listen, insecure=False, security=PeerSecurity())
+    assert check_listen(listen, insecure=True, security=PeerSecurity()) == listen.rpartition(":")[0]
     assert "plaintext" in caplog.text
 
 

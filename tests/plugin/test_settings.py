@@ -151,6 +151,19 @@ def test_another_sglang_is_refused(monkeypatch):
         prepare(server_args("--enable-kvcodec", "--kvcodec-remote", REMOTE))
 
 
+def test_certificates_and_tokens_are_read_before_a_model_is_loaded(tmp_path):
+    flags = ("--enable-kvcodec", "--kvcodec-remote", "grpcs://peer:7000")
+    with pytest.raises(ConfigurationError, match=r"can't read .*/none"):
+        prepare(server_args(*flags, "--kvcodec-token-file", f"{tmp_path}/none"))
+    (tmp_path / "ca").write_text("nonsense")
+    with pytest.raises(ConfigurationError, match="no certificates of a CA"):
+        prepare(server_args(*flags, "--kvcodec-tls-ca", f"{tmp_path}/ca"))
+    (tmp_path / "token").write_text("secret\n")
+    with pytest.raises(ConfigurationError, match="in plaintext"):
+        prepare(server_args(*flags[:2], REMOTE, "--kvcodec-token-file", f"{tmp_path}/token"))
+    prepare(server_args(*flags, "--kvcodec-token-file", f"{tmp_path}/token"))
+
+
 def test_a_value_is_checked_where_the_environment_gave_it(monkeypatch):
     monkeypatch.setenv("KVCODEC_REMOTE", REMOTE)
     monkeypatch.setenv("KVCODEC_PUBLISH_QUEUE", "lots")

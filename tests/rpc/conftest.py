@@ -63,11 +63,11 @@ class FaultyEngine(MemoryEngine):
 class PeerThread:
     """A peer server in a thread of this process."""
 
-    def __init__(self, engine, limits=None, artifacts=None):
+    def __init__(self, engine, limits=None, artifacts=None, security=None):
         self._ready = threading.Event()
         self._failure = None
         self._is_stopping = False
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(engine, limits, artifacts)))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(engine, limits, artifacts, security)))
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
@@ -75,11 +75,11 @@ class PeerThread:
             raise self._failure
         self.remote = f"grpc://{self.address}"
 
-    async def _main(self, engine, limits, artifacts):
+    async def _main(self, engine, limits, artifacts, security):
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         try:
-            self.server = PeerServer(engine, "127.0.0.1:0", limits, artifacts)
+            self.server = PeerServer(engine, "127.0.0.1:0", limits, artifacts, security)
             await self.server.start()
             self.address = self.server.address
         except BaseException as error:
@@ -109,11 +109,11 @@ def engine():
 
 @pytest.fixture
 def start_peer(engine):
-    """Starts peers and stops them after the test; ``start_peer(limits, artifacts)`` gives a running one."""
+    """Starts peers and stops them after the test; ``start_peer(limits, artifacts, security)`` gives a running one."""
     with contextlib.ExitStack() as stack:
 
-        def start(limits=None, artifacts=None):
-            peer = PeerThread(engine, limits, artifacts)
+        def start(limits=None, artifacts=None, security=None):
+            peer = PeerThread(engine, limits, artifacts, security)
             stack.callback(peer.stop)
             return peer
 

@@ -16,9 +16,9 @@ from sglang_kvcodec.format.digest import artifact_digest
 from sglang_kvcodec.rpc import client as client_module
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
+from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
 from sglang_kvcodec.rpc.server import SERVICE
-from sglang_kvcodec.rpc.servicer import PeerLimits
 from sglang_kvcodec.storage.artifact_directory import DirectoryArtifactStore
 from sglang_kvcodec.storage.artifact_memory import MemoryArtifactStore
 from sglang_kvcodec.storage.artifacts import ArtifactStat

@@ -19,8 +19,8 @@ from sglang_kvcodec.errors import (
 from sglang_kvcodec.format.exchange import FetchedMissing, PutOutcome
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import GRPC_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST
+from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
-from sglang_kvcodec.rpc.servicer import PeerLimits
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LARGE = (3_000_001, 2, 1 << 20, (1 << 20) - 1, 1, 65_537)

@@ -13,9 +13,9 @@ from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, Fetch
 from sglang_kvcodec.format.page_object import read_header
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import MIN_MESSAGE_BYTES, message_bytes
+from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
 from sglang_kvcodec.rpc.server import SERVICE
-from sglang_kvcodec.rpc.servicer import PeerLimits
 
 SIZES = {
     "tiny": (1, 1, 1, 1, 1, 1),

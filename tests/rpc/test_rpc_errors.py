@@ -14,7 +14,7 @@ def test_every_status_has_an_error():
 @pytest.mark.parametrize("code", PEER_ERRORS_BY_STATUS)
 def test_an_error_says_what_and_where(code):
     error = peer_error(code, None, "Fetch", "host:1")
-    assert type(error) in (errors.PeerUnavailableError, errors.PeerTimeoutError, errors.PeerRejectedError)
+    assert isinstance(error, errors.PeerUnavailableError | errors.PeerTimeoutError | errors.PeerRejectedError)
     assert "Fetch at host:1" in str(error)
     assert code.name in str(error)
 
@@ -26,6 +26,9 @@ def test_an_error_says_what_and_where(code):
         (errors.TruncatedError("x"), grpc.StatusCode.INVALID_ARGUMENT),
         (errors.NotFoundError("x"), grpc.StatusCode.NOT_FOUND),
         (errors.CapacityError("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errors.ClientLimitError("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errors.UnauthenticatedError("x"), grpc.StatusCode.UNAUTHENTICATED),
+        (errors.ForbiddenError("x"), grpc.StatusCode.PERMISSION_DENIED),
         (errors.StorageUnavailableError("x"), grpc.StatusCode.UNAVAILABLE),
         (errors.PeerTimeoutError("x"), grpc.StatusCode.DEADLINE_EXCEEDED),
         (errors.CodecError("x"), grpc.StatusCode.UNAVAILABLE),
