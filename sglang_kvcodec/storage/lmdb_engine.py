@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
-from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
 from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
 
@@ -118,11 +118,14 @@ class LmdbEngine(StorageEngine):
         with self._write_lock, self._environment.writing() as store:
             return store.remove(key)
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class. What was put before there was a record of it counts as put when the store was opened."""
         with self._environment.reading() as store:
-            found = [store.stored_at_ms(key) for key in keys]
-        return [at_ms if at_ms is None else at_ms / 1000 or self._opened_at_s for at_ms in found]
+            found = [store.size_and_time(key) for key in keys]
+        return [
+            None if record is None else StoredObject(record[0], record[1] / 1000 or self._opened_at_s)
+            for record in found
+        ]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class. Each batch is a snapshot of its own, so that a slow walk keeps no old pages alive."""

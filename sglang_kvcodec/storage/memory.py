@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
-from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import StorageEngine, StoredObject, StoreStat
 
 _KEYS_PER_BATCH = 1024
 
@@ -85,11 +85,14 @@ class MemoryEngine(StorageEngine):
             self._stored_bytes -= len(value)
             return True
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
         with self._lock:
             self._require_open()
-            return [self._stored_at_s.get(key) for key in keys]
+            return [
+                StoredObject(len(self._objects[key]), self._stored_at_s[key]) if key in self._objects else None
+                for key in keys
+            ]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
 from sglang_kvcodec.storage import redis_scripts as scripts
-from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.redis_connection import RedisAddress, RedisConnection
 
 _LEASE_S = 120.0
@@ -120,9 +120,10 @@ class RedisEngine(StorageEngine):
         """See the base class."""
         return self._remove(key, b"")
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
-        return [None if entry is None else entry.stored_at_s for entry in self._peek(keys)]
+        entries = self._peek(keys)
+        return [None if entry is None else StoredObject(entry.size_bytes, entry.stored_at_s) for entry in entries]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""

@@ -153,7 +153,7 @@ class StorageEngineContract:
         assert engine.sizes([make_key(name) for name in "abc"]) == [None, 10, 10]
 
     def test_the_time_of_the_put(self, make_engine: EngineFactory) -> None:
-        """Is known, stays, and asking for it is no use."""
+        """Is known beside the size, stays, and asking for either is no use."""
         engine = make_engine(30)
         before_s = time.time()
         for name in "abc":
@@ -161,6 +161,7 @@ class StorageEngineContract:
         engine.put(make_key("c"), bytes(10))
         stored_at_s = engine.stored_at_s([make_key(name) for name in "axbc"])
         assert stored_at_s[1] is None
+        assert [found and found.size_bytes for found in engine.peek([make_key("x"), make_key("b")])] == [None, 10]
         # A store has a clock of its own, and some count in whole seconds.
         assert all(at is not None and before_s - 2 < at < time.time() + 2 for at in (stored_at_s[0], *stored_at_s[2:]))
         engine.get(make_key("b"))
@@ -367,7 +368,7 @@ class StorageEngineContract:
             lambda: engine.put(make_key("b"), b"value"),
             lambda: engine.delete(make_key("a")),
             engine.stat,
-            lambda: engine.stored_at_s([make_key("a")]),
+            lambda: engine.peek([make_key("a")]),
             lambda: list(engine.key_batches()),
             lambda: _read_in_a_row(engine),
         ):
