@@ -1,4 +1,4 @@
-"""The peer's RPCs for its operator: what lies in the store, and its objects as they lie there. Marks nothing as used."""
+"""The peer's RPCs for its operator: what lies in the store, and its objects as they are. Marks nothing as used."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grpc
@@ -52,7 +51,6 @@ class PeerAdmin:
         self._silence_s = silence_s
         self._watch = CallWatch()
         channel = peer.channel
-        self._list_namespaces = channel.unary_stream  # replaced below; keeps the attributes together
         self._list_namespaces = channel.unary_unary(
             f"/{SERVICE}/ListNamespaces",
             pb.ListNamespacesRequest.SerializeToString,
@@ -95,19 +93,93 @@ class PeerAdmin:
                 raise FormatError(f"{len(sizes)} sizes for {len(page_hashes)} pages")
             return [size or None for size in sizes]
 
-    def read(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> Iterator[tuple[int, bytes | None]]:
-        """Index and object of each page in order, None where it has gone. The bytes are not checked."""
-        incoming: bytearray | None = None
-        for index, begin, chunk in self._steps(namespace_digest, page_hashes, without_data=False):
-            if begin is not None:
-                incoming = None if begin.is_missing else bytearray()
-                if incoming is None:
-                    yield index, None
-                    continue
-            assert incoming is not None
-            incoming += chunk
-            if len(incoming) == self._expected_bytes:
-                yield index, bytes(incoming)
+    def read(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> Iterator[bytes | None]:
+        """The object of each page in order, None where it has gone. The bytes are not checked."""
+        for _, data in self._objects(namespace_digest, page_hashes, without_data=False):
+            yield data
 
-    def warm(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> Iterator[tuple[int, int | None]]:
-        """Has the peer read pages; index and size in bytes of each in order, None where it has gone."""
+    def warm(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> Iterator[int | None]:
+        """Has the peer read pages; the size in bytes of each in order, None where it has gone."""
+        for size_bytes, _ in self._objects(namespace_digest, page_hashes, without_data=True):
+            yield size_bytes
+
+    def _objects(
+        self, namespace_digest: bytes, page_hashes: Sequence[bytes], *, without_data: bool
+    ) -> Iterator[tuple[int | None, bytes | None]]:
+        """Size and bytes of each page's object in order; the bytes are None if they were not asked for."""
+        request = pb.ReadPagesRequest(
+            namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes), without_data=without_data
+        )
+        messages = self._messages("ReadPages", self._read_pages(request))
+        try:
+            for index in range(len(page_hashes)):
+                with self._translated("ReadPages"):
+                    found = _next_object(messages, index, without_data)
+                yield found
+        finally:
+            messages.close()
+
+    def _messages(self, rpc: str, call: Any) -> Generator[Any, None, None]:
+        """The messages of a response stream under watch; the call ends with the iterator."""
+        watched = WatchedCall(call, self._silence_s, None)
+        self._watch.add(watched)
+        try:
+            while True:
+                watched.waiting()
+                with self._translated(rpc, watched):
+                    message = next(call, None)
+                watched.heard()
+                if message is None:
+                    return
+                yield message
+        finally:
+            self._watch.remove(watched)
+            call.cancel()
+
+    @contextlib.contextmanager
+    def _translated(self, rpc: str, watched: WatchedCall | None = None) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            if watched is not None and watched.verdict is not None:
+                raise PeerTimeoutError(f"{rpc} at {self._address}: silent for {self._silence_s} s") from None
+            raise peer_error(error.code(), error.details(), rpc, self._address) from error
+        except FormatError as error:
+            raise PeerRejectedError(f"{rpc} at {self._address}: a senseless answer: {error}") from error
+
+
+def _stored_page(page: pb.ListedPage, namespace_digest: bytes) -> StoredPage:
+    try:
+        key = PageKey(page.namespace_digest, page.page_hash)
+    except ValueError as error:
+        raise FormatError(str(error)) from None
+    if namespace_digest not in (b"", key.namespace_digest):
+        raise FormatError("a page of another namespace")
+    return StoredPage(key, page.object_bytes, page.stored_at_ms)
+
+
+def _next_object(messages: Iterator[Any], index: int, without_data: bool) -> tuple[int | None, bytes | None]:
+    """The next object of a ReadPages.
+
+    Raises:
+        FormatError: the messages make no sense, or end.
+    """
+    message = next(messages, None)
+    if message is None or message.WhichOneof("step") != "begin" or message.begin.page_index != index:
+        raise FormatError(f"page {index} was to follow")
+    begin = message.begin
+    if begin.is_missing:
+        return None, None
+    if begin.object_bytes > MAX_OBJECT_BYTES:
+        raise FormatError(f"an object of {begin.object_bytes} bytes")
+    if without_data:
+        return begin.object_bytes, None
+    data = bytearray()
+    while len(data) < begin.object_bytes:
+        message = next(messages, None)
+        if message is None or message.WhichOneof("step") != "chunk" or not message.chunk:
+            raise FormatError(f"{len(data)} of {begin.object_bytes} bytes of page {index}")
+        data += message.chunk
+    if len(data) != begin.object_bytes:
+        raise FormatError(f"page {index}: more than the announced {begin.object_bytes} bytes")
+    return begin.object_bytes, bytes(data)

@@ -79,6 +79,16 @@ class GrpcPeer:
             pb.DeleteCalibrationResponse.FromString,
         )
 
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of the peer."""
+        return self._address
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """The connection, for other services of the peer."""
+        return self._channel
+
     def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
         """Which of the pages are stored."""
         request = pb.LookupRequest(namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes))

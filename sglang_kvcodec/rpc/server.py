@@ -12,7 +12,9 @@ from grpc_reflection.v1alpha import reflection
 
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ConfigurationError, StorageError
+from sglang_kvcodec.rpc import admin
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.admin import AdminServicer
 from sglang_kvcodec.rpc.calibrations import CalibrationServicer
 from sglang_kvcodec.rpc.limits import server_options
 from sglang_kvcodec.rpc.servicer import PeerLimits, PeerServicer
@@ -62,6 +64,7 @@ class PeerServer:
         self._listen = listen
         self._servicer = PeerServicer(engine, limits)
         self._calibrations = CalibrationServicer(artifacts, limits) if artifacts is not None else None
+        self._admin = AdminServicer(engine, self._servicer.bandwidth)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=server_options())
         self._metrics_task: asyncio.Task[None] | None = None
@@ -78,8 +81,10 @@ class PeerServer:
         if self._calibrations is not None:
             handler = grpc.method_handlers_generic_handler(SERVICE, self._calibrations.handlers)
             self._server.add_generic_rpc_handlers((handler,))
+        handler = grpc.method_handlers_generic_handler(admin.SERVICE, self._admin.handlers)
+        self._server.add_generic_rpc_handlers((handler,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, admin.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
             port = self._server.add_insecure_port(self._listen)
@@ -99,6 +104,7 @@ class PeerServer:
             self._metrics_task.cancel()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._servicer.close)
+        await loop.run_in_executor(None, self._admin.close)
         if self._calibrations is not None:
             await loop.run_in_executor(None, self._calibrations.close)
 

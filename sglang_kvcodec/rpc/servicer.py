@@ -82,6 +82,11 @@ class PeerServicer:
         self._stream = StreamSlots(self._limits.max_streams)
         self._order = PrefixOrder()
 
+    @property
+    def bandwidth(self) -> BandwidthLimit | None:
+        """Bound of what the peer sends, to share with others who send."""
+        return self._bandwidth
+
     def close(self) -> None:
         """Waits for the engine's calls under way."""
         self._readers.shutdown(cancel_futures=True)
