@@ -16,6 +16,7 @@ from sglang_kvcodec.rpc import admin
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.admin import AdminServicer
 from sglang_kvcodec.rpc.calibrations import CalibrationServicer
+from sglang_kvcodec.rpc.draining import Drain
 from sglang_kvcodec.rpc.limits import server_options
 from sglang_kvcodec.rpc.servicer import PeerLimits, PeerServicer
 from sglang_kvcodec.storage.artifacts import ArtifactStore
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 _METRICS_PERIOD_S = 5.0
+_LAST_WORDS_S = 1.0
 
 
 def _handlers(servicer: PeerServicer) -> grpc.GenericRpcHandler:
@@ -66,7 +68,8 @@ class PeerServer:
         self._calibrations = CalibrationServicer(artifacts, limits) if artifacts is not None else None
         self._admin = AdminServicer(engine, self._servicer.bandwidth)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=server_options())
+        self._drain = Drain((SERVICE, admin.SERVICE))
+        self._server = grpc.aio.server(options=server_options(), interceptors=(self._drain,))
         self._metrics_task: asyncio.Task[None] | None = None
         self.address = listen
         """Where it listens once started."""
@@ -92,14 +95,21 @@ class PeerServer:
             raise ConfigurationError(f"can't listen on {self._listen}: the port is taken or not ours") from error
         self.address = f"{self._listen.rpartition(':')[0]}:{port}"
         await self._server.start()
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        # The process: it is alive as long as it answers, also while it drains.
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._set_ready(True)
         self._metrics_task = asyncio.create_task(self._export_store_metrics())
 
-    async def stop(self, grace_s: float) -> None:
-        """Drains: takes no new calls, says NOT_SERVING, lets running ones end within ``grace_s``, then ends them."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+    async def stop(self, drain_s: float) -> None:
+        """Drains: says NOT_SERVING, refuses new calls, lets running ones end within ``drain_s``, then ends them.
+
+        It listens until then, so that probes hear what it says and clients why they are refused.
+        """
+        self._drain.begin()
+        await self._set_ready(False)
+        has_ended = await self._drain.ended(drain_s)
+        # What has ended may still be on its way out; a probe that watches would stay for ever.
+        await self._server.stop(_LAST_WORDS_S if has_ended and drain_s else 0)
         if self._metrics_task is not None:
             self._metrics_task.cancel()
         loop = asyncio.get_running_loop()
@@ -115,7 +125,9 @@ class PeerServer:
                 stat = await asyncio.get_running_loop().run_in_executor(None, self._engine.stat)
             except StorageError as error:
                 logger.warning("the store gives no account of itself: %s", error)
+                await self._set_ready(False)
             else:
+                await self._set_ready(not self._drain.is_draining)
                 peer_metrics.STORE_OBJECTS.set(stat.objects)
                 peer_metrics.STORE_BYTES.set(stat.stored_bytes)
                 peer_metrics.STORE_CAPACITY_BYTES.set(stat.capacity_bytes)
@@ -123,3 +135,8 @@ class PeerServer:
                     peer_metrics.STORE_EVICTIONS.inc(max(0, stat.evicted_objects - evicted_before))
                 evicted_before = stat.evicted_objects
             await asyncio.sleep(_METRICS_PERIOD_S)
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(SERVICE, status)
+        peer_metrics.PEER_READY.set(is_ready)

@@ -136,6 +136,14 @@ class StorageEngine(abc.ABC):
         """
 
     @abc.abstractmethod
+    def resize(self, capacity_bytes: int) -> None:
+        """Changes the bound of the stored bytes, at least 1; what is over it has been evicted when this returns.
+
+        Raises:
+            StorageUnavailableError: the engine failed; the new bound holds for what is put from now on.
+        """
+
+    @abc.abstractmethod
     def stat(self) -> StoreStat:
         """Counts now."""
 

@@ -51,7 +51,8 @@ class LmdbEngine(StorageEngine):
             StorageUnavailableError: in use by another engine, read-only, disk full.
         """
         self._capacity_bytes = capacity_bytes
-        self._environment = LmdbEnvironment(directory, max_file_bytes or 2 * capacity_bytes + (256 << 20))
+        self._max_file_bytes = max_file_bytes
+        self._environment = LmdbEnvironment(directory, max_file_bytes or _file_bytes(capacity_bytes))
         self._opened_at_s = time.time()
         self._write_lock = threading.Lock()
         self._touch_lock = threading.Lock()
@@ -137,6 +138,14 @@ class LmdbEngine(StorageEngine):
                 return
             yield batch
             last = batch[-1]
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class. The data file may grow with it, for which this waits until nobody reads or writes."""
+        with self._write_lock:
+            self._environment.allow_file(self._max_file_bytes or _file_bytes(capacity_bytes))
+            self._capacity_bytes = capacity_bytes
+            self._write_touches()
+            self._evict_to_capacity()
 
     def stat(self) -> StoreStat:
         """See the base class."""
@@ -228,3 +237,7 @@ class LmdbEngine(StorageEngine):
                     store.touch(key, sequence)
         except StorageUnavailableError as error:
             _logger.warning("the order of use of %d objects was not kept: %s", len(touches), error)
+
+
+def _file_bytes(capacity_bytes: int) -> int:
+    return 2 * capacity_bytes + (256 << 20)

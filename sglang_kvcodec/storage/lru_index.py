@@ -119,6 +119,12 @@ class LruIndex:
                     self._doomed.pop(key, None)
             self._changed.notify_all()
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Changes the capacity; it may be over it afterwards, see :meth:`overflow`."""
+        with self._changed:
+            self._capacity_bytes = capacity_bytes
+            self._changed.notify_all()
+
     def overflow(self) -> list[bytes]:
         """Keys to delete so that the capacity holds."""
         with self._changed:

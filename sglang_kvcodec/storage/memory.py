@@ -64,11 +64,7 @@ class MemoryEngine(StorageEngine):
             if key in self._objects:
                 self._objects.move_to_end(key)
                 return False
-            while self._stored_bytes + len(value) > self._capacity_bytes:
-                oldest, evicted = self._objects.popitem(last=False)
-                del self._stored_at_s[oldest]
-                self._stored_bytes -= len(evicted)
-                self._evicted_objects += 1
+            self._evict_to(self._capacity_bytes - len(value))
             self._objects[key] = value
             self._stored_at_s[key] = time.time()
             self._stored_bytes += len(value)
@@ -102,6 +98,13 @@ class MemoryEngine(StorageEngine):
         for first in range(0, len(keys), _KEYS_PER_BATCH):
             yield keys[first : first + _KEYS_PER_BATCH]
 
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class."""
+        with self._lock:
+            self._require_open()
+            self._capacity_bytes = capacity_bytes
+            self._evict_to(capacity_bytes)
+
     def stat(self) -> StoreStat:
         """See the base class."""
         with self._lock:
@@ -114,6 +117,13 @@ class MemoryEngine(StorageEngine):
             self._closed = True
             self._objects.clear()
             self._stored_at_s.clear()
+
+    def _evict_to(self, most_bytes: int) -> None:
+        while self._stored_bytes > most_bytes:
+            oldest, evicted = self._objects.popitem(last=False)
+            del self._stored_at_s[oldest]
+            self._stored_bytes -= len(evicted)
+            self._evicted_objects += 1
 
     def _require_open(self) -> None:
         if self._closed:

@@ -62,8 +62,7 @@ class RedisEngine(StorageEngine):
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._connection = RedisConnection(address)
         try:
-            while names := self._run(scripts.TRIM, capacity_bytes, _NAMES_PER_STEP):
-                self._bury(names)
+            self._trim()
         except BaseException:
             self._connection.close()
             raise
@@ -144,6 +143,11 @@ class RedisEngine(StorageEngine):
             if strays:
                 self._connection.delete(strays)
 
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class. Each of the peers on a store has its own bound: the lowest is the store's."""
+        self._capacity_bytes = capacity_bytes
+        self._trim()
+
     def stat(self) -> StoreStat:
         """See the base class."""
         objects, stored_bytes, evicted_objects = self._run(scripts.STAT)
@@ -153,6 +157,10 @@ class RedisEngine(StorageEngine):
         """See the base class."""
         self._closed = True
         self._connection.close()
+
+    def _trim(self) -> None:
+        while names := self._run(scripts.TRIM, self._capacity_bytes, _NAMES_PER_STEP):
+            self._bury(names)
 
     def _begin(self, key: bytes, size_bytes: int, token: bytes) -> bool:
         """Has room held for a put; False if the object is there."""

@@ -136,6 +136,13 @@ class S3Engine(StorageEngine):
         self._delete_all(self._index.overflow())
         self._write_order()
 
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class."""
+        self._require_open()
+        self._capacity_bytes = capacity_bytes
+        self._index.resize(capacity_bytes)
+        self._delete_all(self._index.overflow())
+
     def stat(self) -> StoreStat:
         """See the base class."""
         self._require_open()

@@ -65,6 +65,10 @@ class EngineWrapper(StorageEngine):
         """See the base class."""
         self._engine.tidy()
 
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class."""
+        self._engine.resize(capacity_bytes)
+
     def stat(self) -> StoreStat:
         """See the base class."""
         return self._engine.stat()
