@@ -34,19 +34,23 @@ class Scrubber:
         self._bytes_per_s = bytes_per_s
         self._pause_s = pause_s
         self._closing = threading.Event()
-        self._woken = threading.Event()
+        self._changed = threading.Condition()
+        self._is_woken = False
         self._thread = threading.Thread(target=self._run, name="kvcodec-scrub", daemon=True)
         self._thread.start()
 
     def set_rate(self, bytes_per_s: int) -> None:
         """Changes the bound of what is read; a pause ends, and a walk goes on or, with 0, ends."""
-        self._bytes_per_s = bytes_per_s
-        self._woken.set()
+        with self._changed:
+            self._bytes_per_s = bytes_per_s
+            self._is_woken = True
+            self._changed.notify()
 
     def close(self) -> None:
         """Ends the walk, after the object that it is at."""
-        self._closing.set()
-        self._woken.set()
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
@@ -82,9 +86,10 @@ class Scrubber:
         logger.info("scrubbed %d objects in %.0f s, %d were damaged", objects, time.monotonic() - started_s, dropped)
 
     def _pause(self, seconds: float) -> None:
-        """Waits, unless it is woken."""
-        if self._woken.wait(seconds):
-            self._woken.clear()
+        """Waits until then, until the rate changes, or not at all once it is closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_woken or self._closing.is_set(), seconds)
+            self._is_woken = False
 
     def _drop_if_damaged(self, key: bytes, data: bytes) -> bool:
         try:
