@@ -157,6 +157,8 @@ async def _serve(server: PeerServer, reloader: Reloader, words: str) -> None:
     loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, reloader.reload))
     await server.start()
     print(f"kvcodec peer ready on {server.address} {words}", flush=True)
+    # Once more for those who collect logs.
+    logger.info("ready on %s %s", server.address, words)
     await stopping.wait()
     logger.info("draining: calls under way have %s s to end", reloader.live.drain_s)
     await server.stop(reloader.live.drain_s)
