@@ -56,33 +56,37 @@ def export(arguments: argparse.Namespace, peers: Sequence[AdminPeer]) -> int:
     """Writes the pages of all peers, each once, to a file; what is damaged is left out, and then it is 1."""
     if arguments.file.exists() and not arguments.force:
         raise ConfigurationError(f"{arguments.file} exists; --force overwrites it")
-    damaged = 0
+    # Several peers keep pages more than once. Half a digest tells them apart, and takes half the memory.
+    seen: set[bytes] | None = set() if len(peers) > 1 else None
     with _replaced(arguments.file) as file:
         writer = ArchiveWriter(file)
-        # Of several peers, which keep pages twice. Half a digest tells pages apart, and takes half the memory.
-        seen: set[bytes] = set()
-        for peer in peers:
-            total_bytes = None if arguments.namespace else peer.peer.stat().stored_bytes
-            with byte_bar("export", total_bytes) as bar:
-                for step in steps(peer.admin.pages(arguments.namespace or b"")):
-                    bar.update(sum(page.object_bytes for page in step))
-                    new = [page for page in step if _short_name(page.key) not in seen]
-                    objects = peer.admin.read(step[0].key.namespace_digest, hashes_of(new))
-                    for page, data in zip(new, objects, strict=True):
-                        if data is None:
-                            continue
-                        try:
-                            PageObject(data, expected=page.key)
-                        except FormatError as error:
-                            damaged += 1
-                            print(f"left out {page.key.page_hash.hex()}: {error}", file=sys.stderr)
-                            continue
-                        writer.add(page.key, data)
-                        if len(peers) > 1:
-                            seen.add(_short_name(page.key))
+        damaged = sum(_export_from(peer, arguments.namespace, writer, seen) for peer in peers)
         writer.finish()
     print(f"exported {writer.objects} pages, {writer.object_bytes} bytes")
     return 1 if damaged else 0
+
+
+def _export_from(peer: AdminPeer, namespace: bytes | None, writer: ArchiveWriter, seen: set[bytes] | None) -> int:
+    """Writes the pages of a peer that are not among those ``seen``, and adds them; how many were damaged."""
+    damaged = 0
+    with byte_bar("export", None if namespace else peer.peer.stat().stored_bytes) as bar:
+        for step in steps(peer.admin.pages(namespace or b"")):
+            bar.update(sum(page.object_bytes for page in step))
+            new = [page for page in step if seen is None or _short_name(page.key) not in seen]
+            objects = peer.admin.read(step[0].key.namespace_digest, hashes_of(new))
+            for page, data in zip(new, objects, strict=True):
+                if data is None:
+                    continue
+                try:
+                    PageObject(data, expected=page.key)
+                except FormatError as error:
+                    damaged += 1
+                    _say_left_out(page.key, error)
+                    continue
+                writer.add(page.key, data)
+                if seen is not None:
+                    seen.add(_short_name(page.key))
+    return damaged
 
 
 def import_(arguments: argparse.Namespace, peers: Sequence[AdminPeer]) -> int:
@@ -145,7 +149,7 @@ def _import_group(
                 raise ChecksumError("its bytes are not those that were exported")
             PageObject(page.data, expected=page.key)
         except FormatError as error:
-            print(f"left out {page.key.page_hash.hex()}: {error}", file=sys.stderr)
+            _say_left_out(page.key, error)
             yield PutOutcome.REJECTED
             continue
         sound.append((page.key.page_hash, page.data))
@@ -160,7 +164,8 @@ def _import_group(
         return
     for (page_hash, _), result in zip(missing, transport.put(namespace, missing), strict=True):
         if result.detail:
-            print(f"{page_hash.hex()} was not stored: {result.detail}", file=sys.stderr)
+            with tqdm.external_write_mode():
+                print(f"{page_hash.hex()} was not stored: {result.detail}", file=sys.stderr)
         yield result.outcome
 
 
@@ -183,6 +188,11 @@ def _replaced(path: pathlib.Path) -> Iterator[BinaryIO]:
         if isinstance(error, KVCodecError):  # a peer's failure is an OSError as well
             raise
         raise ConfigurationError(f"can't write {path}: {error.strerror}") from error
+
+
+def _say_left_out(key: PageKey, error: FormatError) -> None:
+    with tqdm.external_write_mode():
+        print(f"left out {key.page_hash.hex()}: {error}", file=sys.stderr)
 
 
 def _short_name(key: PageKey) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -67,30 +68,33 @@ def verify(arguments: argparse.Namespace, peers: Sequence[AdminPeer]) -> int:
     """Reads every object and checks it as a server does; 1 if one is damaged."""
     damaged = 0
     for peer in peers:
-        sound = gone = other_version = 0
-        damaged_here = 0
+        found: collections.Counter[str] = collections.Counter()
         with byte_bar("verify", _total_bytes(arguments, peer)) as bar:
             for step in steps(peer.admin.pages(arguments.namespace or b"")):
                 objects = peer.admin.read(step[0].key.namespace_digest, hashes_of(step))
                 for page, data in zip(step, objects, strict=True):
+                    found[_verdict(page.key, data)] += 1
                     bar.update(page.object_bytes)
-                    if data is None:
-                        gone += 1
-                        continue
-                    try:
-                        PageObject(data, expected=page.key)
-                        sound += 1
-                    except FormatError as error:
-                        if isinstance(error, UnknownFormatError) and data.startswith(MAGIC):
-                            other_version += 1
-                            continue
-                        damaged_here += 1
-                        with tqdm.external_write_mode():
-                            print(f"{_name(page.key)} is damaged: {error}")
-        others = f", {other_version} of a format that this version can't read" if other_version else ""
-        print(f"{peer.url}: {sound} sound, {damaged_here} damaged, {gone} gone meanwhile{others}")
-        damaged += damaged_here
+        words = f"{found['sound']} sound, {found['damaged']} damaged, {found['gone']} gone meanwhile"
+        others = f", {found['unknown']} of a format that this version can't read" if found["unknown"] else ""
+        print(f"{peer.url}: {words}{others}")
+        damaged += found["damaged"]
     return 1 if damaged else 0
+
+
+def _verdict(key: PageKey, data: bytes | None) -> str:
+    """What an object is: ``sound``, ``damaged``, which it says, ``gone``, or ``unknown``: of another version."""
+    if data is None:
+        return "gone"
+    try:
+        PageObject(data, expected=key)
+    except FormatError as error:
+        if isinstance(error, UnknownFormatError) and data.startswith(MAGIC):
+            return "unknown"
+        with tqdm.external_write_mode():
+            print(f"{key.namespace_digest.hex()} {key.page_hash.hex()} is damaged: {error}")
+        return "damaged"
+    return "sound"
 
 
 def warm(arguments: argparse.Namespace, peers: Sequence[AdminPeer]) -> int:
@@ -137,7 +141,3 @@ def _print_page(url: str, page: StoredPage, as_json: bool) -> None:
         "stored_at": utc(page.stored_at_ms),
     }
     print(json.dumps(line))
-
-
-def _name(key: PageKey) -> str:
-    return f"{key.namespace_digest.hex()} {key.page_hash.hex()}"

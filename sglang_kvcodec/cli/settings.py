@@ -80,18 +80,26 @@ class Settings:
     Add options to this object as to a parser, all but those that can be flags only.
     """
 
-    def __init__(self, parser: argparse.ArgumentParser, environment_prefix: str) -> None:
-        """Options of ``parser``; their variables are called ``environment_prefix`` and their name."""
-        self._target: Any = parser
+    def __init__(
+        self, parser: argparse._ActionsContainer, environment_prefix: str, known: dict[str, Setting] | None = None
+    ) -> None:
+        """Adds options to a parser, or a group of one.
+
+        Args:
+            parser: gets the flags.
+            environment_prefix: what the options' variables begin with.
+            known: the options so far, which those of a group join; None for none.
+        """
+        self._parser = parser
         self._prefix = environment_prefix
-        self._settings: dict[str, Setting] = {}
+        self._settings: dict[str, Setting] = {} if known is None else known
 
     def add_argument(self, *flags: str, **options: Any) -> None:
         """Adds an option as ``ArgumentParser.add_argument`` does; its first flag names it."""
         default = options.pop("default", None)
         is_switch = options.get("action") == "store_true"
         # Absent unless it is on the command line: then it can be told from its default.
-        action = self._target.add_argument(*flags, default=argparse.SUPPRESS, **options)
+        action = self._parser.add_argument(*flags, default=argparse.SUPPRESS, **options)
         choices = options.get("choices")
         self._settings[flags[0].removeprefix("--")] = Setting(
             flags[0].removeprefix("--"),
@@ -104,16 +112,7 @@ class Settings:
 
     def add_argument_group(self, title: str) -> Settings:
         """A group of options in the help, as ``ArgumentParser.add_argument_group`` gives."""
-        group = Settings.__new__(Settings)
-        group._target = self._target.add_argument_group(title)
-        group._prefix = self._prefix
-        group._settings = self._settings
-        return group
-
-    @property
-    def names(self) -> list[str]:
-        """Of all options."""
-        return list(self._settings)
+        return Settings(self._parser.add_argument_group(title), self._prefix, self._settings)
 
     def resolve(self, given: argparse.Namespace, environment: Mapping[str, str], file: pathlib.Path | None) -> Resolved:
         """Every setting's value.
@@ -126,22 +125,19 @@ class Settings:
         Raises:
             ConfigurationError: a name that is none, a bad value, or a file that can't be read.
         """
-        in_environment = {
-            self._variable(name): (name, environment[self._variable(name)])
-            for name in self._settings
-            if self._variable(name) in environment
-        }
-        strange = [name for name in environment if name.startswith(self._prefix) and name not in in_environment]
-        for variable in strange:
-            raise ConfigurationError(f"no setting has the variable {variable}{self._like(variable, self._variables())}")
+        names = {self._variable(name): name for name in self._settings}
+        in_environment = {variable: text for variable, text in environment.items() if variable.startswith(self._prefix)}
+        for variable in in_environment.keys() - names.keys():
+            raise ConfigurationError(f"no setting has the variable {variable}{_like(variable, names)}")
         values = {setting.field: setting.default for setting in self._settings.values()}
         origins = dict.fromkeys(self._settings, "default")
         for name, value in (_read_toml(file) if file is not None else {}).items():
             if name not in self._settings:
-                raise ConfigurationError(f"{file}: there is no setting {name!r}{self._like(name, self._settings)}")
+                raise ConfigurationError(f"{file}: there is no setting {name!r}{_like(name, self._settings)}")
             values[self._settings[name].field] = self._settings[name].parse(value, str(file))
             origins[name] = str(file)
-        for variable, (name, text) in in_environment.items():
+        for variable, text in in_environment.items():
+            name = names[variable]
             values[self._settings[name].field] = self._settings[name].parse(text, variable)
             origins[name] = variable
         for name, setting in self._settings.items():
@@ -163,13 +159,10 @@ class Settings:
     def _variable(self, name: str) -> str:
         return self._prefix + name.upper().replace("-", "_")
 
-    def _variables(self) -> list[str]:
-        return [self._variable(name) for name in self._settings]
 
-    @staticmethod
-    def _like(name: str, known: Iterable[str]) -> str:
-        close = difflib.get_close_matches(name, list(known), n=1)
-        return f"; did you mean {close[0]}?" if close else ""
+def _like(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _read_toml(file: pathlib.Path) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListPages(self, request, context):
-        """Every page of a namespace, or of all, in no order. A page that comes or goes meanwhile may be there or not.
+        """Every page of a namespace, or of all, in no order; of a Redis store that changes, some twice. A page that comes or
+        goes meanwhile may be there or not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
