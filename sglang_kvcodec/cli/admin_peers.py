@@ -38,8 +38,9 @@ def connected(remote: str) -> Iterator[list[AdminPeer]]:
     """
     with contextlib.ExitStack() as stack:
         peers = []
+        scheme = remote.partition("://")[0]
         for address in parse_remotes(remote):
-            url = f"grpc://{address}"
+            url = f"{scheme}://{address}"
             peer = stack.enter_context(contextlib.closing(GrpcPeer(url, TIMEOUTS)))
             peers.append(AdminPeer(url, peer, stack.enter_context(contextlib.closing(PeerAdmin(peer)))))
         yield peers
