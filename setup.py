@@ -24,6 +24,7 @@ DEV = [
     "grpcio-tools>=1.80",
     "hypothesis>=6.100",
     "mypy>=1.15",
+    "PyYAML>=6",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.14",

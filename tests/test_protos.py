@@ -21,5 +21,5 @@ def test_generated_code_is_current(tmp_path):
     committed = {
         path.relative_to(ROOT): path.read_text() for path in package.rglob("*_pb2*.py*") if path.suffix != ".pyc"
     }
-    assert len(fresh) == 5
+    assert len(fresh) == 8
     assert committed == fresh

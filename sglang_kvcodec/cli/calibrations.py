@@ -8,11 +8,11 @@ import datetime
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from sglang_kvcodec.cli.digest_argument import digest
 from sglang_kvcodec.cli.peer_access import access, add_access_arguments
 from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, Timeouts
 from sglang_kvcodec.errors import ConfigurationError, NotFoundError
@@ -72,13 +72,7 @@ def _add_command(
 
 def _add_digest(parser: argparse.ArgumentParser, name: str, words: str) -> None:
     metavar = name.lstrip("-").upper()
-    parser.add_argument(name, metavar=metavar, type=_digest, help=f"{words} (64 hexadecimal digits)")
-
-
-def _digest(text: str) -> bytes:
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
-        raise argparse.ArgumentTypeError(f"not 64 hexadecimal digits: {text!r}")
-    return bytes.fromhex(text)
+    parser.add_argument(name, metavar=metavar, type=digest, help=f"{words} (64 hexadecimal digits)")
 
 
 def _list(arguments: argparse.Namespace, peer: GrpcPeer) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from sglang_kvcodec import __version__
-from sglang_kvcodec.cli import bench, calibrate, calibrations, doctor, serve, token
+from sglang_kvcodec.cli import admin, bench, calibrate, calibrations, doctor, serve, token
 from sglang_kvcodec.errors import KVCodecError
 
-_SUBCOMMANDS = (serve, token, doctor, calibrate, calibrations, bench)
+_SUBCOMMANDS = (serve, token, admin, doctor, calibrate, calibrations, bench)
 """Modules with ``add_parser(subparsers)``; it sets ``run``, a function of the parsed arguments to the exit status."""
 
 
@@ -29,9 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except KVCodecError as error:
         print(f"kvcodec: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has had enough. What is left of it must not fail again when Python flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

@@ -7,11 +7,14 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import prometheus_client
 
+from sglang_kvcodec.cli import logs
+from sglang_kvcodec.cli.serve_config import ENVIRONMENT_PREFIX, LiveSettings, Reloader, add_configuration
 from sglang_kvcodec.cli.serve_security import add_security_arguments, check_listen, security, with_client_limits
+from sglang_kvcodec.cli.settings import Resolved, Settings
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.heap import keep_freed_memory
@@ -21,17 +24,20 @@ from sglang_kvcodec.rpc.server import PeerServer
 
 logger = logging.getLogger(__name__)
 
-_SCRUB_BYTES_PER_S = 4 * 10**6
-
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``serve`` to the command."""
-    parser = subparsers.add_parser("serve", help="run a storage peer", description="Runs a storage peer.")
+    command = subparsers.add_parser(
+        "serve",
+        help="run a storage peer",
+        description=f"Runs a storage peer. Each setting may be a flag, a variable {ENVIRONMENT_PREFIX}NAME, or a line"
+        " of the file that --config names; the first of these that has it counts.",
+    )
+    parser = Settings(command, ENVIRONMENT_PREFIX)
     parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:7440", help="port 0 takes a free one")
     parser.add_argument(
         "--store",
         metavar="URL",
-        required=True,
         help="lmdb:DIR, memory: (lost at exit), redis://..., rediscluster://... or s3://...",
     )
     parser.add_argument("--capacity", metavar="SIZE", default="10GB", help="bound of the stored bytes, e.g. 50GB")
@@ -51,32 +57,44 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--metrics-port", metavar="PORT", type=int, help="serve Prometheus metrics on this port")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument(
+        "--log-format", choices=logs.FORMATS, default="text", help="text for people, json: an object a line"
+    )
+    parser.add_argument(
         "--max-streams", metavar="N", type=int, default=PeerLimits.max_streams, help="fetches and puts at once"
     )
     parser.add_argument("--bandwidth-limit", metavar="RATE", help="bound of what fetches send together, e.g. 1Gbps")
     parser.add_argument(
-        "--grace", metavar="SECONDS", type=float, default=10.0, help="time for running streams to end at shutdown"
+        "--drain-s",
+        "--grace",
+        metavar="SECONDS",
+        type=float,
+        default=10.0,
+        help="time for calls under way to end at shutdown",
     )
     add_security_arguments(parser)
-    parser.set_defaults(run=run)
+    add_configuration(command, parser, run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, reread: Callable[[], Resolved]) -> int:
     """Serves until a signal; 0 after a clean shutdown.
+
+    Args:
+        arguments: the settings.
+        reread: gives them anew, for a SIGHUP.
 
     Raises:
         KVCodecError: it can't serve as asked.
     """
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    logs.set_up(arguments.log_level, arguments.log_format)
+    if arguments.store is None:
+        raise ConfigurationError("a peer needs a store: --store lmdb:DIR, for instance")
     secured = security(arguments)
     host = check_listen(arguments.listen, arguments.insecure, secured)
     if arguments.ttl is not None and not arguments.ttl > 0:
         raise ConfigurationError("--ttl must be above 0")
-    scrub_bytes_per_s = parse_bytes(arguments.scrub_rate) if arguments.scrub_rate is not None else None
-    if arguments.max_streams < 1 or arguments.grace < 0:
-        raise ConfigurationError("--max-streams must be at least 1, --grace at least 0")
+    live = LiveSettings.parse(arguments)
+    if arguments.max_streams < 1:
+        raise ConfigurationError("--max-streams must be at least 1")
     limits = PeerLimits(
         max_streams=arguments.max_streams,
         bandwidth_bits_per_s=parse_bits_per_s(arguments.bandwidth_limit) if arguments.bandwidth_limit else None,
@@ -85,10 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     from sglang_kvcodec.storage import ExpiringEngine, MeteredEngine, ReadAheadEngine, open_store, without_password
 
     keep_freed_memory()
-    capacity_bytes = parse_bytes(arguments.capacity)
     with (
         open_store(
-            arguments.store, capacity_bytes, parse_bytes(arguments.calibration_capacity), arguments.calibrations
+            arguments.store, live.capacity_bytes, parse_bytes(arguments.calibration_capacity), arguments.calibrations
         ) as (engine, artifacts),
         _metrics_server(arguments.metrics_port, host) as metrics_address,
     ):
@@ -100,30 +117,35 @@ def run(arguments: argparse.Namespace) -> int:
             engine = ReadAheadEngine(engine)
         if arguments.ttl is not None:
             engine = ExpiringEngine(engine, arguments.ttl)
-        if scrub_bytes_per_s is None:
-            scrub_bytes_per_s = 0 if engine.waits_for_network else _SCRUB_BYTES_PER_S
-        words = f"store={without_password(arguments.store)} capacity={capacity_bytes}{metrics_address}"
+        words = f"store={without_password(arguments.store)} capacity={live.capacity_bytes}{metrics_address}"
 
-        async def serve() -> None:
-            await _serve(PeerServer(engine, arguments.listen, limits, artifacts, secured), arguments.grace, words)
+        async def serve(reloader: Reloader) -> None:
+            await _serve(PeerServer(engine, arguments.listen, limits, artifacts, secured), reloader, words)
 
-        with contextlib.closing(Scrubber(engine, scrub_bytes_per_s)):
-            asyncio.run(serve())
+        with contextlib.closing(Scrubber(engine, live.scrub_bytes_per_s_of(engine))) as scrubber:
+            asyncio.run(serve(Reloader(reread, arguments, engine, scrubber)))
     return 0
 
 
-async def _serve(server: PeerServer, grace_s: float, words: str) -> None:
+async def _serve(server: PeerServer, reloader: Reloader, words: str) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    if server.asks_for_tokens:
-        loop.add_signal_handler(signal.SIGHUP, server.reload_tokens)
+
+    def reload() -> None:
+        server.reload_tokens()
+        # In a thread: a smaller capacity may take a while.
+        loop.run_in_executor(None, reloader.reload)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
     print(f"kvcodec peer ready on {server.address} {words}", flush=True)
+    # Once more for those who collect logs.
+    logger.info("ready on %s %s", server.address, words)
     await stopping.wait()
-    logger.info("draining: running streams have %s s to end", grace_s)
-    await server.stop(grace_s)
+    logger.info("draining: calls under way have %s s to end", reloader.live.drain_s)
+    await server.stop(reloader.live.drain_s)
     logger.info("stopped")
 
 

@@ -8,6 +8,7 @@ import logging
 import pathlib
 import re
 
+from sglang_kvcodec.cli.settings import Settings
 from sglang_kvcodec.config import is_loopback, parse_bits_per_s
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.certificates import ServerCertificates
@@ -18,7 +19,7 @@ from sglang_kvcodec.rpc.tokens import TokenFile
 logger = logging.getLogger(__name__)
 
 
-def add_security_arguments(parser: argparse.ArgumentParser) -> None:
+def add_security_arguments(parser: Settings) -> None:
     """Adds the flags."""
     group = parser.add_argument_group("security")
     group.add_argument("--tls-cert", metavar="FILE", type=pathlib.Path, help="serve by TLS with this certificate (PEM)")
@@ -40,7 +41,8 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=float,
         default=PeerLimits.idle_s,
-        help="longest time that a client may send nothing, or take nothing, inside a call (default: %(default)s)",
+        help="longest time that a client may send nothing, or take nothing, inside a call"
+        f" (default: {PeerLimits.idle_s:g})",
     )
     group.add_argument(
         "--insecure", action="store_true", help="allow plaintext, or no authentication, beyond this machine"

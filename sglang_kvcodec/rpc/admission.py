@@ -24,6 +24,10 @@ SCOPE_OF_METHOD = {
     "ListCalibrations": "read",
     "PutCalibration": "write",
     "DeleteCalibration": "admin",
+    "ListNamespaces": "admin",
+    "ListPages": "admin",
+    "StatPages": "admin",
+    "ReadPages": "admin",
 }
 """RPC -> the scope that its token needs; None where any token will do. One that is not listed is refused."""
 _SCHEME = "bearer "

@@ -33,7 +33,7 @@ from sglang_kvcodec.format.exchange import (
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, Progress, calibration_entries, put_messages
-from sglang_kvcodec.rpc.channels import TokenSource, open_channel, tls_files_stamp
+from sglang_kvcodec.rpc.channels import Metadata, TokenSource, open_channel, tls_files_stamp
 from sglang_kvcodec.rpc.errors import peer_error
 from sglang_kvcodec.rpc.heap import keep_freed_memory
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
@@ -108,6 +108,21 @@ class GrpcPeer:
             pb.DeleteCalibrationRequest.SerializeToString,
             pb.DeleteCalibrationResponse.FromString,
         )
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of the peer."""
+        return self._address
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """The connection, for other services of the peer. It is another one after certificates were renewed."""
+        return self._channel
+
+    @property
+    def call_metadata(self) -> Metadata:
+        """What a call shows the peer, for other services of the peer."""
+        return self._token.metadata()
 
     def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
         """Which of the pages are stored."""

@@ -34,12 +34,23 @@ class Scrubber:
         self._bytes_per_s = bytes_per_s
         self._pause_s = pause_s
         self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._is_woken = False
         self._thread = threading.Thread(target=self._run, name="kvcodec-scrub", daemon=True)
         self._thread.start()
 
+    def set_rate(self, bytes_per_s: int) -> None:
+        """Changes the bound of what is read; a pause ends, and a walk goes on or, with 0, ends."""
+        with self._changed:
+            self._bytes_per_s = bytes_per_s
+            self._is_woken = True
+            self._changed.notify()
+
     def close(self) -> None:
         """Ends the walk, after the object that it is at."""
-        self._closing.set()
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
@@ -53,14 +64,14 @@ class Scrubber:
             except Exception:
                 # A thread's top: whatever it is, the peer goes on without.
                 logger.exception("the scrub failed and stops for %s s", self._pause_s)
-            self._closing.wait(self._pause_s)
+            self._pause(self._pause_s)
 
     def _pass(self) -> None:
         started_s = time.monotonic()
         objects = dropped = 0
         for batch in self._engine.key_batches():
             for key in batch:
-                if self._closing.is_set():
+                if self._closing.is_set() or not self._bytes_per_s:
                     return
                 data = self._engine.get_range(key, 0, MAX_OBJECT_BYTES)
                 if data is None:
@@ -68,9 +79,17 @@ class Scrubber:
                 objects += 1
                 peer_metrics.STORE_SCRUBBED_BYTES.inc(len(data))
                 dropped += self._drop_if_damaged(key, bytes(data))
-                self._closing.wait(len(data) / self._bytes_per_s)
+                # Read once: it may become 0 meanwhile.
+                if bytes_per_s := self._bytes_per_s:
+                    self._pause(len(data) / bytes_per_s)
         peer_metrics.STORE_SCRUB_PASSES.inc()
         logger.info("scrubbed %d objects in %.0f s, %d were damaged", objects, time.monotonic() - started_s, dropped)
+
+    def _pause(self, seconds: float) -> None:
+        """Waits until then, until the rate changes, or not at all once it is closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_woken or self._closing.is_set(), seconds)
+            self._is_woken = False
 
     def _drop_if_damaged(self, key: bytes, data: bytes) -> bool:
         try:

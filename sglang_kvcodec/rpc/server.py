@@ -13,14 +13,18 @@ from grpc_reflection.v1alpha import reflection
 
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ConfigurationError, StorageError
+from sglang_kvcodec.rpc import admin
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.admin import AdminServicer
 from sglang_kvcodec.rpc.admission import Admission, TokenInterceptor
 from sglang_kvcodec.rpc.calibrations import CalibrationServicer
 from sglang_kvcodec.rpc.calls import Calls
 from sglang_kvcodec.rpc.certificates import ServerCertificates
+from sglang_kvcodec.rpc.draining import Drain
 from sglang_kvcodec.rpc.limits import server_options
 from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.servicer import PeerServicer
+from sglang_kvcodec.rpc.tenants import TenantViews
 from sglang_kvcodec.rpc.tokens import TokenFile
 from sglang_kvcodec.storage.artifacts import ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 _METRICS_PERIOD_S = 5.0
 _TOKENS_PERIOD_S = 1.0
+_LAST_WORDS_S = 1.0
 
 
 def _handlers(servicer: PeerServicer) -> grpc.GenericRpcHandler:
@@ -86,13 +91,17 @@ class PeerServer:
         calls = Calls(admission, limits)
         guards = []
         if self._security.tokens is not None:
-            guards.append(TokenInterceptor(admission, (SERVICE, health.SERVICE_NAME), (reflection.SERVICE_NAME,)))
+            self_guarded = (SERVICE, admin.SERVICE, health.SERVICE_NAME)
+            guards.append(TokenInterceptor(admission, self_guarded, (reflection.SERVICE_NAME,)))
         self._engine = engine
         self._listen = listen
-        self._servicer = PeerServicer(engine, limits, calls)
+        views = TenantViews(engine)
+        self._servicer = PeerServicer(engine, limits, calls, views)
         self._calibrations = CalibrationServicer(artifacts, limits, calls) if artifacts is not None else None
+        self._admin = AdminServicer(views, calls, self._servicer.bandwidth)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(interceptors=guards, options=server_options())
+        self._drain = Drain((SERVICE, admin.SERVICE))
+        self._server = grpc.aio.server(interceptors=(*guards, self._drain), options=server_options())
         self._tasks: list[asyncio.Task[None]] = []
         self.address = listen
         """Where it listens once started."""
@@ -107,8 +116,10 @@ class PeerServer:
         if self._calibrations is not None:
             handler = grpc.method_handlers_generic_handler(SERVICE, self._calibrations.handlers)
             self._server.add_generic_rpc_handlers((handler,))
+        handler = grpc.method_handlers_generic_handler(admin.SERVICE, self._admin.handlers)
+        self._server.add_generic_rpc_handlers((handler,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, admin.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
             port = self._add_port()
@@ -116,30 +127,33 @@ class PeerServer:
             raise ConfigurationError(f"can't listen on {self._listen}: the port is taken or not ours") from error
         self.address = f"{self._listen.rpartition(':')[0]}:{port}"
         await self._server.start()
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        # The process: it is alive as long as it answers, also while it drains.
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._set_ready(True)
         self._tasks.append(asyncio.create_task(self._export_store_metrics()))
         if self._security.tokens is not None:
             self._tasks.append(asyncio.create_task(_follow(self._security.tokens)))
-
-    @property
-    def asks_for_tokens(self) -> bool:
-        """Whether :meth:`reload_tokens` has something to do."""
-        return self._security.tokens is not None
 
     def reload_tokens(self) -> None:
         """Reads the tokens again, in the background; a certificate is looked at whenever a client connects."""
         if self._security.tokens is not None:
             asyncio.get_running_loop().run_in_executor(None, self._security.tokens.reload_if_changed, True)
 
-    async def stop(self, grace_s: float) -> None:
-        """Drains: takes no new calls, says NOT_SERVING, lets running ones end within ``grace_s``, then ends them."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+    async def stop(self, drain_s: float) -> None:
+        """Drains: says NOT_SERVING, refuses new calls, lets running ones end within ``drain_s``, then ends them.
+
+        It listens until then, so that probes hear what it says and clients why they are refused.
+        """
+        self._drain.begin()
+        await self._set_ready(False)
+        has_ended = await self._drain.ended(drain_s)
+        # What has ended may still be on its way out; a probe that watches would stay for ever.
+        await self._server.stop(_LAST_WORDS_S if has_ended and drain_s else 0)
         for task in self._tasks:
             task.cancel()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._servicer.close)
+        await loop.run_in_executor(None, self._admin.close)
         if self._calibrations is not None:
             await loop.run_in_executor(None, self._calibrations.close)
 
@@ -156,7 +170,9 @@ class PeerServer:
                 stat = await asyncio.get_running_loop().run_in_executor(None, self._engine.stat)
             except StorageError as error:
                 logger.warning("the store gives no account of itself: %s", error)
+                await self._set_ready(False)
             else:
+                await self._set_ready(not self._drain.is_draining)
                 peer_metrics.STORE_OBJECTS.set(stat.objects)
                 peer_metrics.STORE_BYTES.set(stat.stored_bytes)
                 peer_metrics.STORE_CAPACITY_BYTES.set(stat.capacity_bytes)
@@ -164,6 +180,11 @@ class PeerServer:
                     peer_metrics.STORE_EVICTIONS.inc(max(0, stat.evicted_objects - evicted_before))
                 evicted_before = stat.evicted_objects
             await asyncio.sleep(_METRICS_PERIOD_S)
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(SERVICE, status)
+        peer_metrics.PEER_READY.set(is_ready)
 
 
 async def _follow(tokens: TokenFile) -> None:

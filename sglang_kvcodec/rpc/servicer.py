@@ -35,8 +35,7 @@ from sglang_kvcodec.rpc.prefix_order import PrefixOrder
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
 from sglang_kvcodec.rpc.requests import announced_object, storage_keys
 from sglang_kvcodec.rpc.shares import ClientBudgets, StreamSlots
-from sglang_kvcodec.rpc.tenants import TenantEngine
-from sglang_kvcodec.rpc.tokens import MAX_TOKENS
+from sglang_kvcodec.rpc.tenants import TenantEngine, TenantViews
 from sglang_kvcodec.rpc.wire import decode_put
 from sglang_kvcodec.storage.base import StorageEngine
 
@@ -54,9 +53,10 @@ _NETWORK_THREADS = 16
 class PeerServicer:
     """Serves a storage engine. Belongs to one event loop; the engine is called in threads of its own."""
 
-    def __init__(self, engine: StorageEngine, limits: PeerLimits, calls: Calls) -> None:
-        """Serves ``engine``, which stays the caller's to close, after :meth:`close`."""
+    def __init__(self, engine: StorageEngine, limits: PeerLimits, calls: Calls, views: TenantViews) -> None:
+        """Serves ``engine``, of which ``views`` are; it stays the caller's to close, after :meth:`close`."""
         self._engine = engine
+        self._views = views
         self._limits = limits
         self._serving = calls
         # Apart, so that no Lookup waits for the disk behind a queue of writes.
@@ -68,8 +68,12 @@ class PeerServicer:
         self._bandwidth = BandwidthLimit(bits_per_s) if bits_per_s else None
         self._client_budgets = ClientBudgets(self._limits.receive_bytes_of_a_client)
         self._stream = StreamSlots(self._limits.max_streams, self._limits.streams_of_a_client)
-        self._views: dict[tuple[str, bytes], TenantEngine] = {}
         self._order = PrefixOrder()
+
+    @property
+    def bandwidth(self) -> BandwidthLimit | None:
+        """Bound of what the peer sends, to share with others who send."""
+        return self._bandwidth
 
     def close(self) -> None:
         """Waits for the engine's calls under way."""
@@ -81,7 +85,7 @@ class PeerServicer:
         async with self._serving("Lookup", context) as call:
             request = await call.request(pb.LookupRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
-            engine = self._engine_of(call.caller)
+            engine = self._views.of(call.caller)
             self._order.learn(_stored_keys(engine, keys))
             sizes = await self._read(engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
@@ -96,7 +100,7 @@ class PeerServicer:
         async with self._serving("Fetch", context) as call, self._stream("Fetch", call.caller.name):
             request = await call.request(pb.FetchRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
-            engine = self._engine_of(call.caller)
+            engine = self._views.of(call.caller)
             size_bytes = message_bytes(request.max_message_bytes, self._most_message_bytes())
             sizes = await self._read(engine.sizes, keys)
             stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
@@ -107,7 +111,7 @@ class PeerServicer:
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
         """See ``protos/``."""
         async with self._serving("Put", context) as call, self._stream("Put", call.caller.name):
-            engine = self._engine_of(call.caller)
+            engine = self._views.of(call.caller)
             storing: list[asyncio.Task[PutResult]] = []
             keys: list[bytes] = []
             try:
@@ -133,7 +137,7 @@ class PeerServicer:
         async with self._serving("Delete", context) as call:
             request = await call.request(pb.DeleteRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
-            return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._engine_of(call.caller), keys))
+            return pb.DeleteResponse(deleted_pages=await self._write(_delete_all, self._views.of(call.caller), keys))
 
     async def Stat(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.StatResponse:
         """See ``protos/``."""
@@ -150,18 +154,6 @@ class PeerServicer:
                 format_version=FORMAT_VERSION,
                 software_version=__version__,
             )
-
-    def _engine_of(self, caller: Caller) -> StorageEngine:
-        """The engine as the caller's tenant sees it."""
-        if not caller.tenant:
-            return self._engine
-        tenant = caller.tenant, caller.tenant_secret
-        if tenant not in self._views:
-            if len(self._views) >= MAX_TOKENS:
-                # The file was changed very often: a view holds nothing that is not made anew.
-                self._views.clear()
-            self._views[tenant] = TenantEngine(self._engine, *tenant)
-        return self._views[tenant]
 
     def _most_message_bytes(self) -> int:
         """So large that under a limit of the bandwidth streams share the link evenly."""

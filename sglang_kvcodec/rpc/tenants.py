@@ -14,15 +14,19 @@ import hashlib
 import hmac
 from collections.abc import Iterator, Sequence
 
+from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.namespace import NAMESPACE_BYTES
-from sglang_kvcodec.storage.base import RangeReader, StorageEngine
+from sglang_kvcodec.format.page_object import PREFIX, header_bytes, read_header
+from sglang_kvcodec.rpc.admission import Caller
+from sglang_kvcodec.rpc.tokens import MAX_TOKENS
+from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject
 from sglang_kvcodec.storage.wrappers import EngineWrapper
 
 _NAMESPACES_REMEMBERED = 1024
 
 
 class TenantEngine(EngineWrapper):
-    """An engine as one tenant sees it. Its counts, and the list of its keys, are those of the whole engine."""
+    """An engine as one tenant sees it. Its counts are those of the whole engine."""
 
     def __init__(self, engine: StorageEngine, tenant: str, secret: bytes) -> None:
         """Wraps ``engine``; ``secret`` is the same in all peers on one store."""
@@ -34,6 +38,7 @@ class TenantEngine(EngineWrapper):
             return hmac.digest(secret, prefix + namespace_digest, hashlib.sha256)
 
         self._stored_namespace = stored_namespace
+        self._own_namespaces: dict[bytes, bytes | None] = {}
 
     def stored_key(self, key: bytes) -> bytes:
         """The storage key of what the tenant calls ``key``."""
@@ -75,6 +80,61 @@ class TenantEngine(EngineWrapper):
         """See the base class."""
         return super().delete(self.stored_key(key))
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
-        return super().stored_at_s(self.stored_keys(keys))
+        return super().peek(self.stored_keys(keys))
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """The tenant's keys as it calls them, see the base class.
+
+        A hash can't be turned back: the tenant's own name of a namespace is read from an object that lies in it. One of
+        which no object can be read is not listed.
+        """
+        for batch in super().key_batches():
+            named = ((self._own_namespace(key), key[NAMESPACE_BYTES:]) for key in batch)
+            yield [namespace + page_hash for namespace, page_hash in named if namespace is not None]
+
+    def _own_namespace(self, stored_key: bytes) -> bytes | None:
+        """What the tenant calls the namespace of a storage key; None if that is not the tenant's."""
+        stored = stored_key[:NAMESPACE_BYTES]
+        known = self._own_namespaces
+        if stored in known:
+            return known[stored]
+        told = _told_namespace(self._engine, stored_key)
+        if told is None:
+            # The next object of the namespace may say more.
+            return None
+        own = told if self._stored_namespace(told) == stored else None
+        # A new one, so that no other thread looks into one that is being changed.
+        self._own_namespaces = {stored: own} if len(known) >= _NAMESPACES_REMEMBERED else {**known, stored: own}
+        return own
+
+
+class TenantViews:
+    """An engine as each caller's tenant sees it."""
+
+    def __init__(self, engine: StorageEngine) -> None:
+        self._engine = engine
+        self._views: dict[tuple[str, bytes], TenantEngine] = {}
+
+    def of(self, caller: Caller) -> StorageEngine:
+        """The view of the caller's tenant; of the default tenant, the engine."""
+        if not caller.tenant:
+            return self._engine
+        tenant = caller.tenant, caller.tenant_secret
+        if tenant not in self._views:
+            if len(self._views) >= MAX_TOKENS:
+                # The file was changed very often: a view holds nothing that is not made anew.
+                self._views.clear()
+            self._views[tenant] = TenantEngine(self._engine, *tenant)
+        return self._views[tenant]
+
+
+def _told_namespace(engine: StorageEngine, stored_key: bytes) -> bytes | None:
+    """The namespace that a stored object says it is of; None if it is gone, damaged, or of a format to come."""
+    try:
+        prefix = engine.get_range(stored_key, 0, PREFIX.size)
+        header = engine.get_range(stored_key, 0, header_bytes(prefix)) if prefix is not None else None
+        return read_header(header).key.namespace_digest if header is not None else None
+    except FormatError:
+        return None

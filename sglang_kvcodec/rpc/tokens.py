@@ -26,8 +26,9 @@ from sglang_kvcodec.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 SCOPES = ("read", "write", "admin")
-"""``read``: look up and fetch. ``write``: put, and delete pages. ``admin``: delete calibrations, and, where the token
-is of no tenant, what concerns all of them, as the counts of the store. None of them includes another one."""
+"""``read``: look up and fetch. ``write``: put, and delete pages. ``admin``: list and read what is stored, delete
+calibrations, and, where the token is of no tenant, what concerns all of them, as the counts of the store. None of them
+includes another one."""
 MAX_TOKENS = 1000
 _MAX_FILE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -6,9 +6,17 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 RangeReader = Callable[[bytes, int, int], bytes | memoryview | None]
 """A function with the arguments and the result of :meth:`StorageEngine.get_range`."""
+
+
+class StoredObject(NamedTuple):
+    """An object, without its bytes: its size, and when it was put, in seconds of Unix time."""
+
+    size_bytes: int
+    stored_at_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +113,12 @@ class StorageEngine(abc.ABC):
         """Removes an object; whether it was there."""
 
     @abc.abstractmethod
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
+        """Size and time of the put of each object; None where there is none. Does not mark it as used."""
+
     def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
         """When each object was put, in seconds of Unix time; None where there is none. Does not mark it as used."""
+        return [None if found is None else found.stored_at_s for found in self.peek(keys)]
 
     @abc.abstractmethod
     def key_batches(self) -> Iterator[list[bytes]]:
@@ -121,6 +133,14 @@ class StorageEngine(abc.ABC):
 
         Raises:
             StorageUnavailableError: the engine failed.
+        """
+
+    @abc.abstractmethod
+    def resize(self, capacity_bytes: int) -> None:
+        """Changes the bound of the stored bytes, at least 1; what is over it has been evicted when this returns.
+
+        Raises:
+            StorageUnavailableError: the engine failed; the new bound holds for what is put from now on.
         """
 
     @abc.abstractmethod

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
-from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
 from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
 
@@ -51,7 +51,8 @@ class LmdbEngine(StorageEngine):
             StorageUnavailableError: in use by another engine, read-only, disk full.
         """
         self._capacity_bytes = capacity_bytes
-        self._environment = LmdbEnvironment(directory, max_file_bytes or 2 * capacity_bytes + (256 << 20))
+        self._max_file_bytes = max_file_bytes
+        self._environment = LmdbEnvironment(directory, max_file_bytes or _file_bytes(capacity_bytes))
         self._opened_at_s = time.time()
         self._write_lock = threading.Lock()
         self._touch_lock = threading.Lock()
@@ -118,11 +119,14 @@ class LmdbEngine(StorageEngine):
         with self._write_lock, self._environment.writing() as store:
             return store.remove(key)
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class. What was put before there was a record of it counts as put when the store was opened."""
         with self._environment.reading() as store:
-            found = [store.stored_at_ms(key) for key in keys]
-        return [at_ms if at_ms is None else at_ms / 1000 or self._opened_at_s for at_ms in found]
+            found = [store.size_and_time(key) for key in keys]
+        return [
+            None if record is None else StoredObject(record[0], record[1] / 1000 or self._opened_at_s)
+            for record in found
+        ]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class. Each batch is a snapshot of its own, so that a slow walk keeps no old pages alive."""
@@ -134,6 +138,14 @@ class LmdbEngine(StorageEngine):
                 return
             yield batch
             last = batch[-1]
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class. The data file may grow with it, for which this waits until nobody reads or writes."""
+        with self._write_lock:
+            self._environment.allow_file(self._max_file_bytes or _file_bytes(capacity_bytes))
+            self._capacity_bytes = capacity_bytes
+            self._write_touches()
+            self._evict_to_capacity()
 
     def stat(self) -> StoreStat:
         """See the base class."""
@@ -225,3 +237,7 @@ class LmdbEngine(StorageEngine):
                     store.touch(key, sequence)
         except StorageUnavailableError as error:
             _logger.warning("the order of use of %d objects was not kept: %s", len(touches), error)
+
+
+def _file_bytes(capacity_bytes: int) -> int:
+    return 2 * capacity_bytes + (256 << 20)

@@ -50,12 +50,12 @@ class LmdbEnvironment:
             StorageUnavailableError: in use by another engine, read-only, disk full.
         """
         self._directory = directory
-        # LMDB maps whole pages.
-        self._map_bytes = -(-max_file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map_bytes = _whole_pages(max_file_bytes)
         self._state = threading.Condition()
         self._users = 0
         self._closed = False
         self._broken = False
+        self._growing = False
         with contextlib.ExitStack() as undo:
             self._owner_file = undo.enter_context(self._own_directory())
             self._allocate_readers_file()
@@ -87,6 +87,31 @@ class LmdbEnvironment:
             store = StoreTransaction(transaction, self._tables)
             yield store
             store.save_counts()
+
+    def allow_file(self, max_file_bytes: int) -> None:
+        """Lets the data file grow to ``max_file_bytes``, if it may not yet; waits for all who use it.
+
+        Raises:
+            StorageUnavailableError: closed, or LMDB failed.
+        """
+        map_bytes = _whole_pages(max_file_bytes)
+        with self._state:
+            if map_bytes <= self._map_bytes:
+                return
+            # LMDB maps the file anew, under the hands of a reader if there is one.
+            self._state.wait_for(lambda: not self._growing)
+            self._growing = True
+            try:
+                self._state.wait_for(lambda: self._users == 0)
+                if self._closed:
+                    raise StorageUnavailableError("the store is closed")
+                if not self._broken:
+                    with self._errors_in_our_words():
+                        self._environment.set_mapsize(map_bytes)
+                self._map_bytes = map_bytes
+            finally:
+                self._growing = False
+                self._state.notify_all()
 
     def close(self) -> None:
         """Waits for those inside a transaction, then releases the directory. May be called twice."""
@@ -159,6 +184,7 @@ class LmdbEnvironment:
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
         with self._state:
+            self._state.wait_for(lambda: not self._growing)
             if self._broken:
                 self._state.wait_for(lambda: self._users == 0)
             if self._closed:
@@ -187,3 +213,8 @@ class LmdbEnvironment:
             raise FileFullError(f"the data file of {self._directory} is full") from error
         except lmdb.Error as error:
             raise StorageUnavailableError(f"the store {self._directory} failed: {error}") from error
+
+
+def _whole_pages(size_bytes: int) -> int:
+    # LMDB maps whole pages.
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE

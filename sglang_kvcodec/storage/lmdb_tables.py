@@ -60,10 +60,10 @@ class StoreTransaction:
         record = self._transaction.get(key, db=self._tables.meta)
         return None if record is None else _read_meta(record)[1]
 
-    def stored_at_ms(self, key: bytes) -> int | None:
-        """When an object was put, in ms of Unix time; 0 if the store does not know; None where there is none."""
+    def size_and_time(self, key: bytes) -> tuple[int, int] | None:
+        """Size of an object and when it was put, in ms of Unix time, 0 if unknown; None where there is none."""
         record = self._transaction.get(key, db=self._tables.meta)
-        return None if record is None else _read_meta(record)[2]
+        return None if record is None else _read_meta(record)[1:]
 
     def keys_after(self, key: bytes, most: int) -> list[bytes]:
         """The next keys in their order; from the first on after an empty ``key``."""

@@ -6,25 +6,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
+from sglang_kvcodec.storage.base import StoredObject
 
 _ROOM_WAIT_S = 10.0
-
-
-class IndexedObject(NamedTuple):
-    """An object as the index knows it."""
-
-    size_bytes: int
-    stored_at_s: float
 
 
 class LruIndex:
     """Counts bytes from before an object is written until it has been deleted. Thread-safe."""
 
     def __init__(
-        self, capacity_bytes: int, objects: Iterable[tuple[bytes, IndexedObject]], evicted_objects: int
+        self, capacity_bytes: int, objects: Iterable[tuple[bytes, StoredObject]], evicted_objects: int
     ) -> None:
         """An index of ``objects``, the least recently used first; may be over its capacity, see :meth:`overflow`."""
         self._capacity_bytes = capacity_bytes
@@ -40,7 +33,7 @@ class LruIndex:
     def __len__(self) -> int:
         return len(self._objects)
 
-    def use(self, keys: Sequence[bytes]) -> list[IndexedObject | None]:
+    def use(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """The objects; marks them as used, the first one last."""
         with self._changed:
             for key in reversed(keys):
@@ -48,7 +41,7 @@ class LruIndex:
                     self._objects.move_to_end(key)
             return [self._objects.get(key) for key in keys]
 
-    def peek(self, keys: Sequence[bytes]) -> list[IndexedObject | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """The objects; does not mark them."""
         with self._changed:
             return [self._objects.get(key) for key in keys]
@@ -92,7 +85,7 @@ class LruIndex:
                 if not self._changed.wait(deadline_s - time.monotonic()):
                     raise StorageUnavailableError(f"no room for {size_bytes} bytes: puts under way hold it")
 
-    def end_put(self, key: bytes, stored: IndexedObject | None, *, is_uncertain: bool = False) -> None:
+    def end_put(self, key: bytes, stored: StoredObject | None, *, is_uncertain: bool = False) -> None:
         """Ends what :meth:`begin_put` began: the object as it lies there, None if it does not.
 
         If that is uncertain, the caller deletes it, see :meth:`deleted`.
@@ -126,13 +119,19 @@ class LruIndex:
                     self._doomed.pop(key, None)
             self._changed.notify_all()
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Changes the capacity; it may be over it afterwards, see :meth:`overflow`."""
+        with self._changed:
+            self._capacity_bytes = capacity_bytes
+            self._changed.notify_all()
+
     def overflow(self) -> list[bytes]:
         """Keys to delete so that the capacity holds."""
         with self._changed:
             missing_bytes = self._held_bytes() - self._capacity_bytes
             return self._doom(missing_bytes) if missing_bytes > 0 else []
 
-    def adopt(self, found: Iterable[tuple[bytes, IndexedObject]]) -> None:
+    def adopt(self, found: Iterable[tuple[bytes, StoredObject]]) -> None:
         """Takes in objects that were found and that it did not know."""
         with self._changed:
             for key, stored in found:

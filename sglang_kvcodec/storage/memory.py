@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
-from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import StorageEngine, StoredObject, StoreStat
 
 _KEYS_PER_BATCH = 1024
 
@@ -64,11 +64,7 @@ class MemoryEngine(StorageEngine):
             if key in self._objects:
                 self._objects.move_to_end(key)
                 return False
-            while self._stored_bytes + len(value) > self._capacity_bytes:
-                oldest, evicted = self._objects.popitem(last=False)
-                del self._stored_at_s[oldest]
-                self._stored_bytes -= len(evicted)
-                self._evicted_objects += 1
+            self._evict_to(self._capacity_bytes - len(value))
             self._objects[key] = value
             self._stored_at_s[key] = time.time()
             self._stored_bytes += len(value)
@@ -85,11 +81,14 @@ class MemoryEngine(StorageEngine):
             self._stored_bytes -= len(value)
             return True
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
         with self._lock:
             self._require_open()
-            return [self._stored_at_s.get(key) for key in keys]
+            return [
+                StoredObject(len(self._objects[key]), self._stored_at_s[key]) if key in self._objects else None
+                for key in keys
+            ]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""
@@ -98,6 +97,13 @@ class MemoryEngine(StorageEngine):
             keys = list(self._objects)
         for first in range(0, len(keys), _KEYS_PER_BATCH):
             yield keys[first : first + _KEYS_PER_BATCH]
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class."""
+        with self._lock:
+            self._require_open()
+            self._capacity_bytes = capacity_bytes
+            self._evict_to(capacity_bytes)
 
     def stat(self) -> StoreStat:
         """See the base class."""
@@ -111,6 +117,13 @@ class MemoryEngine(StorageEngine):
             self._closed = True
             self._objects.clear()
             self._stored_at_s.clear()
+
+    def _evict_to(self, most_bytes: int) -> None:
+        while self._stored_bytes > most_bytes:
+            oldest, evicted = self._objects.popitem(last=False)
+            del self._stored_at_s[oldest]
+            self._stored_bytes -= len(evicted)
+            self._evicted_objects += 1
 
     def _require_open(self) -> None:
         if self._closed:

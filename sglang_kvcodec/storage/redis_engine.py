@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
 from sglang_kvcodec.storage import redis_scripts as scripts
-from sglang_kvcodec.storage.base import StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.redis_connection import RedisAddress, RedisConnection
 
 _LEASE_S = 120.0
@@ -62,8 +62,7 @@ class RedisEngine(StorageEngine):
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._connection = RedisConnection(address)
         try:
-            while names := self._run(scripts.TRIM, capacity_bytes, _NAMES_PER_STEP):
-                self._bury(names)
+            self._trim()
         except BaseException:
             self._connection.close()
             raise
@@ -120,9 +119,10 @@ class RedisEngine(StorageEngine):
         """See the base class."""
         return self._remove(key, b"")
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
-        return [None if entry is None else entry.stored_at_s for entry in self._peek(keys)]
+        entries = self._peek(keys)
+        return [None if entry is None else StoredObject(entry.size_bytes, entry.stored_at_s) for entry in entries]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""
@@ -143,6 +143,11 @@ class RedisEngine(StorageEngine):
             if strays:
                 self._connection.delete(strays)
 
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class. Each of the peers on a store has its own bound: the lowest is the store's."""
+        self._capacity_bytes = capacity_bytes
+        self._trim()
+
     def stat(self) -> StoreStat:
         """See the base class."""
         objects, stored_bytes, evicted_objects = self._run(scripts.STAT)
@@ -152,6 +157,10 @@ class RedisEngine(StorageEngine):
         """See the base class."""
         self._closed = True
         self._connection.close()
+
+    def _trim(self) -> None:
+        while names := self._run(scripts.TRIM, self._capacity_bytes, _NAMES_PER_STEP):
+            self._bury(names)
 
     def _begin(self, key: bytes, size_bytes: int, token: bytes) -> bool:
         """Has room held for a put; False if the object is there."""

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from sglang_kvcodec.errors import StorageUnavailableError
-from sglang_kvcodec.storage.base import StorageEngine, StoreStat
-from sglang_kvcodec.storage.lru_index import IndexedObject, LruIndex
+from sglang_kvcodec.storage.base import StorageEngine, StoredObject, StoreStat
+from sglang_kvcodec.storage.lru_index import LruIndex
 from sglang_kvcodec.storage.s3_bucket import S3Address, S3Bucket
 
 _OBJECTS = "objects"
@@ -98,13 +98,13 @@ class S3Engine(StorageEngine):
                 self._delete_all([key])
             raise
         if is_new:
-            self._index.end_put(key, IndexedObject(len(value), time.time()))
+            self._index.end_put(key, StoredObject(len(value), time.time()))
             return True
         # Another peer's, from before it was told that it has the prefix no longer.
         if found is None:
             self._index.end_put(key, None)
             raise StorageUnavailableError(f"another peer changes {self._bucket.where}")
-        self._index.end_put(key, IndexedObject(found.size_bytes, found.modified_at_s))
+        self._index.end_put(key, StoredObject(found.size_bytes, found.modified_at_s))
         self._delete_all(self._index.overflow())
         return False
 
@@ -116,10 +116,10 @@ class S3Engine(StorageEngine):
         self._delete_all([key])
         return True
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
         self._require_open()
-        return [None if found is None else found.stored_at_s for found in self._index.peek(keys)]
+        return self._index.peek(keys)
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""
@@ -135,6 +135,13 @@ class S3Engine(StorageEngine):
         self._index.adopt((key, stored) for key, stored in self._listed() if key not in before)
         self._delete_all(self._index.overflow())
         self._write_order()
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class."""
+        self._require_open()
+        self._capacity_bytes = capacity_bytes
+        self._index.resize(capacity_bytes)
+        self._delete_all(self._index.overflow())
 
     def stat(self) -> StoreStat:
         """See the base class."""
@@ -173,12 +180,12 @@ class S3Engine(StorageEngine):
                 raise
             self._index.deleted(batch)
 
-    def _listed(self) -> Iterator[tuple[bytes, IndexedObject]]:
+    def _listed(self) -> Iterator[tuple[bytes, StoredObject]]:
         for batch in self._bucket.list(_OBJECTS):
             for found in batch:
                 match = _NAME.fullmatch(found.name)
                 if match is not None:
-                    yield bytes.fromhex(match[1]), IndexedObject(found.size_bytes, found.modified_at_s)
+                    yield bytes.fromhex(match[1]), StoredObject(found.size_bytes, found.modified_at_s)
 
     def _read_order(self) -> tuple[int, Iterable[bytes]]:
         """Evictions so far, and keys, the least recently used first. What makes no sense is as good as nothing."""

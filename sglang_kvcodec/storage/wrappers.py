@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import StorageError
-from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoreStat
+from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject, StoreStat
 
 
 class EngineWrapper(StorageEngine):
@@ -53,9 +53,9 @@ class EngineWrapper(StorageEngine):
         """See the base class."""
         return self._engine.delete(key)
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
-        return self._engine.stored_at_s(keys)
+        return self._engine.peek(keys)
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""
@@ -64,6 +64,10 @@ class EngineWrapper(StorageEngine):
     def tidy(self) -> None:
         """See the base class."""
         self._engine.tidy()
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See the base class."""
+        self._engine.resize(capacity_bytes)
 
     def stat(self) -> StoreStat:
         """See the base class."""
@@ -112,10 +116,10 @@ class ExpiringEngine(EngineWrapper):
         self._expire([key])
         return super().delete(key)
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
         self._expire(keys)
-        return super().stored_at_s(keys)
+        return super().peek(keys)
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""
@@ -241,10 +245,10 @@ class FaultyEngine(EngineWrapper):
         self._before("delete", [key])
         return super().delete(key)
 
-    def stored_at_s(self, keys: Sequence[bytes]) -> list[float | None]:
+    def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
         """See the base class."""
-        self._before("stored_at_s", keys)
-        return super().stored_at_s(keys)
+        self._before("peek", keys)
+        return super().peek(keys)
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """See the base class."""

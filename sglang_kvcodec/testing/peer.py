@@ -69,7 +69,7 @@ class PeerProcess:
         return self._process.poll() is None
 
     def hang_up(self) -> None:
-        """SIGHUP: it reads its tokens again."""
+        """SIGHUP: it reads its settings and its tokens again."""
         self._process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:

@@ -153,7 +153,7 @@ class StorageEngineContract:
         assert engine.sizes([make_key(name) for name in "abc"]) == [None, 10, 10]
 
     def test_the_time_of_the_put(self, make_engine: EngineFactory) -> None:
-        """Is known, stays, and asking for it is no use."""
+        """Is known beside the size, stays, and asking for either is no use."""
         engine = make_engine(30)
         before_s = time.time()
         for name in "abc":
@@ -161,6 +161,7 @@ class StorageEngineContract:
         engine.put(make_key("c"), bytes(10))
         stored_at_s = engine.stored_at_s([make_key(name) for name in "axbc"])
         assert stored_at_s[1] is None
+        assert [found and found.size_bytes for found in engine.peek([make_key("x"), make_key("b")])] == [None, 10]
         # A store has a clock of its own, and some count in whole seconds.
         assert all(at is not None and before_s - 2 < at < time.time() + 2 for at in (stored_at_s[0], *stored_at_s[2:]))
         engine.get(make_key("b"))
@@ -337,6 +338,54 @@ class StorageEngineContract:
         assert (stat.objects, stat.stored_bytes) == (len(held), sum(map(len, held)))
         assert 0 < stat.stored_bytes <= capacity_bytes
 
+    def test_a_smaller_and_a_larger_capacity(self, make_engine: EngineFactory) -> None:
+        """What is over a smaller one goes, the least recently used first; a larger one holds more, without loss."""
+        engine = make_engine(50)
+        for name in "abcde":
+            engine.put(make_key(name), make_value(name, 10))
+        engine.get(make_key("b"))
+        engine.resize(25)
+        assert engine.sizes([make_key(name) for name in "ebacd"]) == [10, 10, None, None, None]
+        assert engine.stat() == StoreStat(2, 20, 25, 3)
+        with pytest.raises(CapacityError):
+            engine.put(make_key("f"), bytes(26))
+        large_bytes = 600 << 10
+        engine.resize(20 + 2 * large_bytes)
+        for name in "gh":
+            engine.put(make_key(name), make_value(name, large_bytes))
+        assert [engine.get(make_key(name)) for name in "beg"] == [
+            make_value("b", 10),
+            make_value("e", 10),
+            make_value("g", large_bytes),
+        ]
+        assert engine.stat() == StoreStat(4, 20 + 2 * large_bytes, 20 + 2 * large_bytes, 3)
+
+    def test_resized_while_others_use_it(self, make_engine: EngineFactory) -> None:
+        """Nobody notices, and the last bound holds."""
+        engine = make_engine(1 << 20)
+        engine.put(make_key(0), make_value(0, 1000))
+        stopping = threading.Event()
+
+        def work() -> None:
+            numbers = iter(range(1, 1 << 30))
+            while not stopping.is_set():
+                engine.put(make_key((threading.get_ident(), next(numbers))), bytes(500))
+                assert engine.get(make_key(0)) == make_value(0, 1000)
+                with engine.ranges() as get_range:
+                    part = get_range(make_key(0), 0, 1000)
+                    assert part is not None
+                    assert bytes(part) == make_value(0, 1000)
+
+        def resize() -> None:
+            try:
+                for step in range(12):
+                    engine.resize((1 << 20) << step % 4)
+            finally:
+                stopping.set()
+
+        _run_threads([work] * _THREADS, meanwhile=resize)
+        assert engine.stat().capacity_bytes == 8 << 20
+
     def test_close_while_others_use_it(self, make_engine: EngineFactory) -> None:
         """They finish what they do, or are told that the store is closed."""
         engine = make_engine(1 << 20)
@@ -367,7 +416,8 @@ class StorageEngineContract:
             lambda: engine.put(make_key("b"), b"value"),
             lambda: engine.delete(make_key("a")),
             engine.stat,
-            lambda: engine.stored_at_s([make_key("a")]),
+            lambda: engine.resize(1),
+            lambda: engine.peek([make_key("a")]),
             lambda: list(engine.key_batches()),
             lambda: _read_in_a_row(engine),
         ):

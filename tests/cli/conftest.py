@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from peer_kit import PATIENT
+from site_kit import Site
 
 from sglang_kvcodec.rpc.client import GrpcPeer
 
@@ -20,6 +21,13 @@ def connect():
             return client
 
         yield make
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A peer that asks for tokens, once ``site.serve()`` has started it."""
+    with contextlib.ExitStack() as stack:
+        yield Site(tmp_path, stack)
 
 
 @pytest.fixture(autouse=True)

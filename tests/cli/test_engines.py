@@ -7,6 +7,7 @@ import sys
 import pytest
 from peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all, metrics_of
 
+from sglang_kvcodec.cli.main import main
 from sglang_kvcodec.errors import PeerRejectedError
 from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc.client import GrpcPeer
@@ -56,6 +57,31 @@ def test_what_is_put_outlives_a_kill(store):
         # No directory for them was named.
         with pytest.raises(PeerRejectedError):
             client.list_calibrations()
+        client.close()
+
+
+@pytest.mark.parametrize("store", ["s3", "rediscluster"], indirect=True)
+def test_an_operator_on_another_machines_store(store, tmp_path, capsys):
+    """Listed, read, moved and deleted as on a disk."""
+    with PeerProcess(store) as process:
+        client = GrpcPeer(process.remote, PATIENT)
+        put_all(client)
+
+        def admin(command, *arguments):
+            status = main(["admin", command, "--remote", process.remote, *map(str, arguments)])
+            return status, capsys.readouterr().out
+
+        status, out = admin("ls", NAMESPACE.hex())
+        assert status == 0
+        assert all(page_hash.hex() in out for page_hash in HASHES)
+        assert f"{NAMESPACE.hex()}  {4:>10}" in admin("ls")[1]
+        assert "4 sound, 0 damaged, 0 gone" in admin("verify")[1]
+        assert f"keeps nothing of them: it warmed the caches of its {client.stat().engine} store" in admin("warm")[1]
+        assert "exported 4 pages" in admin("export", tmp_path / "file")[1]
+        assert "deleted 4 pages" in admin("rm", NAMESPACE.hex(), "--yes")[1]
+        assert "stored 4 pages, 0 were there" in admin("import", tmp_path / "file")[1]
+        assert fetch_all(client) == [data for _, data in PAGES]
+        assert client.delete(NAMESPACE, HASHES) == 4
         client.close()
 
 

@@ -12,6 +12,7 @@ from sglang_kvcodec.errors import PeerRejectedError, PeerUnavailableError
 from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
+from sglang_kvcodec.rpc.server import SERVICE
 from sglang_kvcodec.testing.peer import PeerProcess
 
 READY_S = 30
@@ -122,7 +123,7 @@ def test_sigterm_drains_and_exits_with_0(tmp_path, connect):
         events = client.fetch(NAMESPACE, HASHES)
         first = next(events)
         with grpc.insecure_channel(process.address) as channel:
-            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
             assert next(health).status == health_pb2.HealthCheckResponse.SERVING
             process.signal_stop()
             assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING

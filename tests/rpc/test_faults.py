@@ -1,5 +1,6 @@
 """What goes wrong on the way: garbage, damage, silence, full and failing stores, peers and clients that go."""
 
+import contextlib
 import socket
 import threading
 
@@ -18,9 +19,12 @@ from sglang_kvcodec.errors import (
 )
 from sglang_kvcodec.format.exchange import FetchedMissing, PutOutcome
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc import server
+from sglang_kvcodec.rpc.admin_client import PeerAdmin
 from sglang_kvcodec.rpc.limits import GRPC_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST
 from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.peer_pb2_grpc import PeerStub
+from sglang_kvcodec.rpc.server import SERVICE
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LARGE = (3_000_001, 2, 1 << 20, (1 << 20) - 1, 1, 65_537)
@@ -432,7 +436,8 @@ def test_draining_lets_a_fetch_end(start_peer, connect, engine, namespace, page,
     client = connect(started.remote)
     client.put(namespace, [page("a")])
     with grpc.insecure_channel(started.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        stub = health_pb2_grpc.HealthStub(channel)
+        health = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert next(health).status == health_pb2.HealthCheckResponse.SERVING
         held = gate("get_range")
         fetched = []
@@ -441,9 +446,36 @@ def test_draining_lets_a_fetch_end(start_peer, connect, engine, namespace, page,
         held.reached.wait()
         started.begin_stop(60)
         assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        health.cancel()
-    held.opened.set()
-    fetching.join()
+        # It still lives and says so, but takes no new calls, of old connections or new ones.
+        assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        for other in (client, connect(started.remote)):
+            with pytest.raises(PeerUnavailableError, match="shutting down"):
+                other.lookup(namespace, [page("a")[0]])
+        with contextlib.closing(PeerAdmin(client)) as admin, pytest.raises(PeerUnavailableError, match="shutting"):
+            list(admin.pages())
+        held.opened.set()
+        fetching.join()
     assert sum(len(getattr(event, "data", b"")) + len(getattr(event, "header", b"")) for event in fetched) == len(
         page("a")[1]
     )
+
+
+def test_a_store_that_is_away_makes_the_peer_unready(start_peer, engine, monkeypatch):
+    """Until it is back; the process is alive all the time."""
+    monkeypatch.setattr(server, "_METRICS_PERIOD_S", 0.02)
+    started = start_peer()
+    with grpc.insecure_channel(started.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        health = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=60)
+        assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+
+        def fail(method, key):
+            raise StorageUnavailableError("the store is away")
+
+        engine.before = fail
+        assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        engine.before = lambda method, key: None
+        assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+        assert peer_metrics.PEER_READY._value.get() == 1
+        health.cancel()

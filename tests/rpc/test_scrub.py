@@ -149,3 +149,38 @@ def test_an_engine_that_fails_is_tried_again(stored):
     faulty.set_faults(before)
     with contextlib.closing(Scrubber(faulty, FAST, pause_s=0.01)):
         until(lambda: engine.sizes([keys[4]]) == [None])
+
+
+def test_a_new_rate_counts_at_once(stored):
+    """It ends the pause between two walks, and the one within a walk that would take hours."""
+    engine, keys = stored
+    replace(engine, keys[-1], b"damaged")
+    walking = threading.Event()
+    faulty = FaultyEngine(engine)
+    faulty.set_faults(lambda method, keys: walking.set() if method == "get_range" else None)
+    before = passes()
+    with contextlib.closing(Scrubber(faulty, 0)) as scrubber:
+        assert not walking.wait(0.1)
+        scrubber.set_rate(1)
+        assert walking.wait(60)
+        scrubber.set_rate(FAST)
+        until(lambda: passes() > before)
+    assert engine.peek(keys[-1:]) == [None]
+
+
+def test_a_rate_of_nothing_ends_a_walk(stored):
+    engine, _ = stored
+    walking = threading.Event()
+    read = []
+    faulty = FaultyEngine(engine)
+
+    def before(method, keys):
+        if method == "get_range":
+            read.extend(keys)
+            walking.set()
+
+    faulty.set_faults(before)
+    with contextlib.closing(Scrubber(faulty, 1)) as scrubber:
+        assert walking.wait(60)
+        scrubber.set_rate(0)
+    assert len(read) == 1

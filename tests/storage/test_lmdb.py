@@ -433,3 +433,15 @@ def test_a_store_of_format_1_is_taken_over(open_store, tmp_path, monkeypatch):
     environment = lmdb.open(str(tmp_path / "store"), max_dbs=3)
     with environment, environment.begin() as transaction:
         assert transaction.get(b"sglang-kvcodec store") == b"2"
+
+
+def test_the_file_grows_with_the_capacity(tmp_path):
+    """Beyond what it might have grown to when it was opened: 256 MiB more than twice the capacity."""
+    with contextlib.closing(LmdbEngine(tmp_path / "store", 1 << 20)) as store:
+        store.resize(400 << 20)
+        for number in range(5):
+            store.put(make_key(number), make_value(number, 64 << 20))
+        assert store.stat() == StoreStat(5, 320 << 20, 400 << 20, 0)
+        assert (tmp_path / "store" / "data.mdb").stat().st_size > 300 << 20
+    with contextlib.closing(LmdbEngine(tmp_path / "store", 400 << 20)) as store:
+        assert store.get(make_key(3)) == make_value(3, 64 << 20)
