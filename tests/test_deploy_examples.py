@@ -1,6 +1,7 @@
 """examples/deploy: every query names metrics and labels that exist, every command line and setting is one of ours."""
 
 import configparser
+import contextlib
 import json
 import pathlib
 import re
@@ -12,14 +13,16 @@ import urllib.request
 
 import pytest
 import yaml
+from cli.peer_kit import PATIENT
+from cli.pki_kit import Authority
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from sglang_kvcodec import metrics, peer_metrics
 from sglang_kvcodec.cli.main import build_parser, main
-from sglang_kvcodec.config import parse_bytes, parse_remotes
+from sglang_kvcodec.config import Access, parse_bytes, parse_remotes
 from sglang_kvcodec.format.exchange import PutOutcome
-from sglang_kvcodec.rpc.server import SERVICE
+from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.testing.peer import PeerProcess
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -163,10 +166,49 @@ def test_what_the_alerts_and_the_dashboard_call_outcomes_are_outcomes():
     assert set(values) <= {outcome.value for outcome in PutOutcome}
 
 
-def test_a_peer_shows_what_is_asked_of_it():
-    """The metrics of a real peer that is started with the example's settings, but on a port and a store of the test."""
-    arguments = ["--config", str(DEPLOY / "peer.toml"), "--metrics-port", "0"]
+class Secrets:
+    """Files of a certificate and of tokens, as the examples want them."""
+
+    def __init__(self, directory: pathlib.Path):
+        authority = Authority(directory)
+        self.ca, (self.certificate, self.key) = authority.file, authority.issue("peer")
+        self.tokens, self._directory = directory / "tokens.toml", directory
+
+    def issue(self, capsys, command: str) -> pathlib.Path:
+        """Does a `kvcodec token` of an example's comment; the file of the token."""
+        words = shlex.split(command)
+        assert words[:2] == ["kvcodec", "token"]
+        words[words.index("--tokens") + 1] = str(self.tokens)
+        file = self._directory / words[words.index(">") + 1]
+        assert main(words[1 : words.index(">")]) == 0
+        file.write_text(capsys.readouterr().out)
+        return file
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of a peer, in the place of the example's files."""
+        named = {"--tls-cert": self.certificate, "--tls-key": self.key, "--tokens": self.tokens}
+        return [word for name, file in named.items() for word in (name, str(file))]
+
+
+@pytest.fixture
+def secrets(tmp_path):
+    return Secrets(tmp_path)
+
+
+def token_commands(file: str) -> list[str]:
+    return re.findall(r"^# +(kvcodec token .*)$", (DEPLOY / file).read_text(), re.MULTILINE)
+
+
+def test_a_peer_shows_what_is_asked_of_it(secrets, capsys):
+    """A real peer with the example's settings, but on a port, a store and files of the test."""
+    (command,) = token_commands("kvcodec-peer.service")
+    token = secrets.issue(capsys, command)
+    arguments = ["--config", str(DEPLOY / "peer.toml"), "--metrics-port", "0", *secrets.arguments]
     with PeerProcess(arguments=arguments) as process:
+        access = Access(tls_ca=str(secrets.ca), token_file=str(token))
+        with contextlib.closing(GrpcPeer(process.remote, PATIENT, access=access)) as client:
+            assert client.lookup(bytes(32), [bytes(32)]).covered_pages == 0
         address = process.ready_line.rpartition("metrics=")[2]
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as response:
             shown = set(re.findall(r"^# TYPE (kvcodec_\w+)", response.read().decode(), re.MULTILINE))
@@ -189,10 +231,16 @@ def settings_of(capsys, arguments):
     return tomllib.loads(capsys.readouterr().out)
 
 
+def is_secured(settings):
+    """Whether a peer with these settings asks for TLS and tokens, and may be without neither."""
+    return bool(settings["tls-cert"] and settings["tls-key"] and settings["tokens"]) and not settings["insecure"]
+
+
 def test_the_settings_file(capsys):
     settings = settings_of(capsys, ["--config", str(DEPLOY / "peer.toml")])
     assert settings["store"] == "lmdb:/var/lib/kvcodec"
     assert settings["drain-s"] == 20
+    assert is_secured(settings)
 
 
 def test_the_systemd_unit(capsys, tmp_path):
@@ -208,6 +256,13 @@ def test_the_systemd_unit(capsys, tmp_path):
     assert settings["drain-s"] < int(service["TimeoutStopSec"])
     assert settings["store"] == f"lmdb:/var/lib/{service['StateDirectory']}"
     assert "-HUP $MAINPID" in service["ExecReload"]
+    assert is_secured(settings)
+    # What the comment installs is where the settings look, for the group of the service.
+    text = (DEPLOY / "kvcodec-peer.service").read_text()
+    installed = set(re.findall(r"^#   install -g (?:\S+) -m 0640 [A-Z]+ (\S+)$", text, re.MULTILINE))
+    assert installed == {settings["tls-cert"], settings["tls-key"]}
+    assert f"--tokens {settings['tokens']} " in text
+    assert set(re.findall(r"(?<=-g )\S+|(?<=groupadd --system )\S+", text)) == {service["SupplementaryGroups"]}
     # Where systemd is installed it has a word in it as well; it wants the program to be there.
     if analyze := shutil.which("systemd-analyze"):
         copy = tmp_path / "kvcodec-peer.service"
@@ -225,6 +280,11 @@ def test_the_container_file(capsys):
     (volume,) = re.findall(r"^VOLUME (\S+)$", text, re.MULTILINE)
     (ports,) = re.findall(r"^EXPOSE (.*)$", text, re.MULTILINE)
     assert settings["store"] == f"lmdb:{volume}"
+    assert is_secured(settings)
+    (mounted,) = re.findall(r"-v \./peer:(\S+):ro", text)
+    for setting in ("tls-cert", "tls-key", "tokens"):
+        name = pathlib.PurePosixPath(settings[setting]).relative_to(mounted)
+        assert re.search(rf"# .*\b{re.escape(str(name))}\b", text)
     assert {int(port) for port in ports.split()} == {
         int(settings["listen"].rpartition(":")[2]),
         settings["metrics-port"],
@@ -250,7 +310,7 @@ def test_kubernetes_runs_a_peer_with_settings_that_it_takes(kubernetes, capsys, 
     stateful_set = kubernetes["StatefulSet"]["spec"]
     pod = stateful_set["template"]["spec"]
     (container,) = pod["containers"]
-    (mounted,) = (v["configMap"]["name"] for v in pod["volumes"])
+    (mounted,) = (v["configMap"]["name"] for v in pod["volumes"] if "configMap" in v)
     assert mounted == kubernetes["ConfigMap"]["metadata"]["name"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     (file,) = kubernetes["ConfigMap"]["data"]
@@ -262,15 +322,66 @@ def test_kubernetes_runs_a_peer_with_settings_that_it_takes(kubernetes, capsys, 
     (claim,) = stateful_set["volumeClaimTemplates"]
     needed = 2 * parse_bytes(settings["capacity"]) + (256 << 20) + parse_bytes(settings["calibration-capacity"])
     assert parse_bytes(claim["spec"]["resources"]["requests"]["storage"]) >= needed
+    assert is_secured(settings)
+    for setting in ("tls-cert", "tls-key", "tokens"):
+        assert settings[setting] in secret_files(kubernetes)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": int(settings["listen"].rpartition(":")[2]), "metrics": settings["metrics-port"]}
 
 
-def test_kubernetes_asks_who_is_alive_and_who_is_ready(kubernetes):
+def secret_files(kubernetes):
+    """The path in the container of every file of a secret that the comments make -> the name of the file."""
+    pod = kubernetes["StatefulSet"]["spec"]["template"]["spec"]
+    text = (DEPLOY / "kubernetes.yaml").read_text()
+    made = dict(re.findall(r"^#   kubectl create secret generic (\S+) (.*)$", text, re.MULTILINE))
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    files = {}
+    for volume in pod["volumes"]:
+        if "secret" in volume:
+            # Readable for the pod's group, which the peer's user is in, and nobody else.
+            assert volume["secret"]["defaultMode"] == 0o440
+            names = re.findall(r"--from-file=(\S+)", made.pop(volume["secret"]["secretName"]))
+            files |= {f"{mounts[volume['name']]}/{name}": name for name in names}
+    assert made == {}
+    return files
+
+
+def test_kubernetes_asks_who_is_alive_and_who_is_ready(kubernetes, secrets, capfd):
+    """The probes at a real peer: it is ready as long as all is as it should be, and alive as long as it answers."""
     (container,) = kubernetes["StatefulSet"]["spec"]["template"]["spec"]["containers"]
-    assert container["readinessProbe"]["grpc"] == {"port": 7440, "service": SERVICE}
-    for probe in ("startupProbe", "livenessProbe"):
-        assert container[probe]["grpc"] == {"port": 7440}
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    readiness = container["readinessProbe"]
+    assert readiness["timeoutSeconds"] < readiness["periodSeconds"]
+    server, probe = token_commands("kubernetes.yaml")
+    files = {
+        "tokens.toml": secrets.tokens,
+        "tls.crt": secrets.certificate,
+        "tls.key": secrets.key,
+        "ca.crt": secrets.ca,
+    }
+    for command in (server, probe):
+        token = secrets.issue(capfd, command)
+        files[token.name] = token
+    places = {path: str(files[name]) for path, name in secret_files(kubernetes).items()}
+    with PeerProcess(arguments=[*secrets.arguments, "--metrics-port", "0"]) as process:
+        program, *command = readiness["exec"]["command"]
+        assert program == "kvcodec"
+        for place, file in places.items():
+            command = [word.replace(place, file) for word in command]
+        assert f"localhost:{ports['grpc']}" in " ".join(command)
+        # The certificate of the test is for the address.
+        command = [word.replace(f"localhost:{ports['grpc']}", process.address) for word in command]
+        assert main(command) == 0
+        metrics_address = process.ready_line.rpartition("metrics=")[2]
+        for name in ("startupProbe", "livenessProbe"):
+            asked = container[name]["httpGet"]
+            assert asked["port"] in ports
+            with urllib.request.urlopen(f"http://{metrics_address}{asked['path']}", timeout=60) as response:
+                assert response.status == 200
+        token.write_text("another")
+        assert main(command) == 2
+        assert "does not know the token" in capfd.readouterr().err
+    assert main(command) == 2
 
 
 def test_the_parts_of_the_kubernetes_example_find_each_other(kubernetes):
@@ -294,6 +405,7 @@ def test_the_parts_of_the_kubernetes_example_find_each_other(kubernetes):
     # What the comment tells servers to say.
     (remote,) = re.findall(r"--kvcodec-remote (\S+)", (DEPLOY / "kubernetes.yaml").read_text())
     name = kubernetes["StatefulSet"]["metadata"]["name"]
+    assert remote.startswith("grpcs://")
     assert parse_remotes(remote) == tuple(
         f"{name}-{number}.{stateful_set['serviceName']}:{ports['grpc']}" for number in range(stateful_set["replicas"])
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ForeignPageError, FormatError, TruncatedError
 from sglang_kvcodec.format.digest import Buffer
-from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.namespace import NAMESPACE_BYTES, PageKey
 from sglang_kvcodec.format.page_object import PREFIX, PageHeader, header_bytes, read_header
 from sglang_kvcodec.rpc.wire import encode_fragments
 from sglang_kvcodec.storage.base import RangeReader, StorageEngine
@@ -70,8 +70,11 @@ def read_page(engine: StorageEngine, key: bytes, object_bytes: int) -> tuple[byt
                 return None
         encoded = bytes(memoryview(start)[:size])
         header = _header_of(encoded) if size <= _FIRST_READ_BYTES else read_header(encoded)
-        if header.key.to_bytes() != key:
+        if header.key.page_hash != key[NAMESPACE_BYTES:]:
             raise ForeignPageError(f"page {header.key} is stored under another key")
+        if header.key.to_bytes() != key:
+            # A tenant's, asked for by who knows its storage key and is not of the tenant. It is sound, and stays.
+            return None
         if header.object_bytes != object_bytes:
             raise TruncatedError(f"{object_bytes} of {header.object_bytes} bytes are stored")
     except FormatError as error:

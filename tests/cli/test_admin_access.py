@@ -147,6 +147,10 @@ def test_an_operator_removes_a_tenants_namespace_by_its_stored_name(site, tenant
     lines = map(json.loads, admin(tenants["operator"], "ls", "--json")[1].splitlines())
     (stored,) = (line["namespace"] for line in lines if line["objects"] == 3)
     assert "deleted 0 pages" in admin(tenants["a"], "rm", stored, "--yes")[1]
+    # Fetched by that name they are missing, and not deleted for it.
+    fetched = list(site.client(tenants["default"]).fetch(bytes.fromhex(stored), HASHES[:3]))
+    assert [type(event).__name__ for event in fetched] == ["FetchedMissing"] * 3
+    assert fetch_all(site.client(tenants["b"]), HASHES[:3]) == [data for _, data in PAGES[:3]]
     assert "deleted 3 pages" in admin(tenants["default"], "rm", stored, "--yes")[1]
     assert site.client(tenants["b"]).lookup(NAMESPACE, HASHES).covered_pages == 0
     assert site.client(tenants["a"]).lookup(NAMESPACE, HASHES).covered_pages == 4
