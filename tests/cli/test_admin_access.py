@@ -183,6 +183,23 @@ def test_a_drain_with_tokens(site):
     assert process.wait() == 0
 
 
+def test_a_reading_ends_when_its_token_is_withdrawn(site):
+    site.issue("kept")
+    token = site.issue("old", "write,admin")
+    process = site.serve("--bandwidth-limit", "40Mbps")
+    client = site.client(token)
+    pages = [make_page(f"withdrawn {index}", 700_001) for index in range(8)]
+    client.put(NAMESPACE, pages)
+    with contextlib.closing(PeerAdmin(client)) as admin:
+        reading = admin.read(NAMESPACE, [page_hash for page_hash, _ in pages])
+        assert next(reading) == pages[0][1]
+        site.file.write_text(site.file.read_text().replace('"old"', '"new"'))
+        process.hang_up()
+        with pytest.raises(PeerDeniedError, match="no longer valid"):
+            list(reading)
+    assert site.refused("withdrawn_token") == 1
+
+
 def failure_of(call):
     try:
         call()
