@@ -43,8 +43,13 @@ EXPLORATIONS = Counter("kvcodec_explorations", "Fetches that no request waited f
 TTFT_PREDICTED_SECONDS = Histogram(
     "kvcodec_ttft_predicted_seconds", "What the planner expected from queueing to the first token", ["choice"]
 )
-EARLY_ADMISSIONS = Counter("kvcodec_early_admissions_total", "Requests admitted before all of their pages had arrived")
+EARLY_ADMISSIONS = Counter("kvcodec_early_admissions", "Requests admitted before all of their pages had arrived")
 TTFT_SECONDS = Histogram("kvcodec_ttft_seconds", "What it took the same requests", ["choice"])
+SCHEDULER_SECONDS = Histogram(
+    "kvcodec_scheduler_seconds",
+    "What kvcodec took of the scheduler's thread in one scheduling pass",
+    buckets=(2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+)
 LINK_BYTES_PER_SECOND = Gauge(
     "kvcodec_link_bytes_per_second", "Estimated bandwidth from the peer", multiprocess_mode="livemin"
 )

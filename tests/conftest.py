@@ -1,6 +1,8 @@
 """Tests of a GPU run where there is one, and never pass without one when KVCODEC_REQUIRE_GPU is set."""
 
+import ctypes
 import os
+import sys
 
 import pytest
 
@@ -38,3 +40,11 @@ def pytest_runtest_makereport():
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():
     return refuse_skip((yield))
+
+
+def pytest_unconfigure():
+    """Keeps SWIG's modules for ever: sentencepiece's reads a type of another module when it is freed, which ends the
+    interpreter with a segmentation fault after the last test where that one was freed first."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("swig_runtime_data"):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))

@@ -26,6 +26,7 @@ from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import LayerGroup
 from sglang_kvcodec.plugin.load_counter import EventLoadCounter
+from sglang_kvcodec.plugin.scheduler_time import SchedulerTime, timed
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         tracer: Tracer | None = None,
         namespace_digests: Callable[[], Sequence[bytes]] | None = None,
         restoring_pays: Callable[[int, int], bool] = lambda pages, coded_bytes: True,
+        scheduler_time: SchedulerTime | None = None,
     ) -> None:
         """Links the tree of one rank.
 
@@ -90,7 +92,9 @@ class KVCodecLinker(UnifiedCacheLinker):
             tracer: told of restores and of waits for layers.
             namespace_digests: of all pages that may be used now; None for those of ``namespace_digest`` alone.
             restoring_pays: whether pages in host memory, so many of so many bytes, are restored sooner than computed.
+            scheduler_time: told what all this takes of the scheduler's thread.
         """
+        self.scheduler_time = scheduler_time or SchedulerTime()
         self.pools = {PoolName.KV: pool}
         self.forward_stream = forward_stream
         self.layer_done_counter = WaitedCounter(num_layers, self._waited)
@@ -116,6 +120,7 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     # ---- read side ----
 
+    @timed
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length in pages: those whose page objects are in host memory."""
         before = {page.key.page_hash: page for page in self._matched.pop(rid, ())}
@@ -161,6 +166,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._matched.pop(rid, None)
         self._computed.pop(rid, None)
 
+    @timed
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Queues the restore of pages that the last :meth:`lookup` found."""
         pages = self._matched.pop(rid, [])
@@ -188,6 +194,7 @@ class KVCodecLinker(UnifiedCacheLinker):
                 return page_hashes[:index]
         return page_hashes
 
+    @timed
     def start_layer_wise_loading(self) -> int:
         """Starts the queued restores; the forward pass then waits layer by layer."""
         if not self._queued:
@@ -251,6 +258,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         finally:
             self._pages_before = None
 
+    @timed
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Hands pages to the publisher. Always accepted, so that all ranks keep the same list of offloads.
 

@@ -33,6 +33,7 @@ from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
+from sglang_kvcodec.plugin.scheduler_time import SchedulerTime, timed
 from sglang_kvcodec.plugin.settings import server_config
 from sglang_kvcodec.transform import PageTransforms
 
@@ -71,6 +72,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         # Before super(): it calls reset().
         self._held = {}
         self.retries = RetryBook()
+        self.scheduler_time = SchedulerTime()
         super().__init__(params)
 
     def attach(self, runtime: Runtime, ctx: Any) -> None:
@@ -92,6 +94,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             runtime.tracer,
             runtime.namespace_digests,
             runtime.restoring_pays,
+            self.scheduler_time,
         )
         self.init_cache_linker(self._linker)
         kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
@@ -113,6 +116,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Any node may have stored pages behind it; without a host tier SGLang would not ask for them."""
         return True
 
+    @timed
     def prefetch_from_storage(
         self,
         request: Any,
@@ -150,6 +154,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._held[request] = _Held(ticket, start_page, wanted)
         self._passes.expect(request.rid, ticket)
 
+    @timed
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether the request may go on: False only while its pages are on their way."""
         held = self._held.get(request)
@@ -164,9 +169,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
+        self.scheduler_time.next_pass()
         super().check_hicache_events()
-        self._agree_on_fetches()
+        if self._held:
+            self._agree_on_fetches()
 
+    @timed
     def _agree_on_fetches(self) -> None:
         waiting = [held for held in self._held.values() if held.agreed_pages is None]
         if not waiting:

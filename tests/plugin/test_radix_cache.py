@@ -8,6 +8,7 @@ from sglang_kvcodec.errors import UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import FetchPlan
 from sglang_kvcodec.plugin.radix_cache import KVCodecRadixCache, _Held, build_radix_cache
+from sglang_kvcodec.plugin.scheduler_time import SchedulerTime
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ class Rank:
 
     def __init__(self, *tickets):
         self._held = {i: _Held(ticket, 0, ticket.page_hashes) for i, ticket in enumerate(tickets)}
+        self.scheduler_time = SchedulerTime()
         self.sent = None
         self.others = None
 
