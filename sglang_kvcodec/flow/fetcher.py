@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
+import itertools
 import logging
 import threading
 import time
@@ -74,6 +76,14 @@ class _Run:
         ]
 
 
+def turn_s(start_s: float, coded_bytes: float, bytes_per_s: float | None) -> float:
+    """The turn of a fetch among those that wait for a thread; the least is first.
+
+    The shortest is first, and a long one goes before all that come later than it takes itself, so none starves.
+    """
+    return start_s + coded_bytes / max(bytes_per_s, 1.0) if bytes_per_s is not None else start_s
+
+
 class Fetcher:
     """Looks up, plans and fetches on threads of its own; whatever goes wrong shortens the prefix, never more."""
 
@@ -118,6 +128,11 @@ class Fetcher:
         self._was_fetching: dict[int, bool] = {}
         """Magnitude of a stored prefix -> what was done with the last such one."""
         self._explorer = Explorer()
+        self._page_bytes = 0.0
+        """Of a page, as the peer told of the last prefix."""
+        self._order = itertools.count()
+        self._waiting: list[tuple[float, int, FetchTicket, tuple[bytes, ...], Flight]] = []
+        """A heap of fetches for which no thread is free, by their turns."""
         self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvcodec-fetch")
         self._lock = threading.Lock()
         self._tickets = 0
@@ -159,8 +174,16 @@ class Fetcher:
             prefix = Prefix((), self._page_tokens, tokens_before, prompt_tokens)
             flight = Flight(Stage(LOOKUP, ticket.start_s, prefix), functools.partial(self._overtaken, ticket))
             self._pacer.add(flight)
-            self._threads.submit(self._run, ticket, tuple(namespace_digests), flight)
+            turn = turn_s(ticket.start_s, len(page_hashes) * self._page_bytes, self._rates.link.bytes_per_s())
+            with self._lock:
+                heapq.heappush(self._waiting, (turn, next(self._order), ticket, tuple(namespace_digests), flight))
+            self._threads.submit(self._run_next)
         return ticket
+
+    def _run_next(self) -> None:
+        with self._lock:
+            _, _, ticket, namespace_digests, flight = heapq.heappop(self._waiting)
+        self._run(ticket, namespace_digests, flight)
 
     def close(self) -> None:
         """Ends; the peer is to be closed first, which ends calls under way."""
@@ -256,6 +279,8 @@ class Fetcher:
         metrics.LOOKUP_PAGES.labels(outcome="missing").inc(asked_pages - covered_pages)
         if ticket.was_cut():
             return OVERTAKEN
+        if covered_pages:
+            self._page_bytes = sum(run.coded_bytes for run in runs) / covered_pages
         plan, prefix = self._plan(ticket, runs, flight)
         if plan.pages == 0:
             # The request goes on; what follows is for the next ones.

@@ -11,7 +11,7 @@ from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
 from sglang_kvcodec.flow import admission, exploring, planner
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
-from sglang_kvcodec.flow.fetcher import Fetcher
+from sglang_kvcodec.flow.fetcher import Fetcher, turn_s
 from sglang_kvcodec.flow.planner import LINK_TOO_SLOW
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.trace import FileTracer
@@ -346,3 +346,40 @@ def test_an_aborted_request_ends_its_fetch_although_it_was_promised(setup, held)
     held.go_on.set()
     assert ticket.wait(LIMIT_S)
     assert not all(page.is_whole for page in ticket.pages)
+
+
+def test_the_shortest_that_waits_is_next_but_none_for_ever():
+    assert turn_s(100.0, 10e6, 1e6) == 110.0
+    assert turn_s(109.0, 0.5e6, 1e6) < turn_s(100.0, 10e6, 1e6) < turn_s(110.0, 0.5e6, 1e6)
+    assert turn_s(100.0, 10e6, None) < turn_s(100.1, 0.0, None)
+    assert turn_s(100.0, 10e6, 0.0) > 1e6
+
+
+def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkeypatch):
+    monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
+    setup.fetcher.close()
+    setup.fetcher = setup.new_fetcher()
+    assert len(setup.fetch().pages) == len(NAMES)
+    # A second for each page.
+    setup.link_carries(len(setup.pages.coded(0)))
+    begun = threading.Event()
+    looked_up = []
+
+    def before(call):
+        if call == "lookup":
+            begun.set()
+            gate.wait(LIMIT_S)
+
+    setup.peer.before = before
+    lookup = setup.peer.inner.lookup
+    setup.peer.inner.lookup = lambda digest, hashes: looked_up.append(len(hashes)) or lookup(digest, hashes)
+
+    def start(pages):
+        return setup.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES[:pages]])
+
+    tickets = [start(5)]
+    assert begun.wait(LIMIT_S)
+    tickets += [start(6), start(2), start(4), start(1)]
+    gate.set()
+    assert all(ticket.wait(LIMIT_S) for ticket in tickets)
+    assert looked_up == [5, 1, 2, 4, 6]
