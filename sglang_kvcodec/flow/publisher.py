@@ -10,7 +10,9 @@ and encoders pack them first.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -38,6 +40,8 @@ PUT_BATCH_PAGES = 16
 PUT_ATTEMPTS = 3
 NICENESS = 10
 """Publishing yields the CPU to the server's own threads."""
+TURN_S_PER_TOKEN = 1e-3
+"""So much later is the turn of a page for each token before it: about what it takes to code one."""
 
 
 class Offload:
@@ -105,6 +109,15 @@ class _Taken:
     shown: Mapping[Side, torch.Tensor] | None
 
 
+def _turn_s(first_position: int) -> float:
+    """The turn of a page, from now on, among those that wait for an encoder; the least is first.
+
+    The nearer to the start of its prompt, the more other prompts may begin as well with what ends in it; and a page is
+    of no use without those before it. A later one waits for its turn, not for ever.
+    """
+    return time.monotonic() + first_position * TURN_S_PER_TOKEN
+
+
 class Publisher:
     """The write side of one server process."""
 
@@ -150,7 +163,9 @@ class Publisher:
         self._queued_bytes = 0
         self._closed = threading.Event()
         self._to_copy: queue.SimpleQueue[Offload | None] = queue.SimpleQueue()
-        self._to_encode: queue.SimpleQueue[_Page | None] = queue.SimpleQueue()
+        self._to_encode: queue.PriorityQueue[tuple[float, int, _Page | None]] = queue.PriorityQueue()
+        """By their turns, see :func:`_turn_s`."""
+        self._order = itertools.count()
         self._to_send: queue.SimpleQueue[tuple[_Page, bytes] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._copy_loop, name="kvcodec-copy", daemon=True),
@@ -213,7 +228,7 @@ class Publisher:
         self._to_copy.put(None)
         copier.join(timeout=10)
         for _ in encoders:
-            self._to_encode.put(None)
+            self._to_encode.put((math.inf, next(self._order), None))
         for thread in encoders:
             thread.join(timeout=10)
         self._to_send.put(None)
@@ -319,7 +334,8 @@ class Publisher:
                     self._drop(1, "queue_full")
                     self._release(offload.page_bytes)
                     continue
-            self._to_encode.put(_Page(offload.namespace_digest, page_hash, page.content, held_bytes, first_position))
+            waiting = _Page(offload.namespace_digest, page_hash, page.content, held_bytes, first_position)
+            self._to_encode.put((_turn_s(first_position), next(self._order), waiting))
 
     def _present(self, namespace_digest: bytes, hashes: list[bytes]) -> Sequence[bool]:
         """Which of the pages the peer has: one RPC, so that no page is coded in vain."""
@@ -337,7 +353,7 @@ class Publisher:
     def _encode_loop(self) -> None:
         _be_nice()
         encoders: dict[bytes, PageEncoder] = {}
-        while (page := self._to_encode.get()) is not None:
+        while (page := self._to_encode.get()[-1]) is not None:
             self._encode_and_queue(page, encoders)
             # It would be held until the next one comes.
             del page

@@ -1,6 +1,7 @@
 """What the flow's tests share: small specs, a storage engine with hooks, a transport that is watched, metrics."""
 
 import dataclasses
+import threading
 
 from prometheus_client import REGISTRY
 
@@ -27,6 +28,16 @@ def counted(name, **labels):
 def new_rates():
     """Rates of which nothing is known."""
     return Rates(LinkMeter(), RestoreMeter(1, 2, 32, 2), PrefillMeter())
+
+
+def wait_until(condition):
+    """Waits for what other threads do."""
+    pause = threading.Event()
+    for _ in range(int(LIMIT_S / 0.01)):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to pass")
 
 
 class Delta:

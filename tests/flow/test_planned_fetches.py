@@ -5,7 +5,7 @@ import json
 import threading
 
 import pytest
-from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates
+from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
 from sglang_kvcodec.flow import admission, exploring, planner
@@ -253,15 +253,6 @@ def held(setup, monkeypatch):
     held = Held(setup, 12, 1e8)
     yield held
     held.go_on.set()
-
-
-def wait_until(condition):
-    pause = threading.Event()
-    for _ in range(int(LIMIT_S / 0.01)):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to pass")
 
 
 def test_a_request_is_ready_when_what_is_missing_will_be_in_time(setup, held, delta):

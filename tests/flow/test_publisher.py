@@ -4,7 +4,7 @@ import signal
 import threading
 
 import pytest
-from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, counted
+from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, counted, wait_until
 
 from sglang_kvcodec.errors import CodecError, PeerRejectedError, PeerUnavailableError
 from sglang_kvcodec.flow.page_codec import PageEncoder
@@ -427,4 +427,26 @@ def test_close_does_not_wait_for_a_peer_that_is_away(local_peer, set_up, monkeyp
     setup.monitor.close()
     setup.publisher.close()
     assert not [thread for thread in setup.publisher._threads if thread.is_alive()]
+    assert_empty()
+
+
+def test_pages_at_the_start_of_a_prompt_are_coded_before_later_ones_of_others(engine, local_peer, set_up, gate):
+    begun = threading.Event()
+
+    def hold(page_hash):
+        begun.set()
+        gate.wait(LIMIT_S)
+
+    setup = set_up(local_peer, before_encode=hold, encode_threads=1, encoder_processes=0)
+    assert setup.offload([0]).wait(LIMIT_S)
+    assert begun.wait(LIMIT_S)
+    # An hour of tokens.
+    late = setup.offload([1], first_position=3_600_000)
+    assert late.wait(LIMIT_S)
+    assert setup.offload([2, 3]).wait(LIMIT_S)
+    wait_until(lambda: setup.publisher._to_encode.qsize() == 3)
+    gate.set()
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert setup.encoded == [hash_of(page) for page in (0, 2, 3, 1)]
+    setup.assert_stored(engine)
     assert_empty()
