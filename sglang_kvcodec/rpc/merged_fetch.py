@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 
+from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import PeerError
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing, FetchEvent
 
@@ -20,6 +22,10 @@ _BATCH_EVENTS = 16
 _BATCH_BYTES = 256 << 10
 _BATCHES_AHEAD = 16
 _POLL_S = 0.05
+_FIRST_WORD_S = 1.0
+_SILENCE_S = 0.3
+_PAUSES = 4
+"""A peer that has said nothing for so many times its longest pause, and for :data:`_SILENCE_S` at least, is silent."""
 
 
 class _Stop(threading.Event):
@@ -33,8 +39,45 @@ class _Stop(threading.Event):
         return super().is_set() or (self._cancelled is not None and self._cancelled.is_set())
 
 
+class _Run:
+    """One stream from one peer.
+
+    Attributes:
+        peer: which.
+        left: page -> bytes that are still to come, -1 before the header; of the pages that are asked of this peer.
+        stop: ends it.
+        last_s: when it said something last, or was asked.
+        pause_s: the longest that it has been silent so far, from its first word on; None before that.
+        waits_for_reader: it is not the peer that is silent.
+    """
+
+    def __init__(self, peer: int, indices: Sequence[int], stop: _Stop) -> None:
+        self.peer = peer
+        self.left = dict.fromkeys(indices, -1)
+        self.stop = _Stop(stop)
+        self.last_s = time.monotonic()
+        self.pause_s: float | None = None
+        self.waits_for_reader = False
+
+    def heard(self) -> None:
+        """The peer has said something."""
+        now_s = time.monotonic()
+        self.pause_s = 0.0 if self.pause_s is None else max(self.pause_s, now_s - self.last_s)
+        self.last_s = now_s
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the peer has said nothing for much longer than before."""
+        if self.waits_for_reader:
+            return False
+        allowed_s = _FIRST_WORD_S if self.pause_s is None else max(_SILENCE_S, _PAUSES * self.pause_s)
+        return time.monotonic() - self.last_s > allowed_s
+
+
 class MergedFetch:
-    """One fetch. A page whose peer fails in the middle starts again with its header, from the next peer that has it."""
+    """One fetch. A page whose peer fails or falls silent in the middle starts again with its header, from the next peer
+    that has it.
+    """
 
     def __init__(
         self,
@@ -55,8 +98,13 @@ class MergedFetch:
         self._routes = [list(route) for route in routes]
         self._threads = threads
         self._stop = _Stop(cancelled)
-        self._batches: queue.Queue[list[FetchEvent] | None] = queue.Queue(_BATCHES_AHEAD)
+        self._batches: queue.Queue[tuple[_Run | None, list[FetchEvent]] | None] = queue.Queue(_BATCHES_AHEAD)
         self._lock = threading.Lock()
+        self._owners: dict[int, _Run] = {}
+        """Page -> the stream whose events of it count. Changed by the reader alone once a stream has begun."""
+        self._runs: list[_Run] = []
+        self._moved: set[int] = set()
+        """Pages that were taken from a peer that was silent."""
         self._running = 1
         self._ask(range(len(self._routes)))
         self._one_ended()
@@ -65,76 +113,117 @@ class MergedFetch:
         """The events, as they come."""
         try:
             while not self._stop.is_set():
+                self._leave_the_silent()
                 try:
                     batch = self._batches.get(timeout=_POLL_S)
                 except queue.Empty:
                     continue
                 if batch is None:
                     return
-                yield from batch
+                run, events = batch
+                for event in events:
+                    # What a peer says after all of a page that has been asked of another one is late.
+                    if run is None or self._owners.get(event.page_index) is run:
+                        yield event
         finally:
             self._stop.set()
+
+    def _leave_the_silent(self) -> None:
+        """Asks others for the pages of peers that say nothing. A peer that was left comes last from then on.
+
+        Where all are silent it is this server's own link, and there is nobody better to ask. A page is moved once: on a
+        link that is slower than the patience here it would else start again and again.
+        """
+        moved = []
+        with self._lock:
+            silent = [run for run in self._runs if run.left and run.is_silent]
+            if len(silent) == len(self._runs) and len(silent) > 1:
+                return
+            for run in silent:
+                pages = [index for index in run.left if self._routes[index] and index not in self._moved]
+                for index in pages:
+                    del run.left[index]
+                    self._routes[index].append(run.peer)
+                moved += pages
+                if not run.left:
+                    run.stop.set()
+            self._moved.update(moved)
+        if moved:
+            metrics.FETCH_SWITCHES.inc(len(moved))
+            logger.info("kvcodec: a peer is silent in a fetch, others are asked for %d pages", len(moved))
+            self._ask(moved)
 
     def _ask(self, indices: Sequence[int]) -> None:
         """Asks the next peer of each page; where there is none any more, it is missing."""
         by_peer: dict[int, list[int]] = {}
         missing: list[FetchEvent] = []
-        for index in indices:
-            if self._routes[index]:
-                by_peer.setdefault(self._routes[index].pop(0), []).append(index)
-            else:
-                missing.append(FetchedMissing(index))
+        with self._lock:
+            for index in indices:
+                if self._routes[index]:
+                    by_peer.setdefault(self._routes[index].pop(0), []).append(index)
+                else:
+                    missing.append(FetchedMissing(index))
         if missing:
-            self._hand_over(missing)
+            self._hand_over((None, missing))
         for peer, of_peer in by_peer.items():
+            run = _Run(peer, of_peer, self._stop)
             with self._lock:
                 self._running += 1
+                self._runs.append(run)
+                self._owners.update(dict.fromkeys(of_peer, run))
             try:
-                self._threads.submit(self._run, peer, of_peer)
+                self._threads.submit(self._run, run, of_peer)
             except RuntimeError:
                 # The client has been closed.
                 self._stop.set()
                 self._one_ended()
 
-    def _run(self, peer: int, indices: Sequence[int]) -> None:
-        left = dict.fromkeys(indices, -1)
-        """Bytes that are still to come; -1 before the header."""
+    def _run(self, run: _Run, indices: Sequence[int]) -> None:
+        # It may have waited for a thread.
+        run.last_s = time.monotonic()
         try:
-            self._receive(peer, indices, left)
+            self._receive(run, indices)
         except PeerError as error:
-            logger.info("kvcodec: a peer failed in a fetch, others are asked for %d pages: %s", len(left), error)
+            logger.info("kvcodec: a peer failed in a fetch, others are asked for %d pages: %s", len(run.left), error)
         except Exception:
             # A thread's top: the pages count as those of a peer that failed.
             logger.exception("kvcodec: a part of a fetch failed")
         finally:
+            with self._lock:
+                self._runs.remove(run)
+                left = list(run.left)
             if left and not self._stop.is_set():
-                self._ask(list(left))
+                self._ask(left)
             self._one_ended()
 
-    def _receive(self, peer: int, indices: Sequence[int], left: dict[int, int]) -> None:
+    def _receive(self, run: _Run, indices: Sequence[int]) -> None:
         batch: list[FetchEvent] = []
         batch_bytes = 0
         try:
-            for event in self._fetch_from(peer, indices, self._stop):
+            for event in self._fetch_from(run.peer, indices, run.stop):
+                run.heard()
                 index = indices[event.page_index]
                 if isinstance(event, FetchedMissing):
                     continue
-                if isinstance(event, FetchedHeader):
-                    left[index] = event.object_bytes - len(event.header)
-                    batch.append(FetchedHeader(index, event.object_bytes, event.header))
-                    batch_bytes += len(event.header)
-                else:
-                    left[index] = left.get(index, 0) - len(event.data)
-                    batch.append(FetchedFragment(index, event.offset, event.data))
-                    batch_bytes += len(event.data)
-                if left[index] == 0:
-                    del left[index]
+                with self._lock:
+                    if index not in run.left:
+                        continue
+                    if isinstance(event, FetchedHeader):
+                        run.left[index] = event.object_bytes - len(event.header)
+                        batch.append(FetchedHeader(index, event.object_bytes, event.header))
+                        batch_bytes += len(event.header)
+                    else:
+                        run.left[index] -= len(event.data)
+                        batch.append(FetchedFragment(index, event.offset, event.data))
+                        batch_bytes += len(event.data)
+                    if run.left[index] == 0:
+                        del run.left[index]
                 if len(batch) >= _BATCH_EVENTS or batch_bytes >= _BATCH_BYTES:
-                    self._hand_over(batch)
+                    self._hand_over((run, batch))
                     batch, batch_bytes = [], 0
         finally:
             if batch:
-                self._hand_over(batch)
+                self._hand_over((run, batch))
 
     def _one_ended(self) -> None:
         with self._lock:
@@ -143,10 +232,16 @@ class MergedFetch:
         if is_last:
             self._hand_over(None)
 
-    def _hand_over(self, batch: list[FetchEvent] | None) -> None:
+    def _hand_over(self, batch: tuple[_Run | None, list[FetchEvent]] | None) -> None:
+        run = batch[0] if batch is not None else None
+        if run is not None:
+            run.waits_for_reader = True
         while not self._stop.is_set():
             try:
                 self._batches.put(batch, timeout=_POLL_S)
             except queue.Full:
                 continue
-            return
+            break
+        if run is not None:
+            run.last_s = time.monotonic()
+            run.waits_for_reader = False

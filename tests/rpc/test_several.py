@@ -4,6 +4,7 @@ import dataclasses
 import threading
 
 import pytest
+from prometheus_client import REGISTRY
 
 from sglang_kvcodec.config import Timeouts
 from sglang_kvcodec.errors import ConfigurationError, PeerRejectedError, PeerTimeoutError, PeerUnavailableError
@@ -18,6 +19,7 @@ from sglang_kvcodec.format.exchange import (
     PutResult,
 )
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
+from sglang_kvcodec.rpc import merged_fetch
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.rpc.connect import connect as connect_remote
 from sglang_kvcodec.rpc.several import SeveralPeers
@@ -258,6 +260,79 @@ def test_a_peer_that_is_lost_in_a_fetch(several, fakes, namespace, objects, hash
     peer.lookup(namespace, hashes)
     fakes["c:3"].cut_after = cut_after
     assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+
+
+LIMIT_S = 30
+
+
+def switches():
+    return REGISTRY.get_sample_value("kvcodec_fetch_switches_total")
+
+
+class Silent:
+    """A fake peer that says so many words of each fetch and then no more until it is let go, or told to stop."""
+
+    def __init__(self, fake, words):
+        self.fake, self.words = fake, words
+        self.go_on = threading.Event()
+        self.was_stopped = threading.Event()
+        self._fetch = fake.fetch
+        fake.fetch = self
+
+    def __call__(self, namespace_digest, page_hashes, cancelled=None):
+        for number, event in enumerate(self._fetch(namespace_digest, page_hashes, cancelled)):
+            if number == self.words:
+                while not self.go_on.wait(0.01):
+                    if cancelled.is_set():
+                        self.was_stopped.set()
+                        return
+            yield event
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(merged_fetch, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(merged_fetch, "_FIRST_WORD_S", 0.05)
+
+
+@pytest.mark.parametrize("words", [0, 1, 12, 30])
+def test_a_peer_that_falls_silent_in_a_fetch_is_left(several, fakes, namespace, objects, hashes, words, impatient):
+    before = switches()
+    peer = several(2)
+    peer.put(namespace, objects)
+    peer.lookup(namespace, hashes)
+    silent = Silent(fakes["c:3"], words)
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert silent.was_stopped.wait(LIMIT_S)
+    assert before < switches() < before + len(hashes)
+
+
+def test_a_silent_peer_with_the_only_copy_is_waited_for(several, fakes, namespace, objects, hashes, impatient):
+    peer = several(1)
+    peer.put(namespace, objects)
+    peer.lookup(namespace, hashes)
+    silent = Silent(fakes["c:3"], 5)
+    threading.Timer(0.5, silent.go_on.set).start()
+    pages = assemble(peer.fetch(namespace, hashes))
+    assert pages == {index: data for index, (_, data) in enumerate(objects)}
+    assert not silent.was_stopped.is_set()
+
+
+def test_when_all_are_silent_nobody_is_left(several, fakes, namespace, objects, hashes, impatient, monkeypatch):
+    # Long enough for all to get there.
+    monkeypatch.setattr(merged_fetch, "_SILENCE_S", 1.0)
+    peer = several(2)
+    peer.put(namespace, objects)
+    peer.lookup(namespace, hashes)
+    silent = [Silent(fake, 5) for fake in fakes.values()]
+
+    def go_on():
+        for each in silent:
+            each.go_on.set()
+
+    threading.Timer(2.0, go_on).start()
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert not any(each.was_stopped.is_set() for each in silent)
 
 
 def test_a_page_without_another_copy_is_missing(several, fakes, namespace, objects, hashes):
