@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 MAX_TICKETS = 256
 """Requests that may fetch or wait to fetch at once; beyond it they are computed."""
 FETCH_THREADS = 8
+LOOKUP_THREADS = 4
 MAX_RUNS = 4
 """Changes of namespace within one prefix: each costs a Lookup and a Fetch."""
 OVERTAKEN = "overtaken"
@@ -82,6 +83,23 @@ def turn_s(start_s: float, coded_bytes: float, bytes_per_s: float | None) -> flo
     The shortest is first, and a long one goes before all that come later than it takes itself, so none starves.
     """
     return start_s + coded_bytes / max(bytes_per_s, 1.0) if bytes_per_s is not None else start_s
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A fetch that waits for its turn.
+
+    Attributes:
+        runs: what is stored.
+        plan: what to do.
+        prefix: the pages that will be fetched; where that are none, those that are stored.
+        at_s: when it was planned.
+    """
+
+    runs: Sequence[_Run]
+    plan: FetchPlan
+    prefix: Prefix
+    at_s: float
 
 
 class Fetcher:
@@ -128,11 +146,10 @@ class Fetcher:
         self._was_fetching: dict[int, bool] = {}
         """Magnitude of a stored prefix -> what was done with the last such one."""
         self._explorer = Explorer()
-        self._page_bytes = 0.0
-        """Of a page, as the peer told of the last prefix."""
         self._order = itertools.count()
-        self._waiting: list[tuple[float, int, FetchTicket, tuple[bytes, ...], Flight]] = []
+        self._waiting: list[tuple[float, int, FetchTicket, _Planned, Flight]] = []
         """A heap of fetches for which no thread is free, by their turns."""
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="kvcodec-lookup")
         self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvcodec-fetch")
         self._lock = threading.Lock()
         self._tickets = 0
@@ -174,19 +191,13 @@ class Fetcher:
             prefix = Prefix((), self._page_tokens, tokens_before, prompt_tokens)
             flight = Flight(Stage(LOOKUP, ticket.start_s, prefix), functools.partial(self._overtaken, ticket))
             self._pacer.add(flight)
-            turn = turn_s(ticket.start_s, len(page_hashes) * self._page_bytes, self._rates.link.bytes_per_s())
-            with self._lock:
-                heapq.heappush(self._waiting, (turn, next(self._order), ticket, tuple(namespace_digests), flight))
-            self._threads.submit(self._run_next)
+            self._lookups.submit(self._run_lookup, ticket, tuple(namespace_digests), flight)
         return ticket
-
-    def _run_next(self) -> None:
-        with self._lock:
-            _, _, ticket, namespace_digests, flight = heapq.heappop(self._waiting)
-        self._run(ticket, namespace_digests, flight)
 
     def close(self) -> None:
         """Ends; the peer is to be closed first, which ends calls under way."""
+        # First, for they hand on to the others.
+        self._lookups.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._pacer.close()
 
@@ -201,28 +212,55 @@ class Fetcher:
             self._admits_early,
         )
 
-    def _run(self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight) -> None:
-        outcome = "error"
-        pages: list[PageObject] = []
-        damaged: list[PageKey] = []
+    def _run_lookup(self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight) -> None:
+        """Finds out what to do, and hands on what takes longer: nobody waits for a transfer to learn of none."""
+        outcome, planned = "error", None
         try:
-            outcome = self._fetch(ticket, namespace_digests, flight, pages, damaged)
+            outcome, planned = self._prepare(ticket, namespace_digests, flight)
         except PeerError as error:
             self._monitor.failed("fetch", error)
             outcome = error.reason
         except Exception:
             # A thread's top: whatever it is, the request must go on by prefill.
+            logger.exception("kvcodec: a lookup failed")
+        if planned is None or not planned.plan.pages:
+            self._over(ticket, flight, outcome)
+        if planned is None:
+            return
+        if planned.plan.pages:
+            turn = turn_s(ticket.start_s, sum(planned.prefix.page_bytes), self._rates.link.bytes_per_s())
+            with self._lock:
+                heapq.heappush(self._waiting, (turn, next(self._order), ticket, planned, flight))
+            self._threads.submit(self._run_next)
+        elif planned.plan.reason == LINK_TOO_SLOW and not self._always:
+            pages_to_try = self._explorer.pages(self._rates.link.age_s, planned.prefix.page_bytes)
+            if pages_to_try:
+                self._threads.submit(self._explore, planned.runs, ticket.page_hashes[:pages_to_try])
+
+    def _run_next(self) -> None:
+        with self._lock:
+            _, _, ticket, planned, flight = heapq.heappop(self._waiting)
+        outcome = "error"
+        pages: list[PageObject] = []
+        damaged: list[PageKey] = []
+        try:
+            outcome = self._fetch(ticket, planned, flight, pages, damaged)
+        except Exception:
+            # A thread's top, as above.
             logger.exception("kvcodec: a fetch failed")
         finally:
-            self._pacer.remove(flight)
-            with self._lock:
-                self._tickets -= 1
-            if pages:
-                metrics.FETCH_SECONDS.observe(time.monotonic() - ticket.start_s)
-            self._end(ticket, outcome, pages)
+            self._over(ticket, flight, outcome, pages)
         # Last: the request does not wait for it.
         for key in damaged:
             self._drop_damaged(key)
+
+    def _over(self, ticket: FetchTicket, flight: Flight, outcome: str, pages: Sequence[PageObject] = ()) -> None:
+        self._pacer.remove(flight)
+        with self._lock:
+            self._tickets -= 1
+        if pages:
+            metrics.FETCH_SECONDS.observe(time.monotonic() - ticket.start_s)
+        self._end(ticket, outcome, pages)
 
     def _overtaken(self, ticket: FetchTicket, phase: str) -> None:
         """Computing is faster than what is left of the fetch; called on the pacer's thread."""
@@ -252,22 +290,19 @@ class Fetcher:
         ticket.finish()
         self._on_done()
 
-    def _fetch(
-        self,
-        ticket: FetchTicket,
-        namespace_digests: Sequence[bytes],
-        flight: Flight,
-        pages: list[PageObject],
-        damaged: list[PageKey],
-    ) -> str:
-        """Fetches what is worth it; why it ended. Appends the pages that can be used, and those that can't."""
-        deadline_s = ticket.start_s + self._config.timeouts.fetch_s
+    def _deadline_s(self, ticket: FetchTicket) -> float:
+        return ticket.start_s + self._config.timeouts.fetch_s
+
+    def _prepare(
+        self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight
+    ) -> tuple[str, _Planned | None]:
+        """Looks up and plans; why it ended here if it does, and the plan if there is one."""
         if ticket.is_cancelled or ticket.was_cut():
-            return "cancelled"
-        if time.monotonic() > deadline_s:
-            return "too_slow"
+            return "cancelled", None
         start_s = time.monotonic()
-        self._tracer.span(ticket.rid, "fetch queue", ticket.start_s, start_s)
+        if start_s > self._deadline_s(ticket):
+            return "too_slow", None
+        self._tracer.span(ticket.rid, "lookup queue", ticket.start_s, start_s)
         runs = self._lookup(namespace_digests, ticket.page_hashes)
         covered_pages = sum(run.pages for run in runs)
         ticket.stored_pages = covered_pages
@@ -278,25 +313,37 @@ class Fetcher:
         metrics.LOOKUP_PAGES.labels(outcome="stored").inc(covered_pages)
         metrics.LOOKUP_PAGES.labels(outcome="missing").inc(asked_pages - covered_pages)
         if ticket.was_cut():
-            return OVERTAKEN
-        if covered_pages:
-            self._page_bytes = sum(run.coded_bytes for run in runs) / covered_pages
+            return OVERTAKEN, None
         plan, prefix = self._plan(ticket, runs, flight)
-        if plan.pages == 0:
-            # The request goes on; what follows is for the next ones.
-            self._end(ticket, plan.reason)
-            if plan.reason == LINK_TOO_SLOW and not self._always:
-                pages_to_try = self._explorer.pages(self._rates.link.age_s, prefix.page_bytes)
-                if pages_to_try:
-                    self._explore(runs, ticket.page_hashes[:pages_to_try], damaged)
-            return plan.reason
-        self._explorer.found_fast()
-        outcome = plan.reason
-        wanted = ticket.page_hashes[: plan.pages]
-        prefix = dataclasses.replace(prefix, page_bytes=prefix.page_bytes[: plan.pages])
+        if plan.pages:
+            self._explorer.found_fast()
+            prefix = dataclasses.replace(prefix, page_bytes=prefix.page_bytes[: plan.pages])
+        return plan.reason, _Planned(runs, plan, prefix, time.monotonic())
+
+    def _fetch(
+        self,
+        ticket: FetchTicket,
+        planned: _Planned,
+        flight: Flight,
+        pages: list[PageObject],
+        damaged: list[PageKey],
+    ) -> str:
+        """Fetches what was planned; why it ended. Appends the pages that can be used, and those that can't."""
+        deadline_s = self._deadline_s(ticket)
+        if ticket.was_cut():
+            return OVERTAKEN
+        if ticket.is_cancelled:
+            return "cancelled"
+        now_s = time.monotonic()
+        if now_s > deadline_s:
+            return "too_slow"
+        self._tracer.span(ticket.rid, "fetch queue", planned.at_s, now_s)
+        runs, prefix = planned.runs, planned.prefix
+        outcome = planned.plan.reason
+        wanted = ticket.page_hashes[: planned.plan.pages]
         receiver = self._receiver(runs, wanted)
         admission = Admission(prefix)
-        flight.begin(FIRST_BYTE, time.monotonic(), prefix)
+        flight.begin(FIRST_BYTE, now_s, prefix)
         try:
             for event in self._events(runs, wanted, ticket.stop, flight, ticket.rid):
                 receiver.add(event)
@@ -410,10 +457,11 @@ class Fetcher:
         self._tracer.span(rid, "wire", start_s, time.monotonic(), bytes=received_bytes, pages=pages)
         self._tracer.counter("link", bytes_per_s=self._rates.link.bytes_per_s() or 0.0)
 
-    def _explore(self, runs: Sequence[_Run], wanted: Sequence[bytes], damaged: list[PageKey]) -> None:
+    def _explore(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> None:
         """Fetches a little that nobody waits for, to see whether the link has become fast."""
         if not self._explorer.begin():
             return
+        damaged: list[PageKey] = []
         try:
             metrics.EXPLORATIONS.inc()
             start_s = time.monotonic()
@@ -423,8 +471,15 @@ class Fetcher:
                 if receiver.is_complete or self._explorer.is_enough(self._rates.link.age_s, start_s):
                     break
             self._settle(receiver, wanted, receiver.whole_prefix(), damaged)
+        except PeerError as error:
+            self._monitor.failed("fetch", error)
+        except Exception:
+            # A thread's top.
+            logger.exception("kvcodec: a link was not measured")
         finally:
             self._explorer.end()
+        for key in damaged:
+            self._drop_damaged(key)
 
     def _lookup(self, namespace_digests: Sequence[bytes], page_hashes: Sequence[bytes]) -> list[_Run]:
         """The longest stored prefix. Where a namespace has no more of it, the others are asked for what follows."""

@@ -281,7 +281,7 @@ def test_a_damaged_page_that_can_not_be_deleted_is_counted_as_what_it_is(engine,
 
 
 def test_cancelled_before_it_starts(engine, local_peer, set_up, pages, delta, gate, monkeypatch):
-    monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
+    monkeypatch.setattr(fetcher_module, "LOOKUP_THREADS", 1)
     store(engine, pages)
     setup = set_up(local_peer)
     started = threading.Event()
@@ -437,7 +437,7 @@ def test_a_request_that_waited_too_long_for_a_thread_is_computed(engine, local_p
     now_s = [100.0]
     monkeypatch.setattr(fetcher_module.time, "monotonic", lambda: now_s[0])
     started, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
+    monkeypatch.setattr(fetcher_module, "LOOKUP_THREADS", 1)
     setup = set_up(local_peer)
 
     def hold(call):

@@ -111,7 +111,7 @@ def test_what_a_request_does_is_traced(setup, tmp_path, closing):
     tracer.close()
     events = json.loads((tmp_path / "t.json").read_text())
     begun = {event["name"]: event["args"] for event in events if event["ph"] == "b" and event["id"] == "r"}
-    assert list(begun) == ["fetch queue", "lookup", "plan", "wire"]
+    assert list(begun) == ["lookup queue", "lookup", "plan", "fetch queue", "wire"]
     assert begun["lookup"] == {"asked_pages": len(NAMES), "stored_pages": len(NAMES)}
     assert begun["plan"]["reason"] == "learning"
     assert begun["plan"]["words"] == ticket.plan.words
@@ -200,7 +200,7 @@ def test_a_request_does_not_wait_for_an_answer_longer_than_it_is_worth(setup, de
 
 
 def test_a_request_does_not_wait_for_a_thread_longer_than_it_is_worth(setup, delta, gate, monkeypatch):
-    monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
+    monkeypatch.setattr(fetcher_module, "LOOKUP_THREADS", 1)
     setup.fetcher.close()
     setup.fetcher = setup.new_fetcher()
     setup.prefill_takes(0.2)
@@ -349,21 +349,23 @@ def test_the_shortest_that_waits_is_next_but_none_for_ever():
 def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkeypatch):
     monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
     setup.fetcher.close()
+    setup._config = dataclasses.replace(setup._config, plan="always")
     setup.fetcher = setup.new_fetcher()
-    assert len(setup.fetch().pages) == len(NAMES)
-    # A second for each page.
-    setup.link_carries(len(setup.pages.coded(0)))
+    # Ten seconds for each page.
+    setup.link_carries(len(setup.pages.coded(0)) / 10)
     begun = threading.Event()
-    looked_up = []
+    fetched = []
 
     def before(call):
-        if call == "lookup":
+        if call == "fetch":
             begun.set()
             gate.wait(LIMIT_S)
 
     setup.peer.before = before
-    lookup = setup.peer.inner.lookup
-    setup.peer.inner.lookup = lambda digest, hashes: looked_up.append(len(hashes)) or lookup(digest, hashes)
+    events = setup.fetcher._events
+    monkeypatch.setattr(
+        setup.fetcher, "_events", lambda runs, wanted, *args: fetched.append(len(wanted)) or events(runs, wanted, *args)
+    )
 
     def start(pages):
         return setup.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES[:pages]])
@@ -371,6 +373,14 @@ def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkey
     tickets = [start(5)]
     assert begun.wait(LIMIT_S)
     tickets += [start(6), start(2), start(4), start(1)]
+    # All but the first have been looked up, and know how much there is.
+    wait_until(lambda: len(setup.fetcher._waiting) == 4)
+    assert [ticket.stored_pages for ticket in tickets] == [5, 6, 2, 4, 1]
+    # Somebody of whom nothing is stored waits for none of them.
+    stranger = setup.fetcher.start([NAMESPACE], [hash_of("stranger")])
+    assert stranger.wait(LIMIT_S)
+    assert stranger.stored_pages == 0
+    assert not gate.is_set()
     gate.set()
     assert all(ticket.wait(LIMIT_S) for ticket in tickets)
-    assert looked_up == [5, 1, 2, 4, 6]
+    assert fetched == [5, 1, 2, 4, 6]

@@ -110,7 +110,7 @@ def test_every_request_is_in_the_trace(fresh, planner, stored_for_planner):
     (events,) = new()
     begun = {event["name"]: event for event in events if event["ph"] == "b"}
     ended = {event["name"]: event for event in events if event["ph"] == "e"}
-    assert set(begun) >= {"fetch queue", "lookup", "plan", "held", "forward", "first token"}
+    assert set(begun) >= {"lookup queue", "lookup", "plan", "held", "forward", "first token"}
     assert set(begun) == set(ended)
     assert all(ended[name]["ts"] >= begun[name]["ts"] for name in begun)
     plan = begun["plan"]["args"]
