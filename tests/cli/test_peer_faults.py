@@ -76,7 +76,11 @@ def counted(process, counter):
 
 
 def put(channel, *messages):
-    return channel.stream_unary(f"{SERVICE}/Put", None, pb.PutResponse.FromString)(iter(messages), timeout=60)
+    return put_all(channel, iter(messages))
+
+
+def put_all(channel, messages):
+    return channel.stream_unary(f"{SERVICE}/Put", None, pb.PutResponse.FromString)(messages, timeout=60)
 
 
 def begin(page_hash, object_bytes):
@@ -166,9 +170,17 @@ def test_an_oversized_request(channel, method):
 
 def test_an_oversized_chunk_ends_the_put_and_keeps_what_was_committed(client, channel):
     page_hash, data = ANOTHER
-    good = [begin(page_hash, len(data)), chunk(data), COMMIT]
     large_hash, large_bytes = bytes(32), GRPC_MESSAGE_BYTES + 1
-    code, sentence = refusal(lambda: put(channel, *good, begin(large_hash, large_bytes), chunk(bytes(large_bytes))))
+
+    def messages():
+        yield from (begin(page_hash, len(data)), chunk(data), COMMIT)
+        # gRPC ends the call without a word to the peer, who may not have read the first yet.
+        deadline_s = time.monotonic() + 60
+        while not client.lookup(NAMESPACE, [page_hash]).covered_pages:
+            assert time.monotonic() < deadline_s
+        yield from (begin(large_hash, large_bytes), chunk(bytes(large_bytes)))
+
+    code, sentence = refusal(lambda: put_all(channel, messages()))
     assert code is EXHAUSTED
     assert "larger" in sentence
     assert client.lookup(NAMESPACE, [page_hash, large_hash]).present == (True, False)
