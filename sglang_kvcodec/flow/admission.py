@@ -8,8 +8,11 @@ admitted when the stall that bytes would cause is nil.
 
 from __future__ import annotations
 
+import dataclasses
+
 from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict_rest
 
+WATCH_S = 0.03
 PERIOD_S = 0.01
 LANDING_MARGIN = 0.15
 """The link is taken to be so much slower than it was measured."""
@@ -31,21 +34,36 @@ def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge) -> bool:
 
 
 class Admission:
-    """Asks that for one fetch, now and then."""
+    """Asks that for one fetch, now and then.
+
+    What is known of the link may be old, and the link another one by now. So it is taken to be no faster than it has
+    been in this very fetch, which is watched for :data:`WATCH_S` first.
+    """
 
     def __init__(self, prefix: Prefix) -> None:
         """Of a fetch of all pages of ``prefix``."""
         self._prefix = prefix
         self._total_bytes = sum(prefix.page_bytes)
+        self._first: tuple[float, int] | None = None
         self._next_s = 0.0
 
-    def is_worth_asking(self, now_s: float) -> bool:
-        """Whether it is time to ask once more; what is known costs more to get than this."""
+    def is_worth_asking(self, received_bytes: int, now_s: float) -> bool:
+        """Whether it is time to ask, with so much received; what is known costs more to get than this."""
+        if self._first is None:
+            self._first = now_s, received_bytes
+            self._next_s = now_s + WATCH_S
         if now_s < self._next_s:
             return False
         self._next_s = now_s + PERIOD_S
         return True
 
-    def is_due(self, received_bytes: int, known: Knowledge) -> bool:
+    def is_due(self, received_bytes: int, known: Knowledge, now_s: float) -> bool:
         """Whether the request is to be admitted, with so much received."""
-        return is_in_time(self._prefix, max(0, self._total_bytes - received_bytes), known)
+        if self._first is None or known.bytes_per_s is None:
+            return False
+        first_s, first_bytes = self._first
+        # Others on the link are in what was seen, so they are not to be counted twice.
+        seen_bytes_per_s = (received_bytes - first_bytes) / max(1e-9, now_s - first_s)
+        missing_bytes = max(0, self._total_bytes - received_bytes)
+        seen = dataclasses.replace(known, bytes_per_s=min(known.bytes_per_s, seen_bytes_per_s), others_bytes=())
+        return is_in_time(self._prefix, missing_bytes, seen) and is_in_time(self._prefix, missing_bytes, known)

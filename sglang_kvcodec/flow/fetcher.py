@@ -376,15 +376,14 @@ class Fetcher:
         """Lets the request be admitted as soon as what is missing will be in time."""
         if not self._admits_early or ticket.is_promised or receiver.failure:
             return
-        if not admission.is_worth_asking(time.monotonic()):
+        received_bytes, now_s = receiver.received_bytes, time.monotonic()
+        if not admission.is_worth_asking(received_bytes, now_s):
             return
-        if admission.is_due(receiver.received_bytes, self._pacer.knowledge(flight)) and ticket.promise(
-            receiver.promise()
-        ):
+        is_due = admission.is_due(received_bytes, self._pacer.knowledge(flight), now_s)
+        if is_due and ticket.promise(receiver.promise()):
             flight.promised()
             metrics.EARLY_ADMISSIONS.inc()
-            now_s = time.monotonic()
-            self._tracer.span(ticket.rid, "promise", now_s, now_s, received_bytes=receiver.received_bytes)
+            self._tracer.span(ticket.rid, "promise", now_s, now_s, received_bytes=received_bytes)
             self._on_done()
 
     def _plan(self, ticket: FetchTicket, runs: Sequence[_Run], flight: Flight) -> tuple[FetchPlan, Prefix]:

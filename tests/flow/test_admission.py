@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kvcodec.flow.admission import LANDING_MARGIN, PERIOD_S, STALL_S, STALL_SHARE, Admission, is_in_time
+from sglang_kvcodec.flow.admission import (
+    LANDING_MARGIN,
+    PERIOD_S,
+    STALL_S,
+    STALL_SHARE,
+    WATCH_S,
+    Admission,
+    is_in_time,
+)
 from sglang_kvcodec.flow.planner import (
     BLOCK_S,
     NOTHING_KNOWN,
@@ -56,13 +64,31 @@ def test_the_link_may_take_as_long_as_the_restore():
 
 def test_it_is_asked_now_and_then():
     admission = Admission(PREFIX)
-    assert admission.is_worth_asking(5.0)
-    assert not admission.is_worth_asking(5.0 + PERIOD_S / 2)
-    assert admission.is_worth_asking(5.0 + PERIOD_S)
-    assert admission.is_due(6_000_000, known())
-    assert not admission.is_due(1_000_000, known())
+    assert not admission.is_due(6_000_000, known(), 5.0)
+    assert not admission.is_worth_asking(0, 5.0)
+    assert not admission.is_worth_asking(1_000_000, 5.0 + WATCH_S / 2)
+    now_s = 5.0 + WATCH_S
+    assert admission.is_worth_asking(6_000_000, now_s)
+    assert not admission.is_worth_asking(6_000_000, now_s + PERIOD_S / 2)
+    assert admission.is_worth_asking(6_000_000, now_s + PERIOD_S)
+    assert admission.is_due(6_000_000, known(), now_s)
+    assert not admission.is_due(1_000_000, known(), now_s)
     # More than was announced.
-    assert admission.is_due(7_000_000, known())
+    assert admission.is_due(7_000_000, known(), now_s)
+
+
+def test_what_the_link_was_does_not_count_more_than_what_it_is():
+    admission = Admission(PREFIX)
+    assert not admission.is_worth_asking(100_000, 5.0)
+    # 1 MB/s, where it was 1 GB/s.
+    assert not admission.is_due(200_000, known(1e9), 5.1)
+    assert not admission.is_due(5_000_000, known(1e9), 9.9)
+    assert admission.is_due(6_200_000, known(1e9), 11.1)
+    # And one that was slow, and seems to be fast for a moment, is slow.
+    assert not Admission(PREFIX).is_due(6_000_000, known(1e3), 5.1)
+    burst = Admission(PREFIX)
+    assert not burst.is_worth_asking(0, 5.0)
+    assert not burst.is_due(6_000_000, known(1e3), 5.03)
 
 
 @given(st.floats(1, 1e12), st.floats(1, 1e9))

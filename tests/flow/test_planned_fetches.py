@@ -246,6 +246,7 @@ class Held:
 def held(setup, monkeypatch):
     """Six pages of which a few messages have come; restoring them takes far longer than the rest will."""
     monkeypatch.setattr(admission, "PERIOD_S", 0.0)
+    monkeypatch.setattr(admission, "WATCH_S", 0.0)
     setup.peer.inner._max_message_bytes = 8 << 10
     setup.prefill_takes(0.2)
     setup.link_carries(1e8)
