@@ -4,9 +4,9 @@ Two servers of one profile take every hit (``--kvcodec-plan always``): ``early``
 will be in time, ``landed`` when all its pages are in host memory. The peer's fetches are shaped by a token bucket. Each
 round has a text of its own, which both servers have computed and one has published; order changes from round to round.
 
-From the servers' traces come, of each request, the time that its bytes were on the wire, that its restore took where
-it never waited for the network (the same round's of ``landed``), and the forward pass. ``over_longest`` is TTFT over
-the longest of the three, which is what no overlap can beat.
+From the servers' traces come the time that the bytes of a request were on the wire, and, where nothing waited for the
+network (the same round's ``landed``), what its restore took and the forward pass apart from it. ``over_longest`` is
+TTFT over the longest of the three, which is what no overlap can beat.
 
 python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps 100Mbps unlimited]
 """
@@ -82,13 +82,11 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
         for way in WAYS:
             ttfts_s = [sample[way]["reply"].ttft_s for sample in samples]
             spans = [sample[way]["spans"] for sample in samples]
+            landed = [sample["landed"]["spans"] for sample in samples]
             stages = {
                 "wire_s": [span.get("wire", 0.0) for span in spans],
-                "restore_s": [sample["landed"]["spans"].get("restore", 0.0) for sample in samples],
-                "forward_s": [
-                    max(0.0, span.get("forward", 0.0) - span.get("restore", 0.0)) if way == "early" else 0.0
-                    for span in spans
-                ],
+                "restore_s": [span.get("restore", 0.0) for span in landed],
+                "forward_s": [max(0.0, span.get("forward", 0.0) - span.get("restore", 0.0)) for span in landed],
             }
             longest_s = [max(values) for values in zip(*stages.values(), strict=True)]
             rows.append(
