@@ -48,13 +48,17 @@ def _header_of(header: bytes) -> PageHeader:
     return read_header(header)
 
 
-def read_page(engine: StorageEngine, key: bytes, object_bytes: int) -> tuple[bytes, PageLayout] | None:
+def read_page(
+    engine: StorageEngine, key: bytes, object_bytes: int, has_tenants: bool = False
+) -> tuple[bytes, PageLayout] | None:
     """Header and layout of a stored object; None if it is not stored, or can't be read and was therefore deleted.
 
     Args:
         engine: where it is.
         key: its storage key.
         object_bytes: its size there.
+        has_tenants: whether an object of another namespace may be a tenant's, asked for by who knows its storage key and
+            is not of the tenant: then it is sound, and stays.
 
     Raises:
         StorageError: the engine failed.
@@ -70,11 +74,10 @@ def read_page(engine: StorageEngine, key: bytes, object_bytes: int) -> tuple[byt
                 return None
         encoded = bytes(memoryview(start)[:size])
         header = _header_of(encoded) if size <= _FIRST_READ_BYTES else read_header(encoded)
-        if header.key.page_hash != key[NAMESPACE_BYTES:]:
-            raise ForeignPageError(f"page {header.key} is stored under another key")
         if header.key.to_bytes() != key:
-            # A tenant's, asked for by who knows its storage key and is not of the tenant. It is sound, and stays.
-            return None
+            if has_tenants and header.key.page_hash == key[NAMESPACE_BYTES:]:
+                return None
+            raise ForeignPageError(f"page {header.key} is stored under another key")
         if header.object_bytes != object_bytes:
             raise TruncatedError(f"{object_bytes} of {header.object_bytes} bytes are stored")
     except FormatError as error:

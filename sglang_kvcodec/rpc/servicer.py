@@ -190,7 +190,8 @@ class PeerServicer:
         held_bytes = 0
         for first in range(0, len(stored), _HEADERS_PER_READ):
             batch = stored[first : first + _HEADERS_PER_READ]
-            pages = await self._read(_read_pages, engine, [(keys[index], size) for index, size in batch])
+            named = [(keys[index], size) for index, size in batch]
+            pages = await self._read(_read_pages, engine, named, call.caller.token is not None)
             for (index, object_bytes), page in zip(batch, pages, strict=True):
                 if page is None:
                     response.missing.append(index)
@@ -316,8 +317,10 @@ def _stored_keys(engine: StorageEngine, keys: Sequence[bytes]) -> Sequence[bytes
     return engine.stored_keys(keys) if isinstance(engine, TenantEngine) else keys
 
 
-def _read_pages(engine: StorageEngine, pages: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, PageLayout] | None]:
-    return [read_page(engine, key, object_bytes) for key, object_bytes in pages]
+def _read_pages(
+    engine: StorageEngine, pages: Sequence[tuple[bytes, int]], has_tenants: bool
+) -> list[tuple[bytes, PageLayout] | None]:
+    return [read_page(engine, key, object_bytes, has_tenants) for key, object_bytes in pages]
 
 
 def _delete_all(engine: StorageEngine, keys: Sequence[bytes]) -> int:

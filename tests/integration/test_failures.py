@@ -227,16 +227,20 @@ def test_a_stored_object_that_is_not_what_it_should_be(fresh, stored, damage):
 
 
 @pytest.fixture
-def stored_and_rated(fresh, stored):
-    """As ``stored``; the second server knows its rates, so that it admits requests before all has landed."""
+def stored_and_rated(fresh):
+    """As ``stored``, of some thirty pages; the second server knows its rates, so that it admits requests early."""
+    text = "".join(fresh.other_text() for _ in range(3))
+    answer = ask(fresh.plain, text).text
+    assert ask(fresh.a, text).text == answer
     wait_up(fresh.b)
     ask(fresh.b, fresh.other_text())
-    assert fresh.b.client.wait_published()
+    for server in (fresh.a, fresh.b):
+        assert server.client.wait_published()
+        forget(server)
     for _ in range(2):
+        assert ask(fresh.b, text).text == answer
         forget(fresh.b)
-        assert ask(fresh.b, stored[0]).text == stored[1]
-    forget(fresh.b)
-    return stored
+    return text, answer
 
 
 def test_what_turns_out_bad_after_an_early_admission_is_computed(fresh, stored_and_rated):

@@ -56,6 +56,20 @@ def test_what_cannot_be_read_is_deleted(engine, namespace, page, damage, caplog)
     assert "can't be read" in caplog.text
 
 
+def test_a_page_of_another_namespace_is_deleted_where_it_can_not_be_a_tenants(engine, namespace, page):
+    page_hash, data = page("a")
+    key = bytes(32) + page_hash
+    engine.put(key, data)
+    assert read_page(engine, key, len(data), has_tenants=True) is None
+    assert engine.get(key) == data
+    assert read_page(engine, key, len(data)) is None
+    assert engine.get(key) is None
+    # Another page is none of a tenant's.
+    engine.put(key, page("b")[1])
+    assert read_page(engine, key, len(page("b")[1]), has_tenants=True) is None
+    assert engine.get(key) is None
+
+
 def test_an_object_that_went_or_changed_is_lost(engine, namespace, page):
     keys = [namespace + page(name)[0] for name in "abc"]
     engine.put(keys[0], b"0123456789")
