@@ -47,7 +47,7 @@ def measure(tier, calibration, spec, pages):
     transforms = PageTransforms(spec, tier, [calibration])
     transform = transforms.get(tier, calibration.digest)
     pictures, decoder = open_encoder("software", uniform_blocks=True), open_decoder("software")
-    whole_encoder = PageEncoder(bytes(32), transforms, pictures, calibration.digest)
+    whole_encoder = PageEncoder(bytes(32), transforms, pictures, transforms.codings(calibration.digest)[0])
     whole_decoder = GroupDecoder(transforms, decoder)
     positions = [index * PAGE_TOKENS for index in range(len(pages))]
     whole_encoder.encode(bytes(32), pages[0], 0)

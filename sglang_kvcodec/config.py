@@ -17,6 +17,8 @@ ENCODERS = ("auto", "nvenc", "x265")
 PLANS = ("auto", "always")
 ADMISSIONS = ("early", "landed")
 PROFILES = ("raw", "exact", "high", "balanced", "compact")
+LOSSLESS_PROFILES = ("raw", "exact")
+"""Those that restore what was in the pool, bit for bit."""
 MIB = 1 << 20
 MAX_OBJECT_BYTES = 256 * MIB
 """No page object is larger; a peer and a server refuse what claims to be."""
@@ -152,7 +154,7 @@ class ServerConfig:
     remote: str
     """URL of the storage peer, ``grpc://HOST:PORT``, or of several, ``grpc://HOST:PORT,HOST:PORT``; ``grpcs``: TLS."""
     profile: str = "exact"
-    """Quality tier, one of :data:`PROFILES`."""
+    """Quality tier, one of :data:`PROFILES`; or several, separated by commas, that are stored side by side."""
     host_cache_bytes: int = 1 << 30
     """Bound of the fetched page objects kept in host memory."""
     publish_queue_bytes: int = 512 * MIB
@@ -192,8 +194,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         parse_remotes(self.remote)
         self.access.require_fit(self.remote)
-        if self.profile not in PROFILES:
-            raise ConfigurationError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
+        self._check_tiers()
         for name, known in (("decoder", DECODERS), ("encoder", ENCODERS), ("plan", PLANS), ("admit", ADMISSIONS)):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
@@ -210,10 +211,28 @@ class ServerConfig:
                 raise ConfigurationError(f"{name} must be at least 1")
         if self.encoder_processes < 0:
             raise ConfigurationError("encoder_processes must be at least 0")
-        if self.auto_calibrate and self.profile in ("raw", "exact"):
+        if self.auto_calibrate and self.tiers[0] in LOSSLESS_PROFILES:
             raise ConfigurationError(f"profile {self.profile!r} needs no calibration; leave auto_calibrate away")
         if self.auto_calibrate and self.read_only:
             raise ConfigurationError("auto_calibrate learns from what is published, and read_only publishes nothing")
+
+    def _check_tiers(self) -> None:
+        names = self.profile.split(",")
+        for name in names:
+            if name not in PROFILES:
+                raise ConfigurationError(f"unknown profile {name!r}; there are {', '.join(PROFILES)}")
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"a profile is there twice: {self.profile!r}")
+        if 0 < sum(name in LOSSLESS_PROFILES for name in names) < len(names):
+            raise ConfigurationError(
+                f"profiles {self.profile!r}: a lossless one can't be stored beside lossy ones, "
+                "for what is computed after lossy pages would no longer be exact"
+            )
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The profiles, the best first."""
+        return tuple(name for name in PROFILES if name in self.profile.split(","))
 
     @property
     def access(self) -> Access:

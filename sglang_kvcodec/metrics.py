@@ -39,6 +39,8 @@ PEER_ERRORS = Counter("kvcodec_peer_errors", "Failed RPCs by kind", ["rpc", "rea
 
 # ---- planning ----
 PLANS = Counter("kvcodec_plans", "Requests by what was planned for their stored prefix, and why", ["reason"])
+PLANNED_TIERS = Counter("kvcodec_planned_tiers", "Fetches by the tier that was planned", ["tier"])
+TIER_SWITCHES = Counter("kvcodec_tier_switches", "Fetches that went on with another tier, by that tier", ["tier"])
 FETCH_CUTS = Counter("kvcodec_fetch_cuts", "Fetches given up because computing became faster, by phase", ["phase"])
 EXPLORATIONS = Counter("kvcodec_explorations", "Fetches that no request waited for, made to measure the link")
 TTFT_PREDICTED_SECONDS = Histogram(

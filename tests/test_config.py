@@ -179,6 +179,14 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         ({"KVCODEC_REMOTE": ""}, r"kvcodec needs a storage peer: .*"),
         ({"KVCODEC_REMOTE": "peer"}, r"not a peer's address: 'peer'; write grpc://HOST:PORT, grpcs:// for TLS"),
         (REMOTE | {"KVCODEC_PROFILE": "best"}, r"unknown profile 'best'; there are .*, compact"),
+        (REMOTE | {"KVCODEC_PROFILE": "high,best"}, r"unknown profile 'best'; there are .*, compact"),
+        (REMOTE | {"KVCODEC_PROFILE": "high,"}, r"unknown profile ''; there are .*, compact"),
+        (REMOTE | {"KVCODEC_PROFILE": "high,high"}, r"a profile is there twice: 'high,high'"),
+        (REMOTE | {"KVCODEC_PROFILE": "high,exact"}, r"profiles 'high,exact': a lossless one can't be .* be exact"),
+        (
+            REMOTE | {"KVCODEC_PROFILE": "raw,exact", "KVCODEC_AUTO_CALIBRATE": "1"},
+            r"profile 'raw,exact' needs no calibration; leave auto_calibrate away",
+        ),
         (REMOTE | {"KVCODEC_HOST_CACHE": "lots"}, r"not a size: 'lots'; write e\.g\. 50GB or 512MiB"),
         (REMOTE | {"KVCODEC_HOST_CACHE": "0"}, r"host_cache_bytes must be at least 1"),
         (REMOTE | {"KVCODEC_PUBLISH_QUEUE": "0MB"}, r"publish_queue_bytes must be at least 1"),
@@ -222,6 +230,18 @@ def test_settings_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.profile = "raw"
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(
+    ("profile", "tiers"),
+    [
+        ("exact", ("exact",)),
+        ("exact,raw", ("raw", "exact")),
+        ("compact,high,balanced", ("high", "balanced", "compact")),
+    ],
+)
+def test_several_tiers_are_taken_from_the_best_to_the_smallest(profile, tiers):
+    assert ServerConfig("grpc://peer:1", profile=profile).tiers == tiers
 
 
 def test_the_profiles_an_operator_can_ask_for_are_those_of_the_format():

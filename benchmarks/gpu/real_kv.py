@@ -58,7 +58,8 @@ class RealKV:
     def pages(self, transforms: PageTransforms, layers_per_basis: int) -> list[PageObject]:
         """The pages, coded as a server would."""
         digest = self.calibrations[layers_per_basis].digest
-        encoder = PageEncoder(bytes(32), transforms, open_encoder(uniform_blocks=True), digest)
+        coding = transforms.codings(digest)[0]
+        encoder = PageEncoder(bytes(32), transforms, open_encoder(uniform_blocks=True), coding)
         return [
             PageObject(encoder.encode(bytes([number]) * 32, values, position))
             for number, (values, position) in enumerate(zip(self.values, self.positions, strict=True))

@@ -32,7 +32,7 @@ class TierMethod(ProfileMethod):
         """
         transforms = PageTransforms(spec, name, [calibration])
         pictures = open_encoder("software", uniform_blocks=True)
-        encoder = PageEncoder(NAMESPACE, transforms, pictures, calibration.digest)
+        encoder = PageEncoder(NAMESPACE, transforms, pictures, transforms.codings(calibration.digest)[0])
         super().__init__(name, spec, encoder, GroupDecoder(transforms, open_decoder("software")))
         self._transform = KltTransform(spec, calibration, name)
 

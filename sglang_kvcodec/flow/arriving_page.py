@@ -52,6 +52,21 @@ class ArrivingPage(PageObject):
         return self._key
 
     @property
+    def filled_bytes(self) -> int:
+        """How much of it is there."""
+        return self._filled_bytes
+
+    def expect(self, key: PageKey, expected_bytes: int) -> None:
+        """The same page in another tier will come instead; before it has begun.
+
+        Raises:
+            ValueError: it has.
+        """
+        if self._has_begun or key.page_hash != self._key.page_hash:
+            raise ValueError(f"page {self._key} can't become {key} any more")
+        self._key, self._expected_bytes = key, expected_bytes
+
+    @property
     def has_begun(self) -> bool:
         """Whether its header is there."""
         return self._has_begun

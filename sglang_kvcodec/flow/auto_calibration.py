@@ -199,7 +199,7 @@ class AutoCalibration:
         metrics.CALIBRATIONS.labels(outcome=outcome).inc()
         logger.info(
             "kvcodec: profile %r is calibrated from now on (%s): artifact %s, %d bytes",
-            self._transforms.profile_name,
+            ",".join(self._transforms.tiers),
             outcome,
             calibration.digest.hex()[:16],
             len(calibration.encoded),

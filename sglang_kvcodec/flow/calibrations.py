@@ -84,15 +84,15 @@ def settle_calibration(
     if calibration is None:
         logger.warning(
             "kvcodec: profile %r runs uncalibrated, as %r, because there is no calibration to use (%s): %s",
-            transforms.profile_name,
-            transforms.uncalibrated.name,
+            ",".join(transforms.tiers),
+            ",".join(coding.profile_name for coding in transforms.codings()),
             found.outcome,
             found.why,
         )
         return None
     logger.info(
         "kvcodec: profile %r is calibrated: artifact %s, %d bytes, blocks of %d layers, %s",
-        transforms.profile_name,
+        ",".join(transforms.tiers),
         calibration.digest.hex()[:16],
         len(calibration.encoded),
         calibration.layers_per_block,

@@ -17,6 +17,7 @@ from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import PeerError
 from sglang_kvcodec.flow.admission import Admission
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
+from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.exploring import Explorer
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.pacing import FIRST_BYTE, LOOKUP, PROGRESS, Flight, Pacer, Stage
@@ -24,17 +25,18 @@ from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.planner import (
     LINK_TOO_SLOW,
     Bounds,
+    Choice,
     FetchPlan,
     Knowledge,
     Prefix,
-    block_pages,
-    next_block,
-    plan_fetch,
+    plan_tiers,
 )
 from sglang_kvcodec.flow.rates import Rates
 from sglang_kvcodec.flow.receiver import Receiver, bytes_of
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.stored_prefix import PrefixLookup, StoredPrefix, Tier
+from sglang_kvcodec.flow.switching import Switcher
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.exchange import FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
@@ -47,34 +49,8 @@ MAX_TICKETS = 256
 """Requests that may fetch or wait to fetch at once; beyond it they are computed."""
 FETCH_THREADS = 8
 LOOKUP_THREADS = 4
-MAX_RUNS = 4
-"""Changes of namespace within one prefix: each costs a Lookup and a Fetch."""
 OVERTAKEN = "overtaken"
 """Outcome of a fetch that was given up because computing had become faster."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """Stored pages that follow each other and lie in one namespace.
-
-    Attributes:
-        namespace_digest: the namespace.
-        first: index of the first of them in the prefix.
-        pages: how many.
-        coded_bytes: their size.
-    """
-
-    namespace_digest: bytes
-    first: int
-    pages: int
-    coded_bytes: int
-
-    @property
-    def page_bytes(self) -> list[int]:
-        """The size of each; they are about equal, and the peer tells the sum."""
-        return [
-            self.coded_bytes * (i + 1) // self.pages - self.coded_bytes * i // self.pages for i in range(self.pages)
-        ]
 
 
 def turn_s(start_s: float, coded_bytes: float, bytes_per_s: float | None) -> float:
@@ -90,13 +66,15 @@ class _Planned:
     """A fetch that waits for its turn.
 
     Attributes:
-        runs: what is stored.
-        plan: what to do.
+        prefixes: what is stored: the longest prefix, in each tier.
+        choice: which of them to fetch.
+        plan: how much of it.
         prefix: the pages that will be fetched; where that are none, those that are stored.
         at_s: when it was planned.
     """
 
-    runs: Sequence[_Run]
+    prefixes: Sequence[StoredPrefix]
+    choice: int
     plan: FetchPlan
     prefix: Prefix
     at_s: float
@@ -134,6 +112,7 @@ class Fetcher:
         self._monitor = monitor
         self._cache = cache
         self._stored = stored
+        self._prefixes = PrefixLookup(peer, stored, rates.link)
         self._transforms = transforms
         self._page_tokens = transforms.spec.page_tokens
         self._config = config
@@ -156,7 +135,7 @@ class Fetcher:
 
     def start(
         self,
-        namespace_digests: Sequence[bytes],
+        tiers: Sequence[Tier],
         page_hashes: Sequence[bytes],
         tokens_before: int = 0,
         prompt_tokens: int | None = None,
@@ -165,7 +144,7 @@ class Fetcher:
         """Begins to fetch; returns at once. The ticket may already be done.
 
         Args:
-            namespace_digests: where pages may be, the best first: pages of the others are taken where it has none.
+            tiers: in which pages may be stored, the best first.
             page_hashes: of the pages, in prefix order.
             tokens_before: of the prompt before the first of them, which are there already.
             prompt_tokens: of the whole prompt; None if it ends one token after them.
@@ -191,32 +170,34 @@ class Fetcher:
             prefix = Prefix((), self._page_tokens, tokens_before, prompt_tokens)
             flight = Flight(Stage(LOOKUP, ticket.start_s, prefix), functools.partial(self._overtaken, ticket))
             self._pacer.add(flight)
-            self._lookups.submit(self._run_lookup, ticket, tuple(namespace_digests), flight)
+            self._lookups.submit(self._run_lookup, ticket, tuple(tiers), flight)
         return ticket
 
     def close(self) -> None:
         """Ends; the peer is to be closed first, which ends calls under way."""
-        # First, for they hand on to the others.
+        self._prefixes.close()
+        # Before those that they hand on to.
         self._lookups.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._pacer.close()
 
-    def _known(self) -> Knowledge:
+    def _known(self, profile_name: str = "") -> Knowledge:
+        """What is known of a tier, or of all together."""
         rates = self._rates
         return Knowledge(
             rates.link.round_trip_s,
             rates.link.bytes_per_s(),
             (),
-            rates.restore.model(),
+            rates.restore.model(profile_name=profile_name),
             rates.prefill.model(),
             self._admits_early,
         )
 
-    def _run_lookup(self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight) -> None:
+    def _run_lookup(self, ticket: FetchTicket, tiers: Sequence[Tier], flight: Flight) -> None:
         """Finds out what to do, and hands on what takes longer: nobody waits for a transfer to learn of none."""
         outcome, planned = "error", None
         try:
-            outcome, planned = self._prepare(ticket, namespace_digests, flight)
+            outcome, planned = self._prepare(ticket, tiers, flight)
         except PeerError as error:
             self._monitor.failed("fetch", error)
             outcome = error.reason
@@ -235,7 +216,7 @@ class Fetcher:
         elif planned.plan.reason == LINK_TOO_SLOW and not self._always:
             pages_to_try = self._explorer.pages(self._rates.link.age_s, planned.prefix.page_bytes)
             if pages_to_try:
-                self._threads.submit(self._explore, planned.runs, ticket.page_hashes[:pages_to_try])
+                self._threads.submit(self._explore, planned.prefixes[:1], ticket.page_hashes[:pages_to_try])
 
     def _run_next(self) -> None:
         with self._lock:
@@ -293,9 +274,7 @@ class Fetcher:
     def _deadline_s(self, ticket: FetchTicket) -> float:
         return ticket.start_s + self._config.timeouts.fetch_s
 
-    def _prepare(
-        self, ticket: FetchTicket, namespace_digests: Sequence[bytes], flight: Flight
-    ) -> tuple[str, _Planned | None]:
+    def _prepare(self, ticket: FetchTicket, tiers: Sequence[Tier], flight: Flight) -> tuple[str, _Planned | None]:
         """Looks up and plans; why it ended here if it does, and the plan if there is one."""
         if ticket.is_cancelled or ticket.was_cut():
             return "cancelled", None
@@ -303,8 +282,8 @@ class Fetcher:
         if start_s > self._deadline_s(ticket):
             return "too_slow", None
         self._tracer.span(ticket.rid, "lookup queue", ticket.start_s, start_s)
-        runs = self._lookup(namespace_digests, ticket.page_hashes)
-        covered_pages = sum(run.pages for run in runs)
+        prefixes = self._prefixes.find(tiers, ticket.page_hashes)
+        covered_pages = max(prefix.pages for prefix in prefixes)
         ticket.stored_pages = covered_pages
         asked_pages = len(ticket.page_hashes)
         self._tracer.span(
@@ -314,11 +293,11 @@ class Fetcher:
         metrics.LOOKUP_PAGES.labels(outcome="missing").inc(asked_pages - covered_pages)
         if ticket.was_cut():
             return OVERTAKEN, None
-        plan, prefix = self._plan(ticket, runs, flight)
+        choice, plan, prefix = self._plan(ticket, prefixes, flight)
         if plan.pages:
             self._explorer.found_fast()
             prefix = dataclasses.replace(prefix, page_bytes=prefix.page_bytes[: plan.pages])
-        return plan.reason, _Planned(runs, plan, prefix, time.monotonic())
+        return plan.reason, _Planned(prefixes, choice, plan, prefix, time.monotonic())
 
     def _fetch(
         self,
@@ -338,14 +317,22 @@ class Fetcher:
         if now_s > deadline_s:
             return "too_slow"
         self._tracer.span(ticket.rid, "fetch queue", planned.at_s, now_s)
-        runs, prefix = planned.runs, planned.prefix
         outcome = planned.plan.reason
         wanted = ticket.page_hashes[: planned.plan.pages]
-        receiver = self._receiver(runs, wanted)
-        admission = Admission(prefix)
-        flight.begin(FIRST_BYTE, now_s, prefix)
+        course = Course(planned.prefixes, planned.choice, len(wanted))
+        receiver = self._receiver(course, wanted)
+        switcher = Switcher(
+            functools.partial(self._pacer.knowledge, flight),
+            ticket,
+            flight,
+            course,
+            receiver,
+            planned.prefix,
+            self._tracer,
+        )
+        flight.begin(FIRST_BYTE, now_s, planned.prefix)
         try:
-            for event in self._events(runs, wanted, ticket.stop, flight, ticket.rid):
+            for event in self._events(course, wanted, ticket.stop, flight, ticket.rid, switcher.before_block):
                 receiver.add(event)
                 if receiver.is_complete:
                     break
@@ -358,7 +345,8 @@ class Fetcher:
                     # It is computed from its start, so the rest is of no use.
                     break
                 flight.progress(receiver.received_bytes, receiver.whole_pages)
-                self._promise_if_due(ticket, receiver, flight, admission)
+                self._promise_if_due(ticket, receiver, flight, switcher.admission)
+                switcher.within_block()
         except PeerError as error:
             # What had arrived whole is still good.
             self._monitor.failed("fetch", error)
@@ -386,28 +374,38 @@ class Fetcher:
             self._tracer.span(ticket.rid, "promise", now_s, now_s, received_bytes=received_bytes)
             self._on_done()
 
-    def _plan(self, ticket: FetchTicket, runs: Sequence[_Run], flight: Flight) -> tuple[FetchPlan, Prefix]:
-        """The plan, and what is stored."""
-        sizes = [size for run in runs for size in run.page_bytes]
-        prefix = Prefix(sizes, self._page_tokens, ticket.tokens_before, ticket.prompt_tokens)
+    def _plan(
+        self, ticket: FetchTicket, prefixes: Sequence[StoredPrefix], flight: Flight
+    ) -> tuple[int, FetchPlan, Prefix]:
+        """Which of the stored prefixes, the plan, and what is stored of it."""
         bounds = Bounds(self._config.min_fetch_tokens, self._config.host_cache_bytes)
-        magnitude = len(sizes).bit_length()
+        magnitude = max(prefix.pages for prefix in prefixes).bit_length()
         was_fetching = self._was_fetching.get(magnitude, True)
-        plan = plan_fetch(prefix, self._pacer.knowledge(flight), bounds, was_fetching, self._always)
+        choices = [
+            Choice(
+                Prefix(stored.page_bytes, self._page_tokens, ticket.tokens_before, ticket.prompt_tokens),
+                self._pacer.knowledge(flight, stored.profile_name if len(prefixes) > 1 else ""),
+            )
+            for stored in prefixes
+        ]
+        choice, plan = plan_tiers(choices, bounds, was_fetching, self._always)
+        prefix = choices[choice].prefix
+        plan = dataclasses.replace(plan, tier=prefixes[choice].profile_name)
+        flight.profile_name = plan.tier if len(prefixes) > 1 else ""
         if plan.prefill_s is not None:
             self._was_fetching[magnitude] = plan.pages > 0
         metrics.PLANS.labels(reason=plan.reason).inc()
+        if plan.pages:
+            metrics.PLANNED_TIERS.labels(tier=plan.tier).inc()
         logger.debug("kvcodec: %s: %s", plan.reason, plan.words)
         now_s = time.monotonic()
         self._tracer.span(ticket.rid, "plan", now_s, now_s, **dataclasses.asdict(plan))
         ticket.plan = plan
-        return plan, prefix
+        return choice, plan, prefix
 
-    def _receiver(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> Receiver:
-        places = [run.namespace_digest for run in runs for _ in range(run.pages)]
-        keys = [PageKey(*place) for place in zip(places, wanted, strict=False)]
-        sizes = [size for run in runs for size in run.page_bytes][: len(keys)]
-        return Receiver(keys, self._transforms, self._config.host_cache_bytes, sizes)
+    def _receiver(self, course: Course, wanted: Sequence[bytes]) -> Receiver:
+        keys = [PageKey(*place) for place in zip(course.namespaces, wanted, strict=True)]
+        return Receiver(keys, self._transforms, self._config.host_cache_bytes, course.page_bytes)
 
     def _settle(
         self, receiver: Receiver, wanted: Sequence[bytes], pages: Sequence[PageObject], damaged: list[PageKey]
@@ -421,42 +419,50 @@ class Fetcher:
 
     def _events(
         self,
-        runs: Sequence[_Run],
+        course: Course,
         wanted: Sequence[bytes],
         stop: threading.Event,
         flight: Flight | None = None,
         rid: str = "explorations",
+        before_block: Callable[[int], None] = lambda first: None,
     ) -> Iterator[tuple[int, FetchEvent]]:
         """The events of fetches of one block of pages after another, each with the index of its block's first page.
 
         A block takes about ``BLOCK_S``: as a peer sends layer group after layer group, a transfer that ends early
         leaves whole pages of the blocks before only. What is left of the last one is fetched with the one before.
+        Where the course is switched, the next block begins at once, and the stream that was under way ends.
         """
-        for run in runs:
-            first, end = run.first, min(run.first + run.pages, len(wanted))
-            while first < end and not stop.is_set():
-                pages = block_pages(self._rates.link.bytes_per_s(), run.coded_bytes / run.pages, SEGMENT_PAGES)
-                block = wanted[first : first + next_block(end - first, pages)]
-                transfer = self._rates.link.transfer()
-                start_s, received_bytes = time.monotonic(), 0
-                try:
-                    for event in self._peer.fetch(run.namespace_digest, block, stop):
-                        if not isinstance(event, FetchedMissing):
-                            if flight is not None and flight.phase != PROGRESS:
-                                flight.begin(PROGRESS, time.monotonic())
-                            transfer.received(bytes_of(event))
-                            received_bytes += bytes_of(event)
-                        yield first, event
-                finally:
-                    transfer.end()
-                    self._traced(rid, start_s, received_bytes, len(block))
-                first += len(block)
+        first = 0
+        while first < len(wanted) and not stop.is_set():
+            before_block(first)
+            course.take_restart()
+            pages = course.block(first, self._rates.link.bytes_per_s(), SEGMENT_PAGES)
+            block = wanted[first : first + pages]
+            transfer = self._rates.link.transfer()
+            start_s, received_bytes = time.monotonic(), 0
+            restart: int | None = None
+            events = self._peer.fetch(course.namespaces[first], block, stop)
+            try:
+                for event in events:
+                    if not isinstance(event, FetchedMissing):
+                        if flight is not None and flight.phase != PROGRESS:
+                            flight.begin(PROGRESS, time.monotonic())
+                        transfer.received(bytes_of(event))
+                        received_bytes += bytes_of(event)
+                    yield first, event
+                    if (restart := course.take_restart()) is not None:
+                        break
+            finally:
+                events.close()
+                transfer.end()
+                self._traced(rid, start_s, received_bytes, len(block))
+            first = first + len(block) if restart is None else restart
 
     def _traced(self, rid: str, start_s: float, received_bytes: int, pages: int) -> None:
         self._tracer.span(rid, "wire", start_s, time.monotonic(), bytes=received_bytes, pages=pages)
         self._tracer.counter("link", bytes_per_s=self._rates.link.bytes_per_s() or 0.0)
 
-    def _explore(self, runs: Sequence[_Run], wanted: Sequence[bytes]) -> None:
+    def _explore(self, prefixes: Sequence[StoredPrefix], wanted: Sequence[bytes]) -> None:
         """Fetches a little that nobody waits for, to see whether the link has become fast."""
         if not self._explorer.begin():
             return
@@ -464,8 +470,9 @@ class Fetcher:
         try:
             metrics.EXPLORATIONS.inc()
             start_s = time.monotonic()
-            receiver = self._receiver(runs, wanted)
-            for event in self._events(runs, wanted, threading.Event()):
+            course = Course(prefixes, 0, len(wanted))
+            receiver = self._receiver(course, wanted)
+            for event in self._events(course, wanted, threading.Event()):
                 receiver.add(event)
                 if receiver.is_complete or self._explorer.is_enough(self._rates.link.age_s, start_s):
                     break
@@ -479,28 +486,6 @@ class Fetcher:
             self._explorer.end()
         for key in damaged:
             self._drop_damaged(key)
-
-    def _lookup(self, namespace_digests: Sequence[bytes], page_hashes: Sequence[bytes]) -> list[_Run]:
-        """The longest stored prefix. Where a namespace has no more of it, the others are asked for what follows."""
-        runs: list[_Run] = []
-        found = True
-        while found and len(runs) < MAX_RUNS:
-            first = runs[-1].first + runs[-1].pages if runs else 0
-            rest = page_hashes[first:]
-            exhausted = runs[-1].namespace_digest if runs else b""
-            found = False
-            for namespace_digest in namespace_digests:
-                if not rest or namespace_digest == exhausted:
-                    continue
-                start_s = time.monotonic()
-                lookup = self._peer.lookup(namespace_digest, rest)
-                self._rates.link.round_trip(time.monotonic() - start_s)
-                self._stored.update(namespace_digest, rest, lookup.present)
-                if lookup.covered_pages:
-                    runs.append(_Run(namespace_digest, first, lookup.covered_pages, lookup.covered_bytes))
-                    found = True
-                    break
-        return runs
 
     def _drop_damaged(self, key: PageKey) -> None:
         """A page that can't be read stands in the way of a good copy of it: the peer keeps what it has."""

@@ -38,6 +38,7 @@ class Stage:
         received_bytes: of them.
         whole_pages: the unbroken prefix of them that is complete.
         is_promised: the request has been admitted, and all are needed: without the rest it is computed from its start.
+        fewest_bytes: that would be left if it went on with another tier; None where there is none.
     """
 
     phase: str
@@ -46,6 +47,7 @@ class Stage:
     received_bytes: int = 0
     whole_pages: int = 0
     is_promised: bool = False
+    fewest_bytes: int | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -70,7 +72,7 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
     if known.bytes_per_s is None:
         return None
     after_s = predict(prefix, known).after_s
-    missing = stage.missing_bytes
+    missing = stage.missing_bytes if stage.fewest_bytes is None else min(stage.missing_bytes, stage.fewest_bytes)
     rest = predict_rest(prefix, missing, known) if known.overlaps else None
     if rest is not None:
         keep_s = rest.first_token_s
@@ -97,6 +99,9 @@ class Flight:
         self._received_bytes = 0
         self._whole_pages = 0
         self._is_promised = False
+        self._fewest_bytes: int | None = None
+        self.profile_name = ""
+        """Of the tier that is fetched; empty where there is one only."""
         self._give_up = give_up
         self._bad_since_s: float | None = None
         self._is_over = False
@@ -114,6 +119,7 @@ class Flight:
             received_bytes=self._received_bytes,
             whole_pages=self._whole_pages,
             is_promised=self._is_promised,
+            fewest_bytes=self._fewest_bytes,
         )
 
     @property
@@ -131,7 +137,13 @@ class Flight:
 
     def progress(self, received_bytes: int, whole_pages: int) -> None:
         """So much has arrived, of all."""
+        if self._fewest_bytes is not None:
+            self._fewest_bytes = max(0, self._fewest_bytes - max(0, received_bytes - self._received_bytes))
         self._received_bytes, self._whole_pages = received_bytes, whole_pages
+
+    def could_be(self, fewest_bytes: int) -> None:
+        """So much would be left with the smallest tier."""
+        self._fewest_bytes = fewest_bytes
 
     def judge(self, known: Knowledge, now_s: float) -> None:
         """Gives it up if it is due."""
@@ -151,11 +163,11 @@ class Flight:
 class Pacer:
     """Knows the fetches under way, and watches them on one thread that sleeps while there are none."""
 
-    def __init__(self, known: Callable[[], Knowledge], is_watching: bool = True) -> None:
+    def __init__(self, known: Callable[[str], Knowledge], is_watching: bool = True) -> None:
         """Starts with none.
 
         Args:
-            known: what is known now, but for the other fetches.
+            known: what is known now of a profile, or of all together where it is empty, but for the other fetches.
             is_watching: whether to give any up whose request still waits. Those whose request is in a batch, where
                 others wait with it, are watched in any case.
         """
@@ -180,11 +192,12 @@ class Pacer:
         with self._changed:
             self._flights.remove(flight)
 
-    def knowledge(self, flight: Flight) -> Knowledge:
-        """What is known now, with what all other fetches have yet to receive."""
+    def knowledge(self, flight: Flight, profile_name: str | None = None) -> Knowledge:
+        """What is known now, with what all others have yet to receive; of the flight's profile or another one."""
         with self._changed:
             flights = list(self._flights)
-        return _beside(flight, self._known(), _missing_bytes(flights))
+        known = self._known(flight.profile_name if profile_name is None else profile_name)
+        return _beside(flight, known, _missing_bytes(flights))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -201,11 +214,15 @@ class Pacer:
                 if self._is_closed:
                     return
                 flights = list(self._flights)
-            known, missing = self._known(), _missing_bytes(flights)
+            missing = _missing_bytes(flights)
+            known: dict[str, Knowledge] = {}
             for flight in flights:
                 if not self._is_watching and not flight.is_promised:
                     continue
-                flight.judge(_beside(flight, known, missing), time.monotonic())
+                name = flight.profile_name
+                if name not in known:
+                    known[name] = self._known(name)
+                flight.judge(_beside(flight, known[name], missing), time.monotonic())
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, timeout=PERIOD_S)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.restore_kernel import calibrated
 from sglang_kvcodec.format.profile import EXACT
 from sglang_kvcodec.kernels import PagePacks, PageRestores, check_pack
 from sglang_kvcodec.transform import PageTransforms
@@ -29,12 +30,13 @@ def pack_kernels(
     if pool.device.type != "cuda":
         logger.info("kvcodec: pages are packed by the transforms, the pool is on %s", pool.device)
         return None
-    plain = transforms.uncalibrated.name
-    if not transforms.uncalibrated.has_pictures:
-        logger.info("kvcodec: profile %r is copied from %s as it is", plain, pool.device)
+    if not transforms.have_pictures:
+        logger.info("kvcodec: profile %r is copied from %s as it is", ",".join(transforms.tiers), pool.device)
         return None
     packs = PagePacks(transforms, pool.device)
-    check_pack(packs.get(plain), transforms.get(plain), pool.spec, pool.device)
+    for coding in transforms.codings():
+        if coding.profile.has_pictures:
+            check_pack(packs.get(*coding), transforms.get(*coding), pool.spec, pool.device)
     if calibration_digest:
         check_calibrated_pack(packs, transforms, restores, calibration_digest, pool)
     logger.info("kvcodec: pages are packed by Triton kernels on %s", pool.device)
@@ -56,9 +58,9 @@ def check_calibrated_pack(
         ConfigurationError: it does not pack what the reference does.
         ForeignPageError: the calibration is not known.
     """
-    tier = transforms.profile_name
-    like = restores.get(tier, calibration_digest) if restores is not None else None
-    pack = packs.get(tier, calibration_digest, like)
-    reference, calibration = transforms.get(tier, calibration_digest), transforms.calibration(calibration_digest)
+    calibration = transforms.calibration(calibration_digest)
     check_pack(packs.get(EXACT.name), transforms.get(EXACT.name), pool.spec, pool.device)
-    check_pack(pack, reference, pool.spec, pool.device, calibration, tier)
+    for coding in calibrated(transforms.codings(calibration_digest)):
+        like = restores.get(*coding) if restores is not None else None
+        pack = packs.get(*coding, like)
+        check_pack(pack, transforms.get(*coding), pool.spec, pool.device, calibration, coding.profile_name)

@@ -12,7 +12,7 @@ from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError
 from sglang_kvcodec.format.digest import plane_digest
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import GroupData, PageObject, PicturePart, SideData, build_page_object
-from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.profile import EXACT, Coding
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.interpreter import BACKGROUND_TURN
 from sglang_kvcodec.transform import PackedSide, PageTransform, PageTransforms
@@ -67,7 +67,7 @@ class PageEncoder:
         namespace_digest: bytes,
         transforms: PageTransforms,
         encoder: PictureEncoder | None,
-        calibration_digest: bytes = b"",
+        coding: Coding | None = None,
     ) -> None:
         """Prepares.
 
@@ -75,21 +75,22 @@ class PageEncoder:
             namespace_digest: 32 bytes; goes into every object.
             transforms: of the pages and of what the operator asked for.
             encoder: stays the caller's; None for a profile without pictures.
-            calibration_digest: of the calibration to code with; empty for none.
+            coding: how to code; None for what the best tier of ``transforms`` is coded with without a calibration.
 
         Raises:
             ForeignPageError: ``transforms`` does not know the calibration.
         """
-        profile = transforms.profile(calibration_digest)
+        coding = coding or transforms.codings()[0]
+        profile = coding.profile
         if encoder is None and profile.has_pictures:
             raise ValueError(f"profile {profile.name!r} needs an encoder")
         self._namespace_digest = namespace_digest
         self._transforms = transforms
         self._profile = profile
-        self._calibration_digest = calibration_digest
+        self._calibration_digest = coding.calibration_digest
         self._encoder = encoder
         self._groups = layer_groups(transforms.spec)
-        self._transform = transforms.get(profile.name, calibration_digest)
+        self._transform = transforms.get(*coding)
 
     def encode(self, page_hash: bytes, values: Mapping[Side, torch.Tensor], first_position: int = 0) -> bytes:
         """The page object of one page. One whose values a calibrated tier can't code becomes an ``exact`` one.
@@ -228,8 +229,8 @@ class GroupDecoder:
             transforms: of the pages and of what the operator asked for.
             decoder: stays the caller's; None for a profile without pictures.
         """
-        if decoder is None and transforms.uncalibrated.has_pictures:
-            raise ValueError(f"profile {transforms.profile_name!r} needs a decoder")
+        if decoder is None and transforms.have_pictures:
+            raise ValueError(f"profiles {transforms.tiers} need a decoder")
         self._transforms = transforms
         self._decoder = decoder
         self._groups = layer_groups(transforms.spec)
@@ -275,14 +276,15 @@ class GroupDecoder:
         """As :meth:`unpack`, without copying planes off the decoder's device and without checking them.
 
         Yields:
-            Segments with pictures of one size each; one for most calls. Each is valid until the next is asked for, and
-            the last until the next call of any method here; see ``DecodedFrames``.
+            Segments with pictures of one size each; one for most calls. Pages without pictures are in none. Each is
+            valid until the next is asked for, and the last until the next call of any method here; see
+            ``DecodedFrames``.
 
         Raises:
             ForeignPageError, FormatError, CodecError: as :meth:`unpack`.
         """
         if self._decoder is None:
-            raise ValueError(f"profile {self._transforms.profile_name!r} has no pictures")
+            raise ValueError(f"profiles {self._transforms.tiers} have no pictures")
         with BACKGROUND_TURN:
             for page in pages:
                 self._transforms.check(page.header)
@@ -311,9 +313,7 @@ class GroupDecoder:
             FormatError: a page whose parts do not fit its profile.
         """
         group = self._groups[group_index]
-        alike: dict[tuple[str, bytes], list[int]] = {}
-        for index, page in enumerate(pages):
-            alike.setdefault((page.header.profile_name, page.header.calibration_digest), []).append(index)
+        alike = alike_pages(pages)
         parts = [
             self._transforms.get(*coding).restore(
                 group,
@@ -330,7 +330,7 @@ class GroupDecoder:
         return values[torch.argsort(order)]
 
     def _decode_pictures(self, pages: Sequence[PageObject], data: Sequence[SideData]) -> Sequence[torch.Tensor | None]:
-        """A checked canvas for each page; one decode call for all pages with the same parameter sets."""
+        """A checked canvas for each page that has one; one decode call for all pages with the same parameter sets."""
         if self._decoder is None:
             return [None] * len(pages)
         canvases: list[torch.Tensor | None] = [None] * len(pages)
@@ -350,12 +350,22 @@ class GroupDecoder:
         return canvases
 
     def _segments(self, pages: Sequence[PageObject]) -> dict[tuple[tuple[int, int], bytes], list[int]]:
-        """Canvas shape and parameter sets -> the pages whose pictures decode together."""
+        """Canvas shape and parameter sets -> the pages whose pictures decode together; none of a profile without."""
         segments: dict[tuple[tuple[int, int], bytes], list[int]] = {}
         for index, page in enumerate(pages):
-            transform = self._transforms.get(page.header.profile_name, page.header.calibration_digest)
-            segments.setdefault((transform.canvas_shape, page.parameter_sets), []).append(index)
+            coding = page.header.coding
+            if coding.profile.has_pictures:
+                shape = self._transforms.get(*coding).canvas_shape
+                segments.setdefault((shape, page.parameter_sets), []).append(index)
         return segments
+
+
+def alike_pages(pages: Sequence[PageObject]) -> Mapping[Coding, list[int]]:
+    """Coding -> the indices of its pages, in their order."""
+    alike: dict[Coding, list[int]] = {}
+    for index, page in enumerate(pages):
+        alike.setdefault(page.header.coding, []).append(index)
+    return alike
 
 
 def _check_size(parameter_sets: bytes, canvas_shape: tuple[int, int]) -> None:

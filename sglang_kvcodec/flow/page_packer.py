@@ -12,7 +12,7 @@ import torch
 
 from sglang_kvcodec.flow.kv_pool import Buffers, PagedKVPool
 from sglang_kvcodec.flow.page_codec import PackedPage
-from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.profile import EXACT, Coding
 from sglang_kvcodec.format.spec import KVSpec, layer_groups
 from sglang_kvcodec.kernels import PagePacks, picture_digests
 from sglang_kvcodec.transform import PackedSide, PageTransforms
@@ -57,7 +57,7 @@ class PagePacker:
         pool: PagedKVPool,
         transforms: PageTransforms,
         packs: PagePacks,
-        calibration_of: Callable[[bytes], bytes],
+        coding_of: Callable[[bytes], Coding],
         device_canvases_bytes: int = 0,
     ) -> None:
         """Takes the host memory through which pictures pass: pinned, where the pool is on a GPU.
@@ -66,27 +66,35 @@ class PagePacker:
             pool: where pages come from.
             transforms: of the pages and of what the operator asked for.
             packs: what packs them.
-            calibration_of: digest of the calibration that pages of a namespace are coded with; empty for none.
+            coding_of: how pages of a namespace are coded.
             device_canvases_bytes: pictures are left on the device up to as many bytes, in host memory beyond; more than
                 none only for an encoder that takes them there.
         """
         self._pool = pool
         self._transforms = transforms
         self._packs = packs
-        self._calibration_of = calibration_of
+        self._coding_of = coding_of
         self._groups = layer_groups(pool.spec)
         self._batch_pages = self._pages_of_a_launch()
         self._device_room = _Room(device_canvases_bytes)
         self._staging = torch.empty(0, dtype=torch.uint8)
-        self._stage(transforms.uncalibrated.name, b"", self._batch_pages)
+        for coding in transforms.codings():
+            if coding.profile.has_pictures:
+                self._stage(*coding, self._batch_pages)
+
+    def packs(self, namespace_digest: bytes) -> bool:
+        """Whether pages of a namespace are to be packed; those of a profile without pictures are copied."""
+        return self._coding_of(namespace_digest).profile.has_pictures
 
     def page_bytes(self, namespace_digest: bytes) -> int:
         """What a page of a namespace takes packed, but for escapes, or as it is, whichever is more."""
         spec, pictures = self._pool.spec, len(self._groups) * len(self._pool.spec.sides)
-        calibration_digest = self._calibration_of(namespace_digest)
-        rows, width = self._transforms.get(self._profile_name(calibration_digest), calibration_digest).canvas_shape
+        coding = self._coding_of(namespace_digest)
+        if not coding.profile.has_pictures:
+            return spec.page_bytes
+        rows, width = self._transforms.get(*coding).canvas_shape
         packed = pictures * rows * width
-        if calibration_digest or self._profile_name(b"") == EXACT.name:
+        if coding.calibration_digest or coding.profile_name == EXACT.name:
             rows, width = self._transforms.get(EXACT.name).canvas_shape
             layout = ResidualLayout(spec.dtype)
             stored = sum(layout.stored_bytes(group.layers * spec.layer_values) for group in self._groups)
@@ -114,24 +122,24 @@ class PagePacker:
             One for each of ``only``. One whose values a calibrated tier can't code is an ``exact`` one.
         """
         tokens = self._pool.spec.page_tokens
-        calibration_digest = self._calibration_of(namespace_digest)
+        coding = self._coding_of(namespace_digest)
         packed: list[PackedPage] = []
         with self._pool.reading(after) as buffers:
             pages = slots.view(-1, tokens)[torch.tensor(only, dtype=torch.int64)]
             for start in range(0, len(only), self._batch_pages):
                 batch = slice(start, start + self._batch_pages)
                 positions = [first_position + index * tokens for index in only[batch]]
-                packed += self._pack_batch(calibration_digest, pages[batch], positions, buffers)
+                packed += self._pack_batch(coding, pages[batch], positions, buffers)
         return packed
 
     def _pack_batch(
-        self, calibration_digest: bytes, slots: torch.Tensor, positions: Sequence[int], buffers: Buffers
+        self, coding: Coding, slots: torch.Tensor, positions: Sequence[int], buffers: Buffers
     ) -> list[PackedPage]:
         """Slots ``(pages, page_tokens)``. Halves what has a page that can't be coded, until that is found."""
-        if not calibration_digest:
+        if not coding.calibration_digest:
             # One page has one coding: what does not depend on the position does not say it.
             positions = [0] * len(positions)
-        packed = self._try_batch(self._profile_name(calibration_digest), calibration_digest, slots, positions, buffers)
+        packed = self._try_batch(*coding, slots, positions, buffers)
         if packed is not None:
             return packed
         if len(positions) == 1:
@@ -142,7 +150,7 @@ class PagePacker:
         return [
             page
             for part in (slice(None, half), slice(half, None))
-            for page in self._pack_batch(calibration_digest, slots[part], positions[part], buffers)
+            for page in self._pack_batch(coding, slots[part], positions[part], buffers)
         ]
 
     def _try_batch(
@@ -201,9 +209,6 @@ class PagePacker:
             PackedPage(profile_name, calibration_digest, *page, picture_digests(page[2]) if is_on_device else None)
             for page in zip(positions, sides, canvases, strict=True)
         ]
-
-    def _profile_name(self, calibration_digest: bytes) -> str:
-        return self._transforms.profile(calibration_digest).name
 
     def _stage(self, profile_name: str, calibration_digest: bytes, pages: int) -> torch.Tensor:
         """Canvases ``(pages, rows, width)`` in the staging memory, of which there is more if a coding needs it."""

@@ -40,6 +40,10 @@ LINK_TOO_SLOW = "link_too_slow"
 RESTORE_TOO_SLOW = "restore_too_slow"
 REASONS = (NOT_STORED, TOO_SHORT, WHOLE_PREFIX, PART, LEARNING, CUT_TO_HOST_MEMORY, LINK_TOO_SLOW, RESTORE_TOO_SLOW)
 
+PREFER_SHARE = 0.05
+"""A smaller tier has to be predicted to save this share of what the better one takes: quality that is free is kept."""
+SWITCH_SHARE = 0.15
+"""And this share in the middle of a fetch, so that what is measured does not drive it to and fro."""
 TAKE_GAIN = 0.1
 """Where the last prefix of such a length was computed, the next is fetched if that is predicted to save this share."""
 BLOCK_S = 0.5
@@ -115,6 +119,7 @@ class FetchPlan:
         ttft_s: predicted, with these pages; None where prefill is not known.
         prefill_s: the same without a page.
         fetch_s: predicted time of the fetch.
+        tier: profile of the pages, once that is known.
     """
 
     pages: int
@@ -123,6 +128,7 @@ class FetchPlan:
     ttft_s: float | None = None
     prefill_s: float | None = None
     fetch_s: float | None = None
+    tier: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +363,77 @@ def plan_fetch(
     against = "prefill not known" if prefill_s is None else f"prefill {prefill_s:.3g} s"
     words = f"{_figures(prediction, pages)}, {against}"
     return FetchPlan(pages, reason, words, None if prefill_s is None else best_s, prefill_s, fetch_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What could be fetched: one tier where it is stored, and others where it is not.
+
+    Attributes:
+        prefix: its pages.
+        known: what was measured, of that tier.
+    """
+
+    prefix: Prefix
+    known: Knowledge
+
+
+def plan_tiers(
+    choices: Sequence[Choice], bounds: Bounds, was_fetching: bool = True, always: bool = False
+) -> tuple[int, FetchPlan]:
+    """Plans the fetch of a prefix of which several tiers are stored: which of them, and how much.
+
+    It is the one with the lowest predicted time to the first token, but for :data:`PREFER_SHARE`. While prefill is not
+    known, and where every hit is taken, it is the best tier of those that bring most pages.
+
+    Args:
+        choices: one for each tier, the best first; at least one.
+        bounds: what the operator allows.
+        was_fetching: whether the last such prefix was fetched, see :func:`plan_fetch`.
+        always: take every hit.
+
+    Returns:
+        The index of the choice, and its plan.
+    """
+    plans = [plan_fetch(choice.prefix, choice.known, bounds, was_fetching, always) for choice in choices]
+    best = 0
+    for index, plan in enumerate(plans[1:], 1):
+        if _is_better(plan, plans[best], always):
+            best = index
+    if len(plans) == 1 or not plans[best].pages:
+        return best, plans[best]
+    others = ", ".join(
+        f"choice {index} {plan.ttft_s:.3g} s" if plan.ttft_s is not None else f"choice {index} {plan.pages} pages"
+        for index, plan in enumerate(plans)
+        if index != best
+    )
+    return best, dataclasses.replace(plans[best], words=f"choice {best}: {plans[best].words}; {others}")
+
+
+def _is_better(plan: FetchPlan, than: FetchPlan, always: bool) -> bool:
+    """Whether the plan of a smaller tier is to be preferred."""
+    if always or plan.ttft_s is None or than.ttft_s is None:
+        return plan.pages > than.pages
+    return plan.pages > 0 and plan.ttft_s < than.ttft_s * (1 - PREFER_SHARE)
+
+
+def choose_rest(choices: Sequence[Choice], current: int) -> int:
+    """Which tier to go on with in the middle of a fetch, at a page of which nothing has arrived.
+
+    Args:
+        choices: as of :func:`plan_tiers`, of the pages that are left; of what would be fetched once more all, and of
+            what the current one has under way what is missing.
+        current: the one that is being fetched.
+
+    Returns:
+        An index; ``current`` unless another saves :data:`SWITCH_SHARE`, or a better tier would take no longer.
+    """
+    rests_s = [float(predict(choice.prefix, choice.known).ttft_s[-1]) for choice in choices]
+    if choices[current].known.bytes_per_s is None:
+        return current
+    better = next((index for index in range(current) if rests_s[index] <= rests_s[current]), current)
+    fastest = int(np.argmin(rests_s))
+    return fastest if rests_s[fastest] < rests_s[better] * (1 - SWITCH_SHARE) else better
 
 
 def _slower(prediction: Prediction, pages: int) -> str:

@@ -1,7 +1,8 @@
 """Copies new pages out of the pool, codes them and stores them at the peer, in the background.
 
 Two threads and two bounded hand-overs: the copier takes pages out of the pool as soon as it can, so that their slots
-are free again, then the encoders code them and the sender stores them. What finds no room is dropped and counted.
+are free again, then the encoders code them and the sender stores them. Where that has no room for new pages, those that
+have waited longest are dropped and counted.
 
 Out of a pool on a GPU pages come packed by kernels, and encoders code their pictures; elsewhere they come as they are,
 and encoders pack them first.
@@ -10,9 +11,7 @@ and encoders pack them first.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-import math
 import os
 import queue
 import threading
@@ -30,6 +29,7 @@ from sglang_kvcodec.flow.page_codec import PackedPage, PageEncoder
 from sglang_kvcodec.flow.page_packer import PagePacker
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.turn_queue import TurnQueue
 from sglang_kvcodec.format.exchange import PeerTransport, PutOutcome
 from sglang_kvcodec.format.spec import Side
 
@@ -38,10 +38,27 @@ logger = logging.getLogger(__name__)
 PUT_BATCH_PAGES = 16
 """Pages per Put."""
 PUT_ATTEMPTS = 3
+MAX_ENCODERS = 4
+"""That a thread keeps open: of the tiers, and of those before a calibration."""
 NICENESS = 10
 """Publishing yields the CPU to the server's own threads."""
+TURN_S_PER_TIER = 5.0
+"""So much later is the turn of a page for each tier that is better than its own."""
 TURN_S_PER_TOKEN = 1e-3
 """So much later is the turn of a page for each token before it: about what it takes to code one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A namespace that pages are published in.
+
+    Attributes:
+        namespace_digest: the namespace.
+        pages: indices of the pages of an offload that it is to get.
+    """
+
+    namespace_digest: bytes
+    pages: Sequence[int]
 
 
 class Offload:
@@ -49,18 +66,18 @@ class Offload:
 
     def __init__(
         self,
-        namespace_digest: bytes,
+        targets: Sequence[Target],
         page_hashes: Sequence[bytes],
         slots: torch.Tensor,
         after: Sequence[Any] = (),
-        page_bytes: int = 0,
+        page_bytes: Sequence[int] = (),
         first_position: int = 0,
     ) -> None:
         """An offload that is not settled yet; the arguments are those of :meth:`Publisher.offload`.
 
-        ``page_bytes`` is what each page has reserved of the queue.
+        ``page_bytes`` is what a page has reserved of the queue for each target.
         """
-        self.namespace_digest = namespace_digest
+        self.targets = targets
         self.page_hashes = page_hashes
         self.slots = slots
         self.after = after
@@ -73,7 +90,7 @@ class Offload:
     @property
     def reserved_bytes(self) -> int:
         """Of the queue, by all its pages."""
-        return self.page_bytes * len(self.page_hashes)
+        return sum(size * len(target.pages) for size, target in zip(self.page_bytes, self.targets, strict=True))
 
     def settle(self, succeeded: bool) -> None:
         """The slots are free again."""
@@ -94,6 +111,8 @@ class _Page:
     held_bytes: int
     """Of the queue."""
     first_position: int
+    is_best: bool
+    """Whether it is of the best tier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +128,13 @@ class _Taken:
     shown: Mapping[Side, torch.Tensor] | None
 
 
-def _turn_s(first_position: int) -> float:
+def _turn_s(first_position: int, tier: int) -> float:
     """The turn of a page, from now on, among those that wait for an encoder; the least is first.
 
     The nearer to the start of its prompt, the more other prompts may begin as well with what ends in it; and a page is
-    of no use without those before it. A later one waits for its turn, not for ever.
+    of no use without those before it. A later one waits for its turn, not for ever; so does one of a smaller tier.
     """
-    return time.monotonic() + first_position * TURN_S_PER_TOKEN
+    return time.monotonic() + first_position * TURN_S_PER_TOKEN + tier * TURN_S_PER_TIER
 
 
 class Publisher:
@@ -163,9 +182,8 @@ class Publisher:
         self._queued_bytes = 0
         self._closed = threading.Event()
         self._to_copy: queue.SimpleQueue[Offload | None] = queue.SimpleQueue()
-        self._to_encode: queue.PriorityQueue[tuple[float, int, _Page | None]] = queue.PriorityQueue()
+        self._to_encode: TurnQueue[_Page] = TurnQueue()
         """By their turns, see :func:`_turn_s`."""
-        self._order = itertools.count()
         self._to_send: queue.SimpleQueue[tuple[_Page, bytes] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._copy_loop, name="kvcodec-copy", daemon=True),
@@ -180,7 +198,7 @@ class Publisher:
 
     def offload(
         self,
-        namespace_digest: bytes,
+        targets: Sequence[Target],
         page_hashes: Sequence[bytes],
         slots: torch.Tensor,
         after: Sequence[Any],
@@ -189,7 +207,7 @@ class Publisher:
         """Takes pages; returns at once and never waits.
 
         Args:
-            namespace_digest: namespace of the pages.
+            targets: the namespaces that get them, that of the best tier first.
             page_hashes: one per page, of pages that follow each other.
             slots: int64 ``(pages * page_tokens,)`` on the pool's device; must stay as they are until the result is
                 settled.
@@ -200,9 +218,9 @@ class Publisher:
             An offload that has succeeded already if the peer has all the pages, and failed already if there is no
             room or no peer.
         """
-        page_bytes = self._page_bytes(namespace_digest)
-        offload = Offload(namespace_digest, page_hashes, slots, after, page_bytes, first_position)
-        if self._config.read_only or not self._stored.missing(namespace_digest, page_hashes):
+        page_bytes = [self._page_bytes(target.namespace_digest) for target in targets]
+        offload = Offload(targets, page_hashes, slots, after, page_bytes, first_position)
+        if self._config.read_only or not any(self._missing(offload, target) for target in targets):
             offload.settle(True)
         elif self._closed.is_set():
             self._drop(len(page_hashes), "closed")
@@ -227,8 +245,7 @@ class Publisher:
         # In the order in which pages pass through, so that each thread finds all that it has to drop.
         self._to_copy.put(None)
         copier.join(timeout=10)
-        for _ in encoders:
-            self._to_encode.put((math.inf, next(self._order), None))
+        self._to_encode.close()
         for thread in encoders:
             thread.join(timeout=10)
         self._to_send.put(None)
@@ -241,15 +258,29 @@ class Publisher:
 
     # ---- accounting ----
 
+    def _missing(self, offload: Offload, target: Target) -> list[int]:
+        """Indices of the pages that a target is to get and is not known to have."""
+        hashes = [offload.page_hashes[index] for index in target.pages]
+        return [target.pages[index] for index in self._stored.missing(target.namespace_digest, hashes)]
+
     def _page_bytes(self, namespace_digest: bytes) -> int:
         """What a page is taken to need before it is known."""
         return self._packer.page_bytes(namespace_digest) if self._packer is not None else self._pool.spec.page_bytes
 
     def _reserve(self, size_bytes: int) -> bool:
         with self._queue_changed:
-            # One offload larger than the bound is taken when nothing else waits: else it never could be.
-            if self._queued_bytes and self._queued_bytes + size_bytes > self._config.publish_queue_bytes:
+            # One offload larger than the bound is taken when nothing else is under way: else it never could be.
+            bound_bytes = self._config.publish_queue_bytes
+            waiting_bytes = sum(page.held_bytes for page in self._to_encode.waiting())
+            fixed_bytes = self._queued_bytes - waiting_bytes
+            if fixed_bytes and fixed_bytes + size_bytes > bound_bytes:
                 return False
+            while self._queued_bytes and self._queued_bytes + size_bytes > bound_bytes:
+                oldest = self._to_encode.drop_oldest()
+                if oldest is None:
+                    break
+                self._drop(1, "queue_full")
+                self._queued_bytes -= oldest.held_bytes
             self._queued_bytes += size_bytes
             metrics.PUBLISH_QUEUE_BYTES.set(self._queued_bytes)
             return True
@@ -279,10 +310,10 @@ class Publisher:
         _be_nice()
         while (offload := self._to_copy.get()) is not None:
             pages = len(offload.page_hashes)
-            missing = self._stored.missing(offload.namespace_digest, offload.page_hashes)
+            missing = [self._missing(offload, target) for target in offload.targets]
             try:
-                is_wanted = bool(missing) and not self._closed.is_set()
-                taken = self._take(offload, missing) if is_wanted else []
+                is_wanted = any(missing) and not self._closed.is_set()
+                taken = self._take(offload, missing) if is_wanted else [[] for _ in missing]
             except Exception:
                 # A thread's top: the pages' slots stay locked until this is answered.
                 logger.exception("kvcodec: pages could not be copied out of the pool")
@@ -296,26 +327,46 @@ class Publisher:
                 offload.settle(False)
                 continue
             offload.settle(True)
-            self._queue_missing(offload, missing, taken)
+            for tier in range(len(offload.targets)):
+                self._queue_missing(offload, tier, missing[tier], taken[tier])
 
-    def _take(self, offload: Offload, missing: Sequence[int]) -> list[_Taken]:
-        """What is left of each missing page when its slots are somebody else's."""
+    def _take(self, offload: Offload, missing: Sequence[Sequence[int]]) -> list[list[_Taken]]:
+        """For each target, what is left of each missing page when its slots are somebody else's."""
         is_shown = self._on_page is not None and (self._wants_pages is None or self._wants_pages())
-        values: dict[Side, torch.Tensor] = {}
-        if self._packer is None or is_shown:
-            values = self._pool.gather(offload.slots, offload.after, missing)
-        by_page = [{side: tensor[i] for side, tensor in values.items()} for i in range(len(missing))]
-        if self._packer is None:
-            return [_Taken(page, page if is_shown else None) for page in by_page]
-        packed = self._packer.pack(
-            offload.namespace_digest, offload.slots, offload.after, missing, offload.first_position
+        packed_by = [self._packer_of(target) for target in offload.targets]
+        # Once for all targets that take pages as they are. Those of the best one are shown.
+        copied = sorted(
+            {
+                index
+                for tier, (packer, indices) in enumerate(zip(packed_by, missing, strict=True))
+                if packer is None or (is_shown and tier == 0)
+                for index in indices
+            }
         )
-        return [_Taken(page, shown if is_shown else None) for page, shown in zip(packed, by_page, strict=True)]
+        values = self._pool.gather(offload.slots, offload.after, copied) if copied else {}
+        pages = {index: {side: tensor[i] for side, tensor in values.items()} for i, index in enumerate(copied)}
+        taken = []
+        for tier, (target, packer, indices) in enumerate(zip(offload.targets, packed_by, missing, strict=True)):
+            contents: Sequence[Mapping[Side, torch.Tensor] | PackedPage]
+            if packer is None or not indices:
+                contents = [pages[index] for index in indices]
+            else:
+                contents = packer.pack(
+                    target.namespace_digest, offload.slots, offload.after, indices, offload.first_position
+                )
+            shown = [pages[index] if is_shown and tier == 0 else None for index in indices]
+            taken.append([_Taken(*both) for both in zip(contents, shown, strict=True)])
+        return taken
 
-    def _queue_missing(self, offload: Offload, missing: Sequence[int], taken: list[_Taken]) -> None:
+    def _packer_of(self, target: Target) -> PagePacker | None:
+        """What packs pages of a target; None where they are taken as they are."""
+        return self._packer if self._packer is not None and self._packer.packs(target.namespace_digest) else None
+
+    def _queue_missing(self, offload: Offload, tier: int, missing: Sequence[int], taken: list[_Taken]) -> None:
+        target, page_bytes = offload.targets[tier], offload.page_bytes[tier]
         hashes = [offload.page_hashes[i] for i in missing]
-        present = self._present(offload.namespace_digest, hashes)
-        self._release((len(offload.page_hashes) - len(missing) + sum(present)) * offload.page_bytes)
+        present = self._present(target.namespace_digest, hashes)
+        self._release((len(target.pages) - len(missing) + sum(present)) * page_bytes)
         if any(present):
             metrics.PUBLISHED_PAGES.labels(outcome="already_stored").inc(sum(present))
         # So that what is not queued is not kept until the next offload.
@@ -327,15 +378,17 @@ class Publisher:
             first_position = offload.first_position + missing[i] * self._pool.spec.page_tokens
             if page.shown is not None and self._on_page is not None:
                 self._on_page(page.shown, first_position)
-            held_bytes = offload.page_bytes
+            held_bytes = page_bytes
             if isinstance(page.content, PackedPage):
                 held_bytes = page.content.size_bytes
-                if not self._resize(offload.page_bytes, held_bytes):
+                if not self._resize(page_bytes, held_bytes):
                     self._drop(1, "queue_full")
-                    self._release(offload.page_bytes)
+                    self._release(page_bytes)
                     continue
-            waiting = _Page(offload.namespace_digest, page_hash, page.content, held_bytes, first_position)
-            self._to_encode.put((_turn_s(first_position), next(self._order), waiting))
+            waiting = _Page(
+                target.namespace_digest, page_hash, page.content, held_bytes, first_position, is_best=tier == 0
+            )
+            self._to_encode.put(_turn_s(first_position, tier), waiting)
 
     def _present(self, namespace_digest: bytes, hashes: list[bytes]) -> Sequence[bool]:
         """Which of the pages the peer has: one RPC, so that no page is coded in vain."""
@@ -353,25 +406,27 @@ class Publisher:
     def _encode_loop(self) -> None:
         _be_nice()
         encoders: dict[bytes, PageEncoder] = {}
-        while (page := self._to_encode.get()[-1]) is not None:
+        while (page := self._to_encode.get()) is not None:
             self._encode_and_queue(page, encoders)
             # It would be held until the next one comes.
             del page
 
     def _encode_and_queue(self, page: _Page, encoders: dict[bytes, PageEncoder]) -> None:
-        """``encoders``: the thread's, by namespace; no more than one."""
+        """``encoders``: the thread's, by namespace; no more than :data:`MAX_ENCODERS`."""
         if self._closed.is_set() or not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
             self._drop(1, "closed" if self._closed.is_set() else "peer_down")
             self._release(page.held_bytes)
             return
         try:
             if page.namespace_digest not in encoders:
-                encoders.clear()
+                if len(encoders) >= MAX_ENCODERS:
+                    encoders.clear()
                 encoders[page.namespace_digest] = self._new_encoder(page.namespace_digest)
             start_s = time.monotonic()
             coded = self._encode(encoders[page.namespace_digest], page)
             metrics.ENCODE_SECONDS.observe(time.monotonic() - start_s)
-            self._on_coded(page.page_hash, coded)
+            if page.is_best:
+                self._on_coded(page.page_hash, coded)
         except KVCodecError as error:
             logger.error("kvcodec: a page could not be encoded: %s", error)
             self._drop(1, error.reason)

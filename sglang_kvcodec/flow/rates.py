@@ -193,7 +193,8 @@ class RestoreMeter:
         self._segment_pages = segment_pages
         self._threads = threads
         self._clock = clock
-        self._fit = OnlineFit(2, primary=1)
+        self._fits: dict[str, OnlineFit] = {}
+        """By profile. Of each page about as many pixels are decoded, but not as many bytes."""
         self._lock = threading.Lock()
         self._queued_bytes = 0.0
         self._last_s = 0.0
@@ -205,13 +206,16 @@ class RestoreMeter:
         with self._lock:
             self._queued_bytes += coded_bytes
 
-    def part_ended(self, queued_bytes: int, seconds: float | None, coded_bytes: int | None = None) -> None:
+    def part_ended(
+        self, queued_bytes: int, seconds: float | None, coded_bytes: int | None = None, profile_name: str = ""
+    ) -> None:
         """A part of a segment is done; None for its seconds if it was left out or failed.
 
         Args:
             queued_bytes: of the segment, as :meth:`queued` was told.
             seconds: that a thread worked on it.
             coded_bytes: of the segment; None if that is what was told.
+            profile_name: of its pages, or of the first of them.
         """
         share_bytes = (queued_bytes if coded_bytes is None else coded_bytes) / self._parts
         with self._lock:
@@ -221,22 +225,28 @@ class RestoreMeter:
                 self._queued_bytes = 0.0
             self._last_s = self._clock()
         if seconds is not None:
-            self._fit.add((1.0, share_bytes), seconds)
+            for fit in (self._fit_of(""), self._fit_of(profile_name)) if profile_name else (self._fit_of(""),):
+                fit.add((1.0, share_bytes), seconds)
         if is_idle:
             self.on_idle()
 
-    def model(self, refit: bool = True) -> RestoreModel | None:
-        """What is known; None before the first restore and long after the last. ``refit`` as of ``OnlineFit``."""
+    def model(self, refit: bool = True, profile_name: str = "") -> RestoreModel | None:
+        """What is known of a profile, or of all together; None before the first restore and long after the last.
+
+        Of a profile that was not restored yet it is what is known of all. ``refit`` as of ``OnlineFit``.
+        """
         with self._lock:
             queued_bytes = self._queued_bytes
             if not queued_bytes and self._clock() - self._last_s > RESTORE_FORGOTTEN_S:
-                self._fit.forget()
-        fitted = self._fit.coefficients(refit)
-        if fitted is None:
+                for fit in self._fits.values():
+                    fit.forget()
+        fitted_of_all = self._fit_of("").coefficients(refit)
+        if fitted_of_all is None:
             return None
-        part_s, byte_s = fitted
-        if refit and byte_s > 0:
-            metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s)
+        byte_s_of_all = fitted_of_all[1]
+        if refit and byte_s_of_all > 0:
+            metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s_of_all)
+        part_s, byte_s = (self._fit_of(profile_name).coefficients(refit) if profile_name else None) or fitted_of_all
         return RestoreModel(
             part_s,
             byte_s,
@@ -244,8 +254,12 @@ class RestoreMeter:
             self._segment_pages,
             self._threads,
             self._layer_groups,
-            queued_bytes * byte_s / self._threads,
+            queued_bytes * byte_s_of_all / self._threads,
         )
+
+    def _fit_of(self, profile_name: str) -> OnlineFit:
+        with self._lock:
+            return self._fits.setdefault(profile_name, OnlineFit(2, primary=1))
 
 
 @dataclasses.dataclass(frozen=True)

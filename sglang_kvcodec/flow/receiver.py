@@ -96,6 +96,24 @@ class Receiver:
         self._is_promised = True
         return list(self.pages)
 
+    def expect(self, first: int, keys: Sequence[PageKey], expected_bytes: Sequence[int]) -> None:
+        """From now on other objects come for the pages from ``first`` on, of which none is whole.
+
+        Args:
+            first: index of the first.
+            keys: of all pages from there on.
+            expected_bytes: of each.
+        """
+        for index, (key, size) in enumerate(zip(keys, expected_bytes, strict=True), first):
+            page = self.pages[index]
+            if page.has_begun:
+                # What has arrived of it is of no use. Nobody waits for it: it was not promised.
+                self._free_bytes += len(page)
+                self.received_bytes -= page.filled_bytes
+                self.pages[index] = ArrivingPage(key, self._transforms, size)
+            else:
+                page.expect(key, size)
+
     def _begin_again(self, index: int, header: FetchedHeader) -> ArrivingPage:
         """The page, whose header comes again, from another peer that may keep other bytes under its key."""
         page = self.pages[index]

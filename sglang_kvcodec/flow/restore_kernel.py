@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
-from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.profile import EXACT, Coding
 from sglang_kvcodec.kernels import PageRestores, check_calibrated, check_digest, check_restore, open_restore
 from sglang_kvcodec.transform import PageTransforms
 from sglang_kvcodec.transform.klt import KltTransform
@@ -29,17 +30,18 @@ def restore_kernels(
     if pool.device.type != "cuda":
         logger.info("kvcodec: pages are restored on the host, the pool is on %s", pool.device)
         return None
-    plain = transforms.uncalibrated.name
-    if not transforms.uncalibrated.has_pictures:
-        logger.info("kvcodec: profile %r is copied to %s as it is", plain, pool.device)
+    if not transforms.have_pictures:
+        logger.info("kvcodec: profile %r is copied to %s as it is", ",".join(transforms.tiers), pool.device)
         return None
     kernels = PageRestores(transforms, pool.device)
+    plain = {coding.profile_name for coding in transforms.codings() if coding.profile.has_pictures}
     # Pages of a calibrated tier come with exact ones among them, and with those of the time before it was calibrated.
-    for profile_name in {plain, EXACT.name} if calibration_digest else {plain}:
+    for profile_name in plain | {EXACT.name} if calibration_digest else plain:
         kernel = open_restore(profile_name, pool.spec)
         assert kernel is not None, "a profile with pictures has a kernel"
         check_restore(kernel, profile_name, pool.spec, pool.device)
-    check_digest(transforms.get(plain).canvas_shape, pool.device)
+    for shape in {transforms.get(profile_name).canvas_shape for profile_name in plain}:
+        check_digest(shape, pool.device)
     if calibration_digest:
         check_calibrated_kernel(kernels, transforms, calibration_digest, pool)
     logger.info("kvcodec: pages are restored by a Triton kernel on %s", pool.device)
@@ -49,15 +51,21 @@ def restore_kernels(
 def check_calibrated_kernel(
     kernels: PageRestores, transforms: PageTransforms, calibration_digest: bytes, pool: PagedKVPool
 ) -> None:
-    """Opens and checks the kernel of a calibration: at start, or when one comes late, before its pages are fetched.
+    """Opens and checks the kernels of a calibration: at start, or when one comes late, before its pages are fetched.
 
     Raises:
         ConfigurationError: it does not restore what the reference does.
         ForeignPageError: the calibration is not known.
     """
-    tier = transforms.profile_name
-    reference = transforms.get(tier, calibration_digest)
-    assert isinstance(reference, KltTransform), "a calibrated tier has this transform"
-    kernel = kernels.get(tier, calibration_digest)
-    check_digest(reference.canvas_shape, pool.device)
-    check_calibrated(kernel, reference, transforms.calibration(calibration_digest), tier, pool.device)
+    calibration = transforms.calibration(calibration_digest)
+    for coding in calibrated(transforms.codings(calibration_digest)):
+        reference = transforms.get(*coding)
+        assert isinstance(reference, KltTransform), "a calibrated tier has this transform"
+        kernel = kernels.get(*coding)
+        check_digest(reference.canvas_shape, pool.device)
+        check_calibrated(kernel, reference, calibration, coding.profile_name, pool.device)
+
+
+def calibrated(codings: Sequence[Coding]) -> list[Coding]:
+    """Those that need a calibration."""
+    return [coding for coding in codings if coding.calibration_digest]

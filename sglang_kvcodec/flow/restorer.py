@@ -19,7 +19,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import ArrivalError, KVCodecError
 from sglang_kvcodec.flow.arriving_page import ArrivingPage, when_all_landed
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
-from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder
+from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder, alike_pages
 from sglang_kvcodec.flow.rates import RestoreMeter
 from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.flow.trace import Tracer
@@ -258,7 +258,9 @@ class Restorer:
         part.restore.part_done(part.group.index, error)
         # Last: the forward pass does not wait for it.
         if self._meter is not None:
-            self._meter.part_ended(part.expected_bytes, took_s, sum(map(len, part.pages)))
+            self._meter.part_ended(
+                part.expected_bytes, took_s, sum(map(len, part.pages)), part.pages[0].header.profile_name
+            )
 
     def close(self) -> None:
         """Waits for what is under way and ends."""
@@ -285,17 +287,16 @@ class Restorer:
                 # Outside of the measurement: a thread opens it once.
                 decoder = self._decoder()
                 start_s = time.monotonic()
+                in_memory: Sequence[int] = range(len(pages))
                 if self._kernels is not None and decoder.device is not None:
                     self._restore_frames(self._kernels, restore, group, side, pages, slots, after, blamed)
-                    decoded_s = time.monotonic()
-                    metrics.DECODE_SECONDS.observe(decoded_s - start_s)
-                    self._tracer.work("decode", start_s, decoded_s, **of_what)
-                else:
-                    packed = decoder.unpack(pages, group.index, side)
-                    decoded_s = time.monotonic()
-                    metrics.DECODE_SECONDS.observe(decoded_s - start_s)
-                    self._tracer.work("decode", start_s, decoded_s, **of_what)
-                    self._write(group, side, pages, packed, slots, after)
+                    in_memory = [i for i, page in enumerate(pages) if not page.header.coding.profile.has_pictures]
+                packed = decoder.unpack([pages[i] for i in in_memory], group.index, side)
+                decoded_s = time.monotonic()
+                metrics.DECODE_SECONDS.observe(decoded_s - start_s)
+                self._tracer.work("decode", start_s, decoded_s, **of_what)
+                if in_memory:
+                    self._write(group, side, pages, in_memory, packed, slots, after)
                     self._tracer.work("restore", decoded_s, time.monotonic(), **of_what)
                 took_s = time.monotonic() - start_s
         except KVCodecError as caught:
@@ -314,24 +315,27 @@ class Restorer:
         group: LayerGroup,
         side: Side,
         pages: Sequence[PageObject],
+        members: Sequence[int],
         packed: Sequence[PackedSide],
         slots: torch.Tensor,
         after: Sequence[Any],
     ) -> None:
-        """Restores checked canvases of the host; they are in the pool when it returns."""
+        """Restores what is in host memory of the pages that are ``members``; it is in the pool when it returns."""
         with self._pool.writing(side, group.first_layer, group.layers, after) as layers:
+            slots = self._slots_of(members, len(pages), slots)
+            pages = [pages[index] for index in members]
             if self._kernels is None:
                 self._pool.write(layers, self._decoder().restore(pages, packed, group.index, side), slots)
                 return
-            for coding, members in _alike(pages).items():
-                self._kernels.get(*coding).restore(
-                    group,
-                    side,
-                    [packed[index] for index in members],
-                    [pages[index].header.first_position for index in members],
-                    self._slots_of(members, len(pages), slots),
-                    layers,
-                )
+            for coding, members in alike_pages(pages).items():
+                chosen, own_slots = [packed[index] for index in members], self._slots_of(members, len(pages), slots)
+                if not coding.profile.has_pictures:
+                    # What is not coded has no kernel: it is copied.
+                    values = self._decoder().restore([pages[index] for index in members], chosen, group.index, side)
+                    self._pool.write(layers, values, own_slots)
+                    continue
+                positions = [pages[index].header.first_position for index in members]
+                self._kernels.get(*coding).restore(group, side, chosen, positions, own_slots, layers)
 
     def _restore_frames(
         self,
@@ -391,7 +395,7 @@ class Restorer:
 
         frames = segment.frames
         layers = self._pool.layers(side, group.first_layer, group.layers)
-        alike = _alike([pages[index] for index in segment.members])
+        alike = alike_pages([pages[index] for index in segment.members])
         for coding, inside in alike.items():
             members = [segment.members[index] for index in inside]
             chosen = np.array(inside)
@@ -454,11 +458,3 @@ def _segments(pages: Sequence[PageObject]) -> Iterator[tuple[int, int]]:
     for first, end in ((0, landed), (landed, len(pages))):
         for start in range(first, end, SEGMENT_PAGES):
             yield start, min(start + SEGMENT_PAGES, end)
-
-
-def _alike(pages: Sequence[PageObject]) -> Mapping[tuple[str, bytes], list[int]]:
-    """Coding -> the indices of its pages, in their order. Each coding has a kernel of its own."""
-    alike: dict[tuple[str, bytes], list[int]] = {}
-    for index, page in enumerate(pages):
-        alike.setdefault((page.header.profile_name, page.header.calibration_digest), []).append(index)
-    return alike

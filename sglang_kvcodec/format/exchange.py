@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 
@@ -117,8 +117,11 @@ class PeerTransport(Protocol):
 
     def fetch(
         self, namespace_digest: bytes, page_hashes: Sequence[bytes], cancelled: threading.Event | None = None
-    ) -> Iterator[FetchEvent]:
-        """The pages, headers first, then payload layer group by layer group; ends early once ``cancelled`` is set."""
+    ) -> Generator[FetchEvent, None, None]:
+        """The pages, headers first, then payload layer group by layer group; ends early once ``cancelled`` is set.
+
+        Closing the generator ends the call.
+        """
         ...
 
     def put(self, namespace_digest: bytes, objects: Sequence[tuple[bytes, bytes]]) -> list[PutResult]:

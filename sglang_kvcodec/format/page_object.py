@@ -26,7 +26,7 @@ from sglang_kvcodec.errors import (
 from sglang_kvcodec.format import page_object_pb2 as pb
 from sglang_kvcodec.format.digest import Buffer, bytes_crc32
 from sglang_kvcodec.format.namespace import FORMAT_VERSION, PAGE_HASH_BYTES, PageKey
-from sglang_kvcodec.format.profile import get_profile
+from sglang_kvcodec.format.profile import Coding, get_profile
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, is_picture_size, layer_groups, picture_geometry
 
 MAGIC = b"KVPO"
@@ -201,6 +201,11 @@ class PageHeader:
     object_bytes: int
     group_ranges: tuple[tuple[int, int], ...]
     manifest: pb.Manifest
+
+    @property
+    def coding(self) -> Coding:
+        """How it says that it is coded."""
+        return Coding(self.profile_name, self.calibration_digest)
 
 
 def read_header(data: Buffer) -> PageHeader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from sglang_kvcodec.errors import UnknownFormatError, UnsupportedError
 from sglang_kvcodec.format.spec import KVDtype
@@ -32,6 +33,18 @@ class Profile:
     def has_pictures(self) -> bool:
         """Whether its page objects hold pictures."""
         return HEVC_STAGE in self.stages
+
+
+class Coding(NamedTuple):
+    """How pages of a namespace are coded: the name of their profile, and the digest of their calibration or nothing."""
+
+    profile_name: str
+    calibration_digest: bytes = b""
+
+    @property
+    def profile(self) -> Profile:
+        """The profile, as it is with or without a calibration."""
+        return get_profile(self.profile_name, calibrated=bool(self.calibration_digest))
 
 
 RAW = Profile("raw", ("raw/1",), "bit-exact, not coded: the baseline")

@@ -56,7 +56,7 @@ def calibration_at_start(
         transforms: learn it.
         all_ranks: see ``settle_calibration``.
     """
-    if config.profile not in CALIBRATED_TIERS:
+    if not set(config.tiers) & set(CALIBRATED_TIERS):
         return None
     timeouts = dataclasses.replace(config.timeouts, calibration_s=config.timeouts.start_calibration_s)
     with contextlib.closing(connect(config.remote, timeouts, config.replicas, config.access)) as peer:

@@ -35,7 +35,7 @@ def keep_room(server_args: Any) -> None:
 
     resolved = resolving_view(server_args)
     config = server_config(server_args)
-    if resolved.device != "cuda" or resolved.mem_fraction_static is None or config.profile == "raw":
+    if resolved.device != "cuda" or resolved.mem_fraction_static is None or config.tiers == ("raw",):
         return
     device_mib = get_device_memory_capacity(resolved.device)
     if device_mib is None:

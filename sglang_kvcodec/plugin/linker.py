@@ -19,13 +19,15 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
-from sglang_kvcodec.flow.publisher import Offload, Publisher
+from sglang_kvcodec.flow.publisher import Offload, Publisher, Target
 from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import LayerGroup
 from sglang_kvcodec.plugin.load_counter import EventLoadCounter
+from sglang_kvcodec.plugin.provenance import Provenance
 from sglang_kvcodec.plugin.scheduler_time import SchedulerTime, timed
 
 logger = logging.getLogger(__name__)
@@ -69,11 +71,10 @@ class KVCodecLinker(UnifiedCacheLinker):
         cache: BitstreamCache,
         restorer: Restorer,
         publisher: Publisher,
-        namespace_digest: Callable[[], bytes | None],
+        tiers: Callable[[], Sequence[Tier]],
         pages_of: Callable[[str], dict[bytes, PageObject] | None],
         forward_stream: Any,
         tracer: Tracer | None = None,
-        namespace_digests: Callable[[], Sequence[bytes]] | None = None,
         restoring_pays: Callable[[int, int], bool] = lambda pages, coded_bytes: True,
         scheduler_time: SchedulerTime | None = None,
     ) -> None:
@@ -86,11 +87,11 @@ class KVCodecLinker(UnifiedCacheLinker):
             cache: fetched pages.
             restorer: restores them.
             publisher: publishes new ones.
-            namespace_digest: the current namespace, None while there is none to trust.
+            tiers: in which pages are published and may be used now, the best first; none while there is no namespace to
+                trust.
             pages_of: pages fetched for a request (by its id) that still waits; None for one that must be computed.
             forward_stream: the stream the model writes the pool on, None on a CPU.
             tracer: told of restores and of waits for layers.
-            namespace_digests: of all pages that may be used now; None for those of ``namespace_digest`` alone.
             restoring_pays: whether pages in host memory, so many of so many bytes, are restored sooner than computed.
             scheduler_time: told what all this takes of the scheduler's thread.
         """
@@ -102,9 +103,8 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._cache = cache
         self._restorer = restorer
         self._publisher = publisher
-        self._namespace_digest = namespace_digest
+        self._tiers = tiers
         self._pages_of = pages_of
-        self._namespace_digests = namespace_digests
         self._restoring_pays = restoring_pays
         self._matched: dict[str, list[PageObject]] = {}
         self._computed: collections.OrderedDict[str, None] = collections.OrderedDict()
@@ -114,7 +114,8 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._running: dict[int, Restore] = {}
         self._offloads: collections.deque[Offload] = collections.deque()
         self._bad_pages: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self._pages_before: int | None = None
+        self._before: Sequence[str] | None = None
+        self._provenance = Provenance()
         self._waited_s = 0.0
         self._tracer = tracer or Tracer()
 
@@ -144,11 +145,8 @@ class KVCodecLinker(UnifiedCacheLinker):
             self._cache.mark_used([page.key.page_hash for page in pages])
         return list(range(1, len(pages) + 1))
 
-    def _usable_digests(self) -> Sequence[bytes]:
-        if self._namespace_digests is not None:
-            return self._namespace_digests()
-        digest = self._namespace_digest()
-        return [] if digest is None else [digest]
+    def _usable_digests(self) -> set[bytes]:
+        return {digest for tier in self._tiers() for digest in tier.namespace_digests}
 
     def _pays(self, rid: str, pages: Sequence[PageObject]) -> bool:
         """Whether pages in host memory are worth restoring; asked once for each request."""
@@ -175,6 +173,10 @@ class KVCodecLinker(UnifiedCacheLinker):
         if len(pages) < count:
             raise RuntimeError(f"kvcodec: asked to load {count} pages of which {len(pages)} were found")
         slots = transfers[0].device_indices
+        tiers = self._tiers()
+        if len(tiers) > 1:
+            for page in pages[:count]:
+                self._provenance.restored(page.key.page_hash, page.key.namespace_digest, tiers)
         self._queued[rid] = RestoreJob(pages[:count], slots)
         self._loading.add(rid)
         return True
@@ -250,35 +252,46 @@ class KVCodecLinker(UnifiedCacheLinker):
     # ---- write side ----
 
     @contextlib.contextmanager
-    def offload_at(self, pages_before: int) -> Iterator[None]:
-        """Says of what is offloaded inside how many pages of its prompts come before it."""
-        self._pages_before = pages_before
+    def offload_after(self, before: Sequence[str]) -> Iterator[None]:
+        """Says of what is offloaded inside which pages of its prompts come before it, by their hashes in hex."""
+        self._before = before
         try:
             yield
         finally:
-            self._pages_before = None
+            self._before = None
 
     @timed
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Hands pages to the publisher. Always accepted, so that all ranks keep the same list of offloads.
 
         Raises:
-            RuntimeError: outside :meth:`offload_at`.
+            RuntimeError: outside :meth:`offload_after`.
         """
-        if self._pages_before is None:
+        if self._before is None:
             raise RuntimeError("kvcodec: pages are offloaded whose place in the prompt is not known")
-        digest = self._namespace_digest()
         keys = self._keys(transfers)
-        if digest is None or not keys:
-            refused = Offload(b"", keys, torch.empty(0))
+        targets = self._targets(keys)
+        if not targets:
+            refused = Offload((), keys, torch.empty(0))
             refused.settle(False)
             self._offloads.append(refused)
         else:
             slots = transfers[0].device_indices
-            first_position = self._pages_before * self._page_tokens
+            first_position = len(self._before) * self._page_tokens
             ready = self.record_offload_ready()
-            self._offloads.append(self._publisher.offload(digest, keys, slots, ready, first_position))
+            self._offloads.append(self._publisher.offload(targets, keys, slots, ready, first_position))
         return True
+
+    def _targets(self, page_hashes: Sequence[bytes]) -> list[Target]:
+        """Where pages that are offered may be published."""
+        tiers = self._tiers()
+        if not page_hashes or not tiers:
+            return []
+        if len(tiers) == 1:
+            return [Target(tiers[0].namespace_digests[0], range(len(page_hashes)))]
+        assert self._before is not None
+        before = [bytes.fromhex(page_hash) for page_hash in self._before]
+        return self._provenance.targets(before, page_hashes, tiers)
 
     def num_completed_offloads(self) -> int:
         """Offloads whose slots are free again, counted from the oldest without a gap."""
@@ -311,6 +324,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._computed.clear()
         self._queued.clear()
         self._loading.clear()
+        self._provenance.clear()
         self.layer_done_counter.reset()
 
     def close(self) -> None:

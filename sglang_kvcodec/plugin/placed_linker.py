@@ -1,4 +1,4 @@
-"""Tells the linker where in its prompt a node that is offered for publishing begins."""
+"""Tells the linker what comes in its prompt before a node that is offered for publishing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 
 
 class PlacedLinkerWrapper(UnifiedCacheLinkerWrapper):
-    """SGLang's own, which hands a node's pages over without saying how many there are before them.
+    """SGLang's own, which hands a node's pages over without saying which there are before them.
 
     A page's position is a function of its hash, which is chained: whatever splits and merges nodes, a page comes with
     the same position each time. It is a token's index in the prompt. Where a model's positions are something else
@@ -18,5 +18,5 @@ class PlacedLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def _offload_node(self, node_id: Any, transfers: Any) -> None:
         before = self.cache.tree_core.get_prefix_hash_values(node_id)
-        with self.cache_linker.offload_at(len(before)):
+        with self.cache_linker.offload_after(before):
             super()._offload_node(node_id, transfers)

@@ -88,11 +88,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
             runtime.cache,
             runtime.restorer,
             runtime.publisher,
-            runtime.namespace_digest,
+            runtime.tiers,
             self._pages_of,
             ctx.tp_worker.model_runner.forward_stream if device == "cuda" else None,
             runtime.tracer,
-            runtime.namespace_digests,
             runtime.restoring_pays,
             self.scheduler_time,
         )
@@ -131,7 +130,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     ) -> None:
         """Starts to fetch the pages of a queued request that neither device nor host memory has."""
         assert self._runtime is not None
-        digests = self._runtime.namespace_digests()
+        tiers = self._runtime.tiers()
         matched = list(matched_prefix_tokens or [])
         start_page = len(matched) // self.page_size
         key = RadixKey(
@@ -140,7 +139,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             is_bigram=self.tree_core.is_eagle,
             cache_salt=cache_salt,
         ).page_aligned(self.page_size)
-        if not digests or request.rid not in self.retries or request in self._held:
+        if not tiers or request.rid not in self.retries or request in self._held:
             return
         if self.retries.was_restarted(request.rid):
             # Its pages did not all come. What did is in host memory, and it has waited once.
@@ -150,7 +149,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         wanted = self._linker.without_bad(hashes[start_page:])
         prompt_tokens = len(matched) + len(new_input_tokens) + 1
-        ticket = self._runtime.fetcher.start(digests, wanted, start_page * self.page_size, prompt_tokens, request.rid)
+        ticket = self._runtime.fetcher.start(tiers, wanted, start_page * self.page_size, prompt_tokens, request.rid)
         self._held[request] = _Held(ticket, start_page, wanted)
         self._passes.expect(request.rid, ticket)
 
@@ -310,7 +309,7 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
         check_built_kinds(ctx.is_hybrid_swa, ctx.is_hybrid_ssm)
         config = server_config(ctx.server_args)
         pool = wrap_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
-        transforms = PageTransforms(pool.spec, config.profile, device=pool.device)
+        transforms = PageTransforms(pool.spec, config.tiers, device=pool.device)
         cache: KVCodecRadixCache = create_unified_radix_cache(ctx, cache_class=KVCodecRadixCache)
         calibration = calibration_at_start(ctx, config, transforms, cache.all_ranks)
         runtime = Runtime(

@@ -27,12 +27,13 @@ from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.flow.trace import open_tracer
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import Namespace
 from sglang_kvcodec.format.page_object import PageObject
-from sglang_kvcodec.format.profile import EXACT
+from sglang_kvcodec.format.profile import EXACT, Coding
 from sglang_kvcodec.format.spec import layer_groups
 from sglang_kvcodec.rpc.connect import connect
 from sglang_kvcodec.transform import PageTransforms
@@ -78,21 +79,20 @@ class Runtime:
         self.pool = pool
         self._transforms = transforms
         self._calibration_digest = calibration.digest if calibration is not None else b""
-        self._calibration_of: dict[bytes, bytes] = {}
-        """Namespace digest -> calibration digest, of old weights as well: pages of them may still be on their way."""
-        self._digests: dict[bytes, bytes] = {}
-        """Calibration digest -> namespace digest, with the weights that are loaded now."""
+        self._coding_of: dict[bytes, Coding] = {}
+        """Namespace digest -> how its pages are coded, of old weights as well: some may still be on their way."""
+        self._digests: dict[Coding, bytes] = {}
+        """The other way round, with the weights that are loaded now."""
         self._new_namespace = new_namespace
         self._namespace: Namespace | None = new_namespace()
         self._weights_changed = False
-        profile = transforms.profile(self._calibration_digest)
         self._kernels = restore_kernels(pool, transforms, self._calibration_digest)
         self._packs = (
             pack_kernels(pool, transforms, self._kernels, self._calibration_digest) if not config.read_only else None
         )
         decoders: DecoderSource | None = None
         encoders: EncoderSource | None = None
-        if profile.has_pictures:
+        if transforms.have_pictures:
             # Refuses here, at start, rather than on a thread later.
             device = _cuda_device(pool)
             decoders = open_decoders(config.decoder, threads=config.decode_threads, device=device)
@@ -138,10 +138,11 @@ class Runtime:
             return GroupDecoder(transforms, decoders.decoder() if decoders is not None else None)
 
         def new_encoder(namespace_digest: bytes) -> PageEncoder:
-            calibration_digest = self._calibration_of[namespace_digest]
-            has_components = bool(calibration_digest)
-            encoder = encoders.encoder(uniform_blocks=has_components) if encoders is not None else None
-            return PageEncoder(namespace_digest, transforms, encoder, calibration_digest)
+            coding = self._coding_of[namespace_digest]
+            encoder = None
+            if encoders is not None and coding.profile.has_pictures:
+                encoder = encoders.encoder(uniform_blocks=bool(coding.calibration_digest))
+            return PageEncoder(namespace_digest, transforms, encoder, coding)
 
         self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels, self.rates.restore, self.tracer)
         self._auto_calibration = (
@@ -151,7 +152,7 @@ class Runtime:
         if self._packs is not None:
             takes_device = encoders is not None and encoders.takes_device_canvases
             room_bytes = DEVICE_CANVASES_BYTES if takes_device else 0
-            packer = PagePacker(pool, transforms, self._packs, self._calibration_of.__getitem__, room_bytes)
+            packer = PagePacker(pool, transforms, self._packs, self._coding_of.__getitem__, room_bytes)
         auto = self._auto_calibration
         self.publisher = Publisher(
             self._peer,
@@ -165,16 +166,18 @@ class Runtime:
             packer=packer,
             on_coded=self._keep_coded,
         )
-        logger.info(
-            "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
-            config.remote,
-            profile.name,
-            profile.promise,
-            pool.spec.layers,
-            pool.spec.kv_heads,
-            pool.spec.head_dim,
-            (self.namespace_digest() or b"").hex()[:16],
-        )
+        for tier in self.tiers():
+            profile = self._coding_of[tier.namespace_digests[0]].profile
+            logger.info(
+                "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
+                config.remote,
+                profile.name,
+                profile.promise,
+                pool.spec.layers,
+                pool.spec.kv_heads,
+                pool.spec.head_dim,
+                tier.namespace_digests[0].hex()[:16],
+            )
 
     def _keep_coded(self, page_hash: bytes, coded: bytes) -> None:
         """What was just coded comes back from host memory when the device has no room for it any more."""
@@ -189,15 +192,11 @@ class Runtime:
             return True
         return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)
 
-    def namespace_digest(self) -> bytes | None:
-        """The namespace of pages computed now; None while pages of old weights may be around."""
-        digests = self.namespace_digests()
-        return digests[0] if digests else None
+    def tiers(self) -> list[Tier]:
+        """The tiers that pages are published in now, the best first; none while pages of old weights may be around.
 
-    def namespace_digests(self) -> list[bytes]:
-        """The namespaces to look for pages in: first that of pages computed now; none while that can't be told.
-
-        A server that makes a calibration has published without one before, and so may others have.
+        Each says where its pages may be: first in the namespace that they are published in. A server that makes a
+        calibration has published without one before, and so may others have.
         """
         if self._weights_changed:
             return []
@@ -206,20 +205,23 @@ class Runtime:
             logger.info("kvcodec: new weights, namespace %s without a calibration", self._namespace.digest.hex()[:16])
         # Read once: another thread may set it.
         calibration_digest = self._calibration_digest
-        digests = [self._digest_of(self._namespace, calibration_digest)]
-        if calibration_digest and self.config.auto_calibrate:
-            digests.append(self._digest_of(self._namespace, b""))
-        return digests
+        tiers: list[Tier] = []
+        for coding in self._transforms.codings(calibration_digest):
+            digests = [self._digest_of(self._namespace, coding)]
+            if calibration_digest and self.config.auto_calibrate and not tiers:
+                digests += [self._digest_of(self._namespace, old) for old in self._transforms.codings()]
+            tiers.append(Tier(coding.profile_name, tuple(digests)))
+        return tiers
 
-    def _digest_of(self, uncalibrated: Namespace, calibration_digest: bytes) -> bytes:
-        if calibration_digest not in self._digests:
-            profile = self._transforms.profile(calibration_digest)
+    def _digest_of(self, uncalibrated: Namespace, coding: Coding) -> bytes:
+        if coding not in self._digests:
+            profile, calibration_digest = coding.profile, coding.calibration_digest
             namespace = dataclasses.replace(
                 uncalibrated, profile=profile.name, stages=profile.stages, calibration_digest=calibration_digest.hex()
             )
-            self._calibration_of[namespace.digest] = calibration_digest
-            self._digests[calibration_digest] = namespace.digest
-        return self._digests[calibration_digest]
+            self._coding_of[namespace.digest] = coding
+            self._digests[coding] = namespace.digest
+        return self._digests[coding]
 
     def _now_calibrated(self, calibration: Calibration) -> None:
         """What is published from now on is coded with it; called on a thread of its own.
@@ -327,8 +329,8 @@ def _prepare(
 
 def _picture_sizes(transforms: PageTransforms, calibration_digest: bytes) -> list[tuple[int, int]]:
     """Width and height of the pictures that will be decoded; those of calibrations to come are not known yet."""
-    codings = [(transforms.uncalibrated.name, b"")]
+    codings = {*transforms.codings(), *transforms.codings(calibration_digest)}
     if calibration_digest:
-        codings += [(transforms.profile_name, calibration_digest), (EXACT.name, b"")]
-    shapes = {transforms.get(*coding).canvas_shape for coding in codings}
+        codings.add(Coding(EXACT.name))
+    shapes = {transforms.get(*coding).canvas_shape for coding in codings if coding.profile.has_pictures}
     return [(width, rows * 2 // 3) for rows, width in sorted(shapes)]

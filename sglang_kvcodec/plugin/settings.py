@@ -26,7 +26,8 @@ _HELP = {
     "token_file": "File that holds this server's token, for a peer that asks for one.",
     "insecure": "true: send the token in plaintext to another machine.",
     "replicas": "Of several storage peers, on how many each page is kept.",
-    "profile": f"Quality tier: {', '.join(PROFILES)}; 'exact' restores the KV cache bit for bit.",
+    "profile": f"Quality tier: {', '.join(PROFILES)}; 'exact' restores the KV cache bit for bit. Several, e.g. "
+    "high,balanced, are stored side by side, and each request gets the one that brings its first token soonest.",
     "host_cache_bytes": "Bound of the fetched page objects kept in host memory, e.g. 8GB.",
     "publish_queue_bytes": "Bound of the KV that waits to be encoded, e.g. 512MiB; what does not fit is dropped.",
     "min_fetch_tokens": "A shorter stored prefix is computed rather than fetched.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -154,7 +154,7 @@ class GrpcPeer:
 
     def fetch(
         self, namespace_digest: bytes, page_hashes: Sequence[bytes], cancelled: threading.Event | None = None
-    ) -> Iterator[FetchEvent]:
+    ) -> Generator[FetchEvent, None, None]:
         """The pages; the call starts with the first ``next`` and ends with the iterator."""
         request = pb.FetchRequest(
             namespace_digest=namespace_digest,

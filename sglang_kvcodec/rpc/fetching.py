@@ -57,8 +57,8 @@ def read_page(
         engine: where it is.
         key: its storage key.
         object_bytes: its size there.
-        has_tenants: whether an object of another namespace may be a tenant's, asked for by who knows its storage key and
-            is not of the tenant: then it is sound, and stays.
+        has_tenants: whether an object of another namespace may be a tenant's, asked for by who knows its storage key
+            and is not of the tenant: then it is sound, and stays.
 
     Raises:
         StorageError: the engine failed.

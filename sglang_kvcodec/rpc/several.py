@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -119,7 +119,7 @@ class SeveralPeers:
 
     def fetch(
         self, namespace_digest: bytes, page_hashes: Sequence[bytes], cancelled: threading.Event | None = None
-    ) -> Iterator[FetchEvent]:
+    ) -> Generator[FetchEvent, None, None]:
         """The pages, from all peers at once, each in its order. A page that is cut off comes anew from another peer."""
         self._require_up()
 

@@ -11,7 +11,7 @@ import torch
 from sglang_kvcodec.errors import ForeignPageError
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.page_object import PageHeader
-from sglang_kvcodec.format.profile import EXACT, Profile, get_profile, without_calibration
+from sglang_kvcodec.format.profile import CALIBRATED_TIERS, EXACT, Coding, Profile, without_calibration
 from sglang_kvcodec.format.spec import KVSpec, LayerGroup, Side, picture_geometry
 from sglang_kvcodec.transform.base import PackedSide
 from sglang_kvcodec.transform.klt import KltTransform
@@ -58,7 +58,7 @@ class _Uncalibrated:
 
 
 class PageTransforms:
-    """The transforms that a server which was asked for one profile can need. Thread-safe; calibrations may come late.
+    """The transforms that a server which was asked for some tiers can need. Thread-safe; calibrations may come late.
 
     Pages of a tier may be coded with one of the calibrations that are known, without any, or, where a calibrated tier
     can't code their values, as ``exact``.
@@ -67,7 +67,7 @@ class PageTransforms:
     def __init__(
         self,
         spec: KVSpec,
-        profile_name: str,
+        tiers: str | Sequence[str],
         calibrations: Sequence[Calibration] = (),
         device: torch.device | str = "cpu",
     ) -> None:
@@ -75,7 +75,7 @@ class PageTransforms:
 
         Args:
             spec: of the pages.
-            profile_name: what the operator asked for.
+            tiers: what the operator asked for: a profile's name, or those of several, the best first.
             calibrations: of the model.
             device: where calibrated pages are packed and restored.
 
@@ -85,13 +85,12 @@ class PageTransforms:
             ForeignPageError: a calibration of another shape.
         """
         self.spec = spec
-        self.profile_name = profile_name
+        self.tiers: tuple[str, ...] = (tiers,) if isinstance(tiers, str) else tuple(tiers)
         self._device = torch.device(device)
         self._lock = threading.Lock()
         self._calibrations: dict[bytes, Calibration] = {}
-        self.uncalibrated = without_calibration(profile_name, spec.dtype)
         self._transforms: dict[tuple[str, bytes], PageTransform] = {
-            (self.uncalibrated.name, b""): _Uncalibrated(self.uncalibrated, spec)
+            (coding.profile_name, b""): _Uncalibrated(coding.profile, spec) for coding in self.codings()
         }
         for calibration in calibrations:
             self.add(calibration)
@@ -102,14 +101,19 @@ class PageTransforms:
         Raises:
             ForeignPageError: it is of another shape, or has not the tier; nothing has changed.
         """
-        transform = KltTransform(self.spec, calibration, self.profile_name, self._device)
+        transforms = {
+            tier: KltTransform(self.spec, calibration, tier, self._device)
+            for tier in self.tiers
+            if tier in CALIBRATED_TIERS
+        }
         exact = _Uncalibrated(EXACT, self.spec)
         if self._device.type == "cuda":
             # The bases were made on this thread's stream; others will read them on theirs.
             torch.cuda.synchronize(self._device)
         with self._lock:
             self._transforms.setdefault((EXACT.name, b""), exact)
-            self._transforms[self.profile_name, calibration.digest] = transform
+            for tier, transform in transforms.items():
+                self._transforms[tier, calibration.digest] = transform
             self._calibrations[calibration.digest] = calibration
 
     def calibration(self, digest: bytes) -> Calibration:
@@ -133,7 +137,7 @@ class PageTransforms:
             transform = self._transforms.get((profile_name, calibration_digest))
         if transform is None:
             needed = f" with calibration {calibration_digest.hex()[:16]}" if calibration_digest else ""
-            raise ForeignPageError(f"a page of profile {profile_name!r}{needed} where {self.profile_name!r} is read")
+            raise ForeignPageError(f"a page of profile {profile_name!r}{needed} where {','.join(self.tiers)!r} is read")
         return transform
 
     def check(self, header: PageHeader) -> None:
@@ -146,6 +150,22 @@ class PageTransforms:
             raise ForeignPageError(f"page {header.key} is of {header.spec}")
         self.get(header.profile_name, header.calibration_digest)
 
-    def profile(self, calibration_digest: bytes = b"") -> Profile:
-        """What new pages are coded with, given the calibration to use for them."""
-        return get_profile(self.profile_name, calibrated=True) if calibration_digest else self.uncalibrated
+    def coding(self, tier: str, calibration_digest: bytes = b"") -> Coding:
+        """What new pages of a tier are coded with, given the calibration to use."""
+        if calibration_digest and tier in CALIBRATED_TIERS:
+            return Coding(tier, calibration_digest)
+        return Coding(without_calibration(tier, self.spec.dtype).name)
+
+    def codings(self, calibration_digest: bytes = b"") -> tuple[Coding, ...]:
+        """What new pages are coded with, the best tier first. Without a calibration several tiers may share one."""
+        return tuple(dict.fromkeys(self.coding(tier, calibration_digest) for tier in self.tiers))
+
+    @property
+    def uncalibrated(self) -> Profile:
+        """What pages of the best tier are coded with without a calibration."""
+        return self.coding(self.tiers[0]).profile
+
+    @property
+    def have_pictures(self) -> bool:
+        """Whether pages of any of the tiers have pictures."""
+        return any(coding.profile.has_pictures for coding in self.codings())

@@ -9,6 +9,7 @@ from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader
 from sglang_kvcodec.format.page_object import read_header
 from sglang_kvcodec.format.spec import KVDtype
@@ -44,7 +45,7 @@ class Setup:
         )
 
     def start(self, names=NAMES, namespaces=(NAMESPACE,)):
-        return self.fetcher.start(namespaces, [hash_of(name) for name in names])
+        return self.fetcher.start([Tier("raw", tuple(namespaces))], [hash_of(name) for name in names])
 
     def fetch(self, names=NAMES, namespaces=(NAMESPACE,)):
         ticket = self.start(names, namespaces)

@@ -91,7 +91,7 @@ def test_a_pause_is_forgiven_and_a_stop_is_not():
 
 
 def test_the_others_are_all_but_oneself():
-    pacer = Pacer(lambda: known(1e6), is_watching=False)
+    pacer = Pacer(lambda profile_name: known(1e6), is_watching=False)
     flights = [Flight(progress(), lambda phase: None) for _ in range(3)]
     for flight, received in zip(flights, (0, 19_000, 20_000), strict=True):
         pacer.add(flight)

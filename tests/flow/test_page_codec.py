@@ -272,7 +272,8 @@ class CalibratedPages:
 
     def __init__(self, calibration, spec=SPEC):
         self.transforms = PageTransforms(spec, "high", [calibration])
-        self.encoder = PageEncoder(NAMESPACE, self.transforms, open_encoder("software"), calibration.digest)
+        coding = self.transforms.codings(calibration.digest)[0]
+        self.encoder = PageEncoder(NAMESPACE, self.transforms, open_encoder("software"), coding)
         self.decoder = GroupDecoder(self.transforms, open_decoder("software"))
 
     def page(self, values, first_position):
@@ -335,7 +336,7 @@ def test_parts_that_do_not_fit_the_profile_are_refused(profile):
 def test_a_coded_profile_without_codec_is_the_callers_mistake():
     with pytest.raises(ValueError, match="needs an encoder"):
         PageEncoder(NAMESPACE, PageTransforms(SPEC, "exact"), None)
-    with pytest.raises(ValueError, match="needs a decoder"):
+    with pytest.raises(ValueError, match="need a decoder"):
         GroupDecoder(PageTransforms(SPEC, "high"), None)
 
 

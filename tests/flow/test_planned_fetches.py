@@ -14,6 +14,7 @@ from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher, turn_s
 from sglang_kvcodec.flow.planner import LINK_TOO_SLOW
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.flow.trace import FileTracer
 from sglang_kvcodec.format.exchange import FetchedFragment
 from sglang_kvcodec.testing.pages import Pages, hash_of
@@ -68,7 +69,7 @@ class Setup:
             self.rates.restore.part_ended(size, size / 2 * byte_s)
 
     def start(self):
-        return self.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES], rid="r")
+        return self.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of(name) for name in NAMES], rid="r")
 
     def fetch(self):
         ticket = self.start()
@@ -367,11 +368,13 @@ def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkey
     setup.peer.before = before
     events = setup.fetcher._events
     monkeypatch.setattr(
-        setup.fetcher, "_events", lambda runs, wanted, *args: fetched.append(len(wanted)) or events(runs, wanted, *args)
+        setup.fetcher,
+        "_events",
+        lambda course, wanted, *args: fetched.append(len(wanted)) or events(course, wanted, *args),
     )
 
     def start(pages):
-        return setup.fetcher.start([NAMESPACE], [hash_of(name) for name in NAMES[:pages]])
+        return setup.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of(name) for name in NAMES[:pages]])
 
     tickets = [start(5)]
     assert begun.wait(LIMIT_S)
@@ -380,7 +383,7 @@ def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkey
     wait_until(lambda: len(setup.fetcher._waiting) == 4)
     assert [ticket.stored_pages for ticket in tickets] == [5, 6, 2, 4, 1]
     # Somebody of whom nothing is stored waits for none of them.
-    stranger = setup.fetcher.start([NAMESPACE], [hash_of("stranger")])
+    stranger = setup.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of("stranger")])
     assert stranger.wait(LIMIT_S)
     assert stranger.stored_pages == 0
     assert not gate.is_set()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -12,15 +13,21 @@ from sglang_kvcodec.flow.planner import (
     NOT_STORED,
     NOTHING_KNOWN,
     PART,
+    PREFER_SHARE,
     REASONS,
     RESTORE_TOO_SLOW,
+    SWITCH_SHARE,
     TAKE_GAIN,
     TOO_SHORT,
     WHOLE_PREFIX,
     Bounds,
+    Choice,
     Knowledge,
     Prefix,
+    choose_rest,
     plan_fetch,
+    plan_tiers,
+    predict,
     restoring_pays,
 )
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
@@ -253,3 +260,87 @@ def test_always_takes_what_fits(prefix, rate, bounds):
     fitting = [k for k in range(1, len(prefix.page_bytes) + 1) if sum(prefix.page_bytes[:k]) <= bounds.max_bytes]
     enough = [k for k in fitting if k * prefix.page_tokens >= bounds.min_tokens]
     assert plan.pages == max(enough, default=0)
+
+
+# ---- several tiers ----
+
+
+def choices(bytes_per_s, sizes=(100_000, 50_000), pages=(32, 32), restore=(RESTORE, RESTORE), prefill=PREFILL):
+    return [
+        Choice(
+            Prefix([size] * count, 64, 0, 32 * 64 + 17), known(bytes_per_s=bytes_per_s, restore=model, prefill=prefill)
+        )
+        for size, count, model in zip(sizes, pages, restore, strict=True)
+    ]
+
+
+def test_a_fast_link_brings_the_better_tier_and_a_slow_one_the_smaller():
+    index, plan = plan_tiers(choices(1e12), PLENTY)
+    assert (index, plan.reason) == (0, WHOLE_PREFIX)
+    index, plan = plan_tiers(choices(2e7), PLENTY)
+    assert (index, plan.pages) == (1, 32)
+    assert "choice 0" in plan.words
+    index, plan = plan_tiers(choices(1e3), PLENTY)
+    assert (plan.pages, plan.reason) == (0, LINK_TOO_SLOW)
+
+
+def test_a_smaller_tier_that_saves_next_to_nothing_is_not_taken():
+    almost = choices(2e7, sizes=(100_000, 99_000))
+    assert plan_tiers(almost, PLENTY)[0] == 0
+    assert plan_tiers(almost, PLENTY)[1].ttft_s > plan_fetch(almost[1].prefix, almost[1].known, PLENTY).ttft_s
+
+
+def test_a_small_tier_that_is_slow_to_decode_is_not_taken_on_a_fast_link():
+    slow = dataclasses.replace(RESTORE, byte_s=1e-7)
+    assert plan_tiers(choices(1e12, restore=(RESTORE, slow)), PLENTY)[0] == 0
+    assert plan_tiers(choices(1e12, restore=(slow, RESTORE)), PLENTY)[0] == 1
+
+
+def test_without_knowing_prefill_the_better_tier_is_fetched_unless_it_brings_less():
+    assert plan_tiers(choices(2e7, prefill=None), PLENTY)[0] == 0
+    offered = choices(1e6, prefill=None)
+    index, plan = plan_tiers(offered, PLENTY)
+    assert index == 1
+    assert plan.pages > plan_fetch(offered[0].prefix, offered[0].known, PLENTY).pages
+
+
+def test_always_takes_the_better_tier_unless_it_brings_less():
+    assert plan_tiers(choices(1e3), PLENTY, always=True)[0] == 0
+    assert plan_tiers(choices(1e12, pages=(31, 32)), PLENTY, always=True)[0] == 1
+
+
+@given(
+    bytes_per_s=st.floats(1e3, 1e12),
+    sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=4),
+    was_fetching=st.booleans(),
+)
+def test_no_tier_would_have_been_much_better(bytes_per_s, sizes, was_fetching):
+    offered = choices(bytes_per_s, sizes, [32] * len(sizes), [RESTORE] * len(sizes))
+    index, plan = plan_tiers(offered, PLENTY, was_fetching)
+    alone = [plan_fetch(choice.prefix, choice.known, PLENTY, was_fetching) for choice in offered]
+    assert dataclasses.replace(plan, words="") == dataclasses.replace(alone[index], words="")
+    # Each step down may cost the share that quality is worth.
+    best_s = min(other.ttft_s for other in alone)
+    assert plan.ttft_s <= best_s / (1 - PREFER_SHARE) ** len(sizes)
+    assert plan.ttft_s <= plan.prefill_s
+
+
+def test_a_fetch_goes_on_with_another_tier_if_that_pays():
+    assert choose_rest(choices(1e12), 0) == 0
+    assert choose_rest(choices(2e7), 0) == 1
+    # Back, when the better one takes no longer.
+    same = choices(1e12, sizes=(50_000, 50_000))
+    assert choose_rest(same, 1) == 0
+    assert choose_rest(choices(2e7), 1) == 1
+    assert choose_rest(choices(None), 0) == 0
+
+
+@given(bytes_per_s=st.floats(1e3, 1e12), sizes=st.lists(st.integers(1, 10**6), min_size=2, max_size=4))
+def test_going_on_with_what_was_chosen_is_what_is_chosen_next(bytes_per_s, sizes):
+    offered = choices(bytes_per_s, sizes, [32] * len(sizes), [RESTORE] * len(sizes))
+    rests_s = [predict(choice.prefix, choice.known).ttft_s[-1] for choice in offered]
+    for current in range(len(sizes)):
+        chosen = choose_rest(offered, current)
+        assert rests_s[chosen] <= rests_s[current]
+        assert rests_s[chosen] <= min(rests_s) / (1 - SWITCH_SHARE)
+        assert choose_rest(offered, chosen) <= chosen

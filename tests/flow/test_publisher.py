@@ -8,7 +8,7 @@ from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, counted, wait
 
 from sglang_kvcodec.errors import CodecError, PeerRejectedError, PeerUnavailableError
 from sglang_kvcodec.flow.page_codec import PageEncoder
-from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.publisher import Publisher, Target
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import PutOutcome, PutResult
 from sglang_kvcodec.format.page_object import PageObject
@@ -64,7 +64,14 @@ class Setup:
     def offload(self, pages=range(4), namespace=NAMESPACE, first_position=0):
         pages = list(pages)
         hashes = [hash_of(page) for page in pages]
-        return self.publisher.offload(namespace, hashes, self.pool.slots(pages), (), first_position)
+        return self.publisher.offload(
+            [Target(namespace, range(len(pages)))], hashes, self.pool.slots(pages), (), first_position
+        )
+
+    def offload_to(self, targets, pages=range(4)):
+        pages = list(pages)
+        hashes = [hash_of(page) for page in pages]
+        return self.publisher.offload(targets, hashes, self.pool.slots(pages), ())
 
     def publish(self, pages=range(4), namespace=NAMESPACE):
         offload = self.offload(pages, namespace)
@@ -224,23 +231,54 @@ def test_a_page_that_another_server_stores_meanwhile_is_kept_as_it_is(engine, lo
     assert_empty()
 
 
-def test_what_finds_no_room_is_dropped_and_counted(local_peer, set_up, delta, gate):
+def holding(set_up, local_peer, gate, pages, **changes):
+    """A publisher with room for so many pages; the first page is being encoded, the others wait."""
+    begun = threading.Event()
+
+    def hold(page_hash):
+        begun.set()
+        gate.wait(LIMIT_S)
+
     setup = set_up(
         local_peer,
-        before_encode=lambda page_hash: gate.wait(LIMIT_S),
-        publish_queue_bytes=3 * SMALL.page_bytes,
+        before_encode=hold,
+        publish_queue_bytes=pages * SMALL.page_bytes,
+        encode_threads=1,
+        encoder_processes=0,
+        **changes,
     )
-    first, second, third = setup.offload([0, 1]), setup.offload([2, 3]), setup.offload([2])
-    assert second.succeeded is False
-    assert first.wait(LIMIT_S)
-    assert third.wait(LIMIT_S)
-    assert (first.succeeded, third.succeeded) == (True, True)
-    assert delta("kvcodec_publish_drops_total", reason="queue_full") == 2
+    assert setup.offload(range(pages)).wait(LIMIT_S)
+    assert begun.wait(LIMIT_S)
+    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == pages - 1)
+    return setup
+
+
+def test_where_there_is_no_room_what_has_waited_longest_is_dropped_and_counted(engine, local_peer, set_up, delta, gate):
+    setup = holding(set_up, local_peer, gate, 3)
+    assert setup.offload([3]).wait(LIMIT_S)
+    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == 2)
+    assert delta("kvcodec_publish_drops_total", reason="queue_full") == 1
     assert counted("kvcodec_publish_queue_bytes") == 3 * SMALL.page_bytes
     gate.set()
     assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert sorted(setup.encoded) == sorted(hash_of(page) for page in (0, 2, 3))
+    setup.assert_stored(engine, [0, 2, 3])
     assert_empty()
-    assert setup.publish([3]).succeeded is True
+    # What was dropped is not taken for stored.
+    assert setup.publish([1]).succeeded is True
+    setup.assert_stored(engine)
+
+
+def test_what_finds_no_room_though_all_that_waits_would_be_dropped_is_refused(local_peer, set_up, delta, gate):
+    setup = holding(set_up, local_peer, gate, 2)
+    refused = setup.offload([1, 2, 3])
+    assert refused.succeeded is False
+    assert delta("kvcodec_publish_drops_total", reason="queue_full") == 3
+    assert counted("kvcodec_publish_queue_bytes") == 2 * SMALL.page_bytes
+    gate.set()
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert setup.encoded == [hash_of(page) for page in (0, 1)]
+    assert_empty()
 
 
 def test_one_offload_larger_than_the_queue_is_taken_when_nothing_else_waits(engine, local_peer, set_up):
@@ -365,7 +403,7 @@ def test_a_page_that_can_not_be_encoded_leaves_the_others_alone(engine, local_pe
 
 def test_pages_that_can_not_be_copied_settle_as_failed(local_peer, set_up, delta):
     setup = set_up(local_peer)
-    offload = setup.publisher.offload(NAMESPACE, [hash_of(0)], setup.pool.slots([0]) + 10**6, ())
+    offload = setup.publisher.offload([Target(NAMESPACE, [0])], [hash_of(0)], setup.pool.slots([0]) + 10**6, ())
     assert offload.wait(LIMIT_S)
     assert offload.succeeded is False
     assert delta("kvcodec_publish_drops_total", reason="copy_failed") == 1
@@ -444,9 +482,33 @@ def test_pages_at_the_start_of_a_prompt_are_coded_before_later_ones_of_others(en
     late = setup.offload([1], first_position=3_600_000)
     assert late.wait(LIMIT_S)
     assert setup.offload([2, 3]).wait(LIMIT_S)
-    wait_until(lambda: setup.publisher._to_encode.qsize() == 3)
+    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == 3)
     gate.set()
     assert setup.publisher.wait_until_empty(LIMIT_S)
     assert setup.encoded == [hash_of(page) for page in (0, 2, 3, 1)]
     setup.assert_stored(engine)
+    assert_empty()
+
+
+def test_pages_of_several_tiers_are_copied_once_and_the_best_ones_coded_first(engine, local_peer, set_up, gate):
+    setup = set_up(
+        local_peer, before_encode=lambda page_hash: gate.wait(LIMIT_S), encode_threads=1, encoder_processes=0
+    )
+    gathered = []
+    gather = setup.pool.wrapped.gather
+    setup.pool.wrapped.gather = lambda slots, after, only: gathered.append(list(only)) or gather(slots, after, only)
+    setup.stored.update(OTHER_NAMESPACE, [hash_of(3)], [True])
+    offload = setup.offload_to([Target(NAMESPACE, [0, 2]), Target(OTHER_NAMESPACE, [0, 1, 3])])
+    assert offload.wait(LIMIT_S)
+    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == 3)
+    assert counted("kvcodec_publish_queue_bytes") == 4 * SMALL.page_bytes
+    gate.set()
+    assert setup.publisher.wait_until_empty(LIMIT_S)
+    assert gathered == [[0, 1, 2]]
+    assert setup.encoded == [hash_of(page) for page in (0, 2, 0, 1)]
+    setup.assert_stored(engine, [0, 2])
+    setup.assert_stored(engine, [0, 1], OTHER_NAMESPACE)
+    assert engine.stat().objects == 4
+    # Host memory keeps the best.
+    assert setup.coded == {hash_of(page): engine.get(NAMESPACE + hash_of(page)) for page in (0, 2)}
     assert_empty()

@@ -15,6 +15,7 @@ from sglang_kvcodec.flow.trace import FileTracer
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object, read_header
+from sglang_kvcodec.format.profile import Coding
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.testing.calibrations import random_calibration
 from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
@@ -363,7 +364,7 @@ def test_each_page_of_a_segment_is_restored_by_the_kernel_of_its_coding(closing)
     values = {name: page_values(GROUPED, seed) for seed, name in enumerate(["plain", "calibrated", "not finite"])}
     values["not finite"][Side.KEY][4, 1, 2, 3] = float("inf")
     plain = PageEncoder(NAMESPACE, transforms, open_encoder())
-    calibrated = PageEncoder(NAMESPACE, transforms, open_encoder(), calibration.digest)
+    calibrated = PageEncoder(NAMESPACE, transforms, open_encoder(), transforms.codings(calibration.digest)[0])
     pages = {
         name: PageObject((plain if name == "plain" else calibrated).encode(hash_of(name), page, 0))
         for name, page in values.items()
@@ -386,6 +387,28 @@ def test_each_page_of_a_segment_is_restored_by_the_kernel_of_its_coding(closing)
         for side in GROUPED.sides:
             error = pool.page(number)[side].float() - values[name][side].float()
             assert float(error.abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_pages_that_are_not_coded_are_restored_beside_pages_that_are(has_kernels, exact_pages, closing):
+    transforms = PageTransforms(GROUPED, ("raw", "exact"))
+    raw = Pages(GROUPED, "raw", NAMESPACE)
+    pages = [exact_pages[0], raw.page(1), exact_pages[2]]
+    pool, kernels = KnownPool(GROUPED, 4), KernelsInName(transforms)
+    before = pool.bits()
+    restorer = Restorer(
+        pool.wrapped, lambda: GroupDecoder(transforms, open_decoder()), 2, kernels if has_kernels else None
+    )
+    closing.callback(restorer.close)
+    outcome = Outcome()
+    restorer.start([RestoreJob(pages, pool.slots([3, 0, 2]))], outcome.on_layers, outcome.on_failure)
+    assert outcome.wait() == [0, 1, 2]
+    for name, number in enumerate([3, 0, 2]):
+        assert same_bits(pool.page(number), raw.values(name))
+    assert pool.others_are(before, [3, 0, 2])
+    assert {coding.profile_name for coding in map(Coding._make, kernels.opened)} == (
+        {"exact"} if has_kernels else set()
+    )
 
 
 class BrokenEvent:

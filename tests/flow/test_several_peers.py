@@ -11,6 +11,7 @@ from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.rpc.connect import connect
@@ -53,7 +54,7 @@ class Server:
 
     def fetched(self):
         """The objects that a request for all pages gets."""
-        ticket = self.fetcher.start((NAMESPACE,), [hash_of(name) for name in NAMES])
+        ticket = self.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of(name) for name in NAMES])
         assert ticket.wait(LIMIT_S)
         return [bytes(page._data) for page in ticket.pages]
 

@@ -13,13 +13,13 @@ from sglang_kvcodec.format.rope import rope_spec_from_config
 from sglang_kvcodec.models import CausalLM
 from sglang_kvcodec.testing.conversation import source_slices
 
-FINE = {"high": 1e-4}
-"""A tenth of the noise that the tier may add, so that the few words of a test are those of untouched KV."""
+FINE = {"high": 1e-4, "balanced": 3e-4}
+"""A tenth of the noise that a tier may add, so that the few words of a test are those of untouched KV."""
 _RUN_TOKENS = 512
 
 
 @functools.cache
-def calibrations(tp_size: int = 1) -> tuple[Calibration, ...]:
+def calibrations(tp_size: int = 1, tiers: tuple[str, ...] = ("high",)) -> tuple[Calibration, ...]:
     """One for each rank."""
     model = CausalLM.load(MODEL)
     spec = model.kv_spec(64)
@@ -34,8 +34,9 @@ def calibrations(tp_size: int = 1) -> tuple[Calibration, ...]:
         for shard, sample in zip(shards, samples, strict=True):
             shard.add(shard.own(kv))
             sample.append((shard.own(kv), 0))
+    fine = {tier: FINE[tier] for tier in tiers}
     files = model_files_digest(pathlib.Path(MODEL))
     return tuple(
-        calibrate_by_noise(shard, sample[:2], model_digest(files, shard.layout), {"model": "test"}, FINE)
+        calibrate_by_noise(shard, sample[:2], model_digest(files, shard.layout), {"model": "test"}, fine)
         for shard, sample in zip(shards, samples, strict=True)
     )

@@ -3,6 +3,7 @@
 In the interpreter with a stand-in for PyNvVideoCodec, whose buffers the next call fills again; on a GPU with NVDEC.
 """
 
+import contextlib
 import threading
 
 import pytest
@@ -19,7 +20,7 @@ from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData,
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups
 from sglang_kvcodec.kernels import PageRestores
 from sglang_kvcodec.testing.calibrations import neox_rope, random_calibration
-from sglang_kvcodec.testing.kv_pool import KnownPool
+from sglang_kvcodec.testing.kv_pool import KnownPool, same_bits
 from sglang_kvcodec.testing.rehearsal import RehearsalDriver, RehearsalLibrary
 from sglang_kvcodec.testing.rehearsal_streams import RehearsalStreams
 from sglang_kvcodec.testing.synthetic import page_values
@@ -123,7 +124,8 @@ def coded(transforms):
     values = [page_values(SPEC, seed) for seed in range(5)]
     values[4][Side.KEY][2, 1, 1, 3] = float("inf")
     plain = PageEncoder(bytes(32), transforms, open_encoder())
-    calibrated = PageEncoder(bytes(32), transforms, open_encoder(uniform_blocks=True), CALIBRATION.digest)
+    coding = transforms.codings(CALIBRATION.digest)[0]
+    calibrated = PageEncoder(bytes(32), transforms, open_encoder(uniform_blocks=True), coding)
     encoders = [plain, plain, calibrated, calibrated, calibrated]
     positions = [0, 0, 34, 0, 51]
     objects = [
@@ -169,6 +171,29 @@ def test_pages_of_every_coding_come_into_their_slots_and_nowhere_else(rig, coded
     assert [index for index, _ in calls] == [0, 1]
     assert all(events for _, events in calls)
     assert_restored(rig, pages, numbers)
+
+
+@pytest.mark.parametrize("profiles", [["raw", "exact", "raw"], ["raw"]], ids=["with coded ones", "alone"])
+def test_pages_that_are_not_coded_are_copied(engine, profiles):
+    transforms = PageTransforms(SPEC, ("raw", "exact"))
+    values = [page_values(SPEC, seed) for seed in range(len(profiles))]
+    encoders = {
+        coding.profile_name: PageEncoder(
+            bytes(32), transforms, open_encoder() if coding.profile.has_pictures else None, coding
+        )
+        for coding in transforms.codings()
+    }
+    pages = [
+        PageObject(encoders[profile].encode(bytes([number]) * 32, page))
+        for number, (profile, page) in enumerate(zip(profiles, values, strict=True))
+    ]
+    rig, numbers = Rig(engine, transforms, 6), [5, 0, 3][: len(profiles)]
+    with contextlib.closing(rig):
+        _, calls = rig.start([(pages, numbers)])
+        assert [index for index, _ in calls] == [0, 1]
+        for number, page in zip(numbers, values, strict=True):
+            assert same_bits(rig.known.page(number), page)
+        assert rig.known.others_are(rig.before, numbers)
 
 
 def test_decoders_go_on_while_what_they_gave_is_restored(rig, coded, monkeypatch):

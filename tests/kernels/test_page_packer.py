@@ -14,7 +14,7 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import PagePacker
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.publisher import Publisher, Target
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject
@@ -42,6 +42,7 @@ SPEC = KVSpec(layers=4, kv_heads=3, head_dim=128, page_tokens=43, dtype=KVDtype.
 GROUPS = layer_groups(SPEC)
 CALIBRATION = random_calibration(SPEC, layers_per_block=1, step=0.2, rope=neox_rope(128), kept=0.9, gain_components=2)
 NAMESPACE = bytes(range(32))
+OTHER_NAMESPACE = bytes(32)
 PAGES = 4
 LIMIT_S = 100
 TIMEOUTS = Timeouts(connect_s=20, lookup_s=20, progress_s=20, fetch_s=60, put_s=60, retry_s=0.05)
@@ -60,7 +61,7 @@ class Rig:
         self.pool = PagedKVPool(SPEC, lambda: self.layers, self.device)
         self.to_device()
         packs = PagePacks(self.transforms, self.device)
-        self.packer = PagePacker(self.pool, self.transforms, packs, lambda namespace: self.digest, room_bytes)
+        self.packer = PagePacker(self.pool, self.transforms, packs, self._coding_of, room_bytes)
 
     def to_device(self):
         self.layers = {
@@ -84,8 +85,13 @@ class Rig:
     def pack(self, only=range(PAGES), first_position=0):
         return self.packer.pack(NAMESPACE, self.slots(), (), list(only), first_position)
 
-    def encoder(self):
-        return PageEncoder(NAMESPACE, self.transforms, open_encoder(uniform_blocks=bool(self.digest)), self.digest)
+    def _coding_of(self, namespace_digest):
+        codings = self.transforms.codings(self.digest)
+        return codings[0] if namespace_digest == NAMESPACE else codings[1]
+
+    def encoder(self, namespace_digest=NAMESPACE):
+        encoder = open_encoder(uniform_blocks=bool(self.digest))
+        return PageEncoder(namespace_digest, self.transforms, encoder, self._coding_of(namespace_digest))
 
     def decode(self, page):
         decoder = GroupDecoder(self.transforms, open_decoder())
@@ -212,23 +218,26 @@ class Publishing:
         stack.callback(monitor.close)
         assert monitor.wait_until_up(LIMIT_S)
         config = ServerConfig(
-            remote=peer.remote, profile=rig.transforms.profile_name, min_fetch_tokens=1, timeouts=TIMEOUTS, **changes
+            remote=peer.remote, profile=",".join(rig.transforms.tiers), min_fetch_tokens=1, timeouts=TIMEOUTS, **changes
         )
 
         class Encoder:
-            def __init__(self):
-                self._inner = rig.encoder()
+            def __init__(self, namespace_digest):
+                self._inner = rig.encoder(namespace_digest)
 
             def encode_packed(self, page_hash, page):
                 before_encode()
                 return self._inner.encode_packed(page_hash, page)
+
+            def encode(self, page_hash, values, first_position):
+                return self._inner.encode(page_hash, values, first_position)
 
         self.publisher = Publisher(
             client,
             monitor,
             StoredPages(),
             rig.pool,
-            lambda namespace: Encoder(),
+            Encoder,
             config,
             on_page,
             packer=rig.packer,
@@ -237,7 +246,9 @@ class Publishing:
 
     def offload(self, pages=range(PAGES), first_position=0):
         hashes = [hash_of(page) for page in pages]
-        return self.publisher.offload(NAMESPACE, hashes, self.rig.slots(pages), (), first_position)
+        return self.publisher.offload(
+            [Target(NAMESPACE, range(len(hashes)))], hashes, self.rig.slots(pages), (), first_position
+        )
 
     def stored(self, page):
         return self.engine.get(PageKey(NAMESPACE, hash_of(page)).to_bytes())
@@ -276,18 +287,47 @@ def test_published_pages_are_those_of_their_values(name, device, stack):
     assert queued_bytes() == 0
 
 
+def test_pages_that_are_not_coded_are_copied_beside_packed_ones(device, stack):
+    rig = Rig(device, ("raw", "exact"))
+    publishing = Publishing(rig, stack)
+    targets = [Target(NAMESPACE, [0, 1]), Target(OTHER_NAMESPACE, [1, 2])]
+    hashes = [hash_of(page) for page in range(3)]
+    offload = publishing.publisher.offload(targets, hashes, rig.slots(range(3)), ())
+    assert offload.wait(LIMIT_S)
+    assert offload.succeeded is True
+    rig.overwrite()
+    assert publishing.publisher.wait_until_empty(LIMIT_S)
+    assert publishing.engine.stat().objects == 4
+    decoder = GroupDecoder(rig.transforms, open_decoder())
+    for target in targets:
+        for page in target.pages:
+            stored = PageObject(publishing.engine.get(target.namespace_digest + hash_of(page)))
+            for group in GROUPS:
+                layers = slice(group.first_layer, group.first_layer + group.layers)
+                for side in SPEC.sides:
+                    (values,) = decoder.decode([stored], group.index, side)
+                    assert torch.equal(values.view(torch.int16), rig.values[page][side][layers].view(torch.int16))
+    assert queued_bytes() == 0
+
+
 def test_the_queue_holds_what_it_may_and_the_rest_is_dropped_and_counted(device, stack):
     rig = Rig(device, "exact")
-    gate = threading.Event()
+    gate, begun = threading.Event(), threading.Event()
     page_bytes = rig.packer.page_bytes(NAMESPACE)
-    publishing = Publishing(rig, stack, lambda: gate.wait(LIMIT_S), publish_queue_bytes=2 * page_bytes)
+
+    def hold():
+        begun.set()
+        gate.wait(LIMIT_S)
+
+    publishing = Publishing(rig, stack, hold, publish_queue_bytes=page_bytes)
     stack.callback(gate.set)
     before = dropped("queue_full")
-    first, second = publishing.offload([0, 1]), publishing.offload([2])
-    assert second.succeeded is False
+    assert publishing.offload([0]).wait(LIMIT_S)
+    assert begun.wait(LIMIT_S)
+    # What is being encoded can't make room.
+    assert publishing.offload([2]).succeeded is False
     assert dropped("queue_full") == before + 1
-    assert first.wait(LIMIT_S)
-    assert 0 < queued_bytes() <= 2 * page_bytes
+    assert 0 < queued_bytes() <= page_bytes
     gate.set()
     assert publishing.publisher.wait_until_empty(LIMIT_S)
     assert queued_bytes() == 0
@@ -320,7 +360,7 @@ def test_slots_that_are_no_whole_pages_settle_as_failed(device, stack):
     rig = Rig(device, "exact")
     publishing = Publishing(rig, stack)
     before = dropped("copy_failed")
-    offload = publishing.publisher.offload(NAMESPACE, [hash_of(0)], rig.slots([0])[:-1], ())
+    offload = publishing.publisher.offload([Target(NAMESPACE, [0])], [hash_of(0)], rig.slots([0])[:-1], ())
     assert offload.wait(LIMIT_S)
     assert offload.succeeded is False
     assert dropped("copy_failed") == before + 1

@@ -11,6 +11,7 @@ from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
 from sglang_kvcodec.plugin.linker import KVCodecLinker
@@ -42,8 +43,7 @@ class Setup:
         self.pages = Pages(SPEC, "raw", NAMESPACE)
         self.pool = KnownPool(SPEC, 4)
         self.cache = BitstreamCache(1 << 30)
-        self.digest = NAMESPACE
-        self.digests = [NAMESPACE]
+        self.tiers = [Tier("raw", (NAMESPACE,))]
         self.pays = True
         self.asked = []
         self.held = {}
@@ -61,10 +61,9 @@ class Setup:
             self.cache,
             self.restorer,
             self.publisher,
-            lambda: self.digest,
+            lambda: self.tiers,
             lambda rid: self.held.get(rid, {}),
             None,
-            namespace_digests=lambda: self.digests,
             restoring_pays=self._pays,
         )
 
@@ -104,8 +103,8 @@ class Setup:
     def load(self, rid, names, numbers):
         return self.linker.load(rid, [transfer(names, self.pool.slots(numbers))])
 
-    def offload(self, names, numbers, pages_before=0):
-        with self.linker.offload_at(pages_before):
+    def offload(self, names, numbers, before=()):
+        with self.linker.offload_after([hash_of(name).hex() for name in before]):
             return self.linker.offload([transfer(names, self.pool.slots(numbers))])
 
 
@@ -144,7 +143,7 @@ def test_nothing_is_found_for_a_request_that_must_be_computed_or_without_a_names
     setup.cache_pages(0)
     setup.held["r"] = None
     assert setup.lookup("r", [0]) == []
-    setup.digest, setup.digests = None, []
+    setup.tiers = []
     assert setup.lookup("other", [0]) == []
 
 
@@ -153,9 +152,9 @@ def test_pages_of_another_namespace_are_no_hit(setup):
     setup.cache_pages(0, 1)
     setup.cache.put(hash_of(1), Pages(SPEC, "raw", bytes(32)).page(1))
     assert setup.lookup("r", [0, 1]) == [1]
-    setup.digests = [NAMESPACE, bytes(32)]
+    setup.tiers = [Tier("raw", (NAMESPACE, bytes(32)))]
     assert setup.lookup("r", [0, 1]) == [1, 2]
-    setup.digests = []
+    setup.tiers = []
     assert setup.lookup("r", [0, 1]) == []
 
 
@@ -229,9 +228,9 @@ def test_pages_of_old_weights_are_not_found_again(setup):
     setup.cache_pages(0)
     assert setup.lookup("r", [0]) == [1]
     setup.cache.clear()
-    setup.digest, setup.digests = None, []
+    setup.tiers = []
     assert setup.lookup("r", [0]) == []
-    setup.digest, setup.digests = NAMESPACE, [NAMESPACE]
+    setup.tiers = [Tier("raw", (NAMESPACE,))]
     assert setup.lookup("r", [0]) == []
 
 
@@ -303,9 +302,9 @@ def test_offloads_are_completed_in_order(setup):
 
     setup.pool.wrapped.gather = slow_first
     assert setup.offload([0], [0])
-    setup.digest, setup.digests = None, []
+    setup.tiers = []
     assert setup.offload([1], [1])
-    setup.digest, setup.digests = NAMESPACE, [NAMESPACE]
+    setup.tiers = [Tier("raw", (NAMESPACE,))]
     assert setup.linker.num_completed_offloads() == 0
     assert setup.linker.has_pending
     first_may_go.set()
@@ -321,23 +320,23 @@ def test_offloads_are_completed_in_order(setup):
 
 def test_pages_are_published_with_their_place_in_the_prompt(setup):
     setup.pool.fill(0, 1)
-    setup.offload([0, 1], [2, 0], pages_before=5)
+    setup.offload([0, 1], [2, 0], before=range(10, 15))
     setup.offload([2], [1])
     assert setup.publisher.wait_until_empty(LIMIT_S)
     assert setup.encoded == {hash_of(0): 5 * SPEC.page_tokens, hash_of(1): 6 * SPEC.page_tokens, hash_of(2): 0}
 
 
 def test_pages_without_a_place_in_the_prompt_are_the_callers_mistake(setup):
-    setup.offload([0], [0], pages_before=3)
+    setup.offload([0], [0], before=range(10, 13))
     with pytest.raises(RuntimeError, match="place in the prompt"):
         setup.linker.offload([transfer([1], setup.pool.slots([1]))])
 
 
-def test_the_wrapper_counts_the_pages_before_a_node(setup):
+def test_the_wrapper_says_which_pages_are_before_a_node(setup):
     placed = []
 
     def offload(transfers, session_id=None):
-        placed.append(setup.linker._pages_before)
+        placed.append(setup.linker._before)
         return False
 
     setup.linker.offload = offload
@@ -351,8 +350,8 @@ def test_the_wrapper_counts_the_pages_before_a_node(setup):
     wrapper.cache, wrapper.cache_linker, wrapper.pending_offloads = cache, setup.linker, []
     for node in prefixes:
         wrapper._offload_node(node, [transfer([0])])
-    assert placed == [0, 7]
-    assert setup.linker._pages_before is None
+    assert placed == [[], ["00"] * 7]
+    assert setup.linker._before is None
 
 
 def test_reset_waits_until_no_slot_is_read_or_written(setup):

@@ -12,8 +12,9 @@ from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, pack_buffer_bytes
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
+from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.format.namespace import Namespace
-from sglang_kvcodec.format.profile import get_profile
+from sglang_kvcodec.format.profile import Coding, get_profile
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
 from sglang_kvcodec.plugin import runtime as runtime_module
 from sglang_kvcodec.plugin.runtime import Runtime
@@ -82,50 +83,48 @@ def start():
 
 def test_without_a_calibration_pages_are_in_the_namespace_of_the_uncalibrated_profile(start):
     runtime = start().runtime
-    assert runtime.namespace_digests() == [namespace().digest] == [runtime.namespace_digest()]
+    assert runtime.tiers() == [Tier("high", (namespace().digest,))]
 
 
 def test_with_a_calibration_its_digest_tier_and_stages_are_in_the_namespace(start):
     runtime = start(CALIBRATION).runtime
-    assert runtime.namespace_digests() == [CODED_NAMESPACE.digest] == [runtime.namespace_digest()]
+    assert runtime.tiers() == [Tier("compact", (CODED_NAMESPACE.digest,))]
 
 
 def test_a_calibration_made_later_codes_what_comes_and_the_old_pages_stay_readable(start):
     server = start(auto=True)
-    before = server.runtime.namespace_digest()
+    ((before,),) = [tier.namespace_digests for tier in server.runtime.tiers()]
     server.transforms.add(CALIBRATION)
     server.auto.on_calibration(CALIBRATION)
-    assert server.runtime.namespace_digests() == [CODED_NAMESPACE.digest, before]
-    assert server.runtime.namespace_digest() == CODED_NAMESPACE.digest
+    assert server.runtime.tiers() == [Tier("compact", (CODED_NAMESPACE.digest, before))]
 
 
 def test_a_server_that_would_make_one_reads_what_was_published_without_it(start):
     server = start(CALIBRATION, auto=True)
-    assert server.runtime.namespace_digests() == [CODED_NAMESPACE.digest, namespace().digest]
+    assert server.runtime.tiers() == [Tier("compact", (CODED_NAMESPACE.digest, namespace().digest))]
 
 
 def test_new_weights_are_a_new_namespace_and_no_calibration_is_made_of_their_mixture(start):
     weights = ["old"]
     server = start(auto=True, weights=lambda: weights[0])
     runtime = server.runtime
-    before = runtime.namespace_digests()
+    before = runtime.tiers()
     weights[0] = "new"
     runtime.weights_changing()
     assert server.auto.calls == ["stop"]
-    assert runtime.namespace_digests() == []
-    assert runtime.namespace_digest() is None
+    assert runtime.tiers() == []
     runtime.flushed()
-    assert runtime.namespace_digests() == [namespace("new").digest] != before
+    assert runtime.tiers() == [Tier("high", (namespace("new").digest,))] != before
 
 
 def test_pages_on_their_way_are_coded_as_their_namespace_says(start):
     server = start(auto=True)
-    old = server.runtime.namespace_digest()
+    (old,) = server.runtime.tiers()[0].namespace_digests
     server.transforms.add(CALIBRATION)
     server.auto.on_calibration(CALIBRATION)
-    new = server.runtime.namespace_digest()
-    coded_with = server.runtime._calibration_of
-    assert (coded_with[old], coded_with[new]) == (b"", CALIBRATION.digest)
+    new = server.runtime.tiers()[0].namespace_digests[0]
+    coded_with = server.runtime._coding_of
+    assert (coded_with[old], coded_with[new]) == (Coding("high"), Coding("compact", CALIBRATION.digest))
 
 
 class FakeDecoders:
