@@ -88,7 +88,7 @@ class PageEncoder:
         self._transforms = transforms
         self._profile = profile
         self._calibration_digest = coding.calibration_digest
-        self._encoder = encoder
+        self._encoder = encoder if profile.has_pictures else None
         self._groups = layer_groups(transforms.spec)
         self._transform = transforms.get(*coding)
 
