@@ -77,6 +77,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         tracer: Tracer | None = None,
         restoring_pays: Callable[[int, int], bool] = lambda pages, coded_bytes: True,
         scheduler_time: SchedulerTime | None = None,
+        worst_of_ranks: Callable[[int], int] | None = None,
     ) -> None:
         """Links the tree of one rank.
 
@@ -94,6 +95,7 @@ class KVCodecLinker(UnifiedCacheLinker):
             tracer: told of restores and of waits for layers.
             restoring_pays: whether pages in host memory, so many of so many bytes, are restored sooner than computed.
             scheduler_time: told what all this takes of the scheduler's thread.
+            worst_of_ranks: where pages of several tiers are around: the largest of what all ranks give it at once.
         """
         self.scheduler_time = scheduler_time or SchedulerTime()
         self.pools = {PoolName.KV: pool}
@@ -106,6 +108,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._tiers = tiers
         self._pages_of = pages_of
         self._restoring_pays = restoring_pays
+        self._worst_of_ranks = worst_of_ranks
         self._matched: dict[str, list[PageObject]] = {}
         self._computed: collections.OrderedDict[str, None] = collections.OrderedDict()
         """Requests whose pages in host memory are not used, so that every look-up says the same."""
@@ -173,10 +176,8 @@ class KVCodecLinker(UnifiedCacheLinker):
         if len(pages) < count:
             raise RuntimeError(f"kvcodec: asked to load {count} pages of which {len(pages)} were found")
         slots = transfers[0].device_indices
-        tiers = self._tiers()
-        if len(tiers) > 1:
-            for page in pages[:count]:
-                self._provenance.restored(page.key.page_hash, page.key.namespace_digest, tiers)
+        if self._worst_of_ranks is not None:
+            self._provenance.restored([page.key for page in pages[:count]], self._tiers(), self._worst_of_ranks)
         self._queued[rid] = RestoreJob(pages[:count], slots)
         self._loading.add(rid)
         return True
@@ -287,7 +288,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         tiers = self._tiers()
         if not page_hashes or not tiers:
             return []
-        if len(tiers) == 1:
+        if self._worst_of_ranks is None:
             return [Target(tiers[0].namespace_digests[0], range(len(page_hashes)))]
         assert self._before is not None
         before = [bytes.fromhex(page_hash) for page_hash in self._before]

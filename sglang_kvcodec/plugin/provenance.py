@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_kvcodec.flow.publisher import Target
 from sglang_kvcodec.flow.stored_prefix import Tier
+from sglang_kvcodec.format.namespace import PageKey
 
 MAX_PAGES = 1 << 18
 
@@ -22,14 +23,30 @@ class Provenance:
 
     def __init__(self) -> None:
         """No page was restored yet."""
-        self._tiers: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+        self._tiers: collections.OrderedDict[bytes, tuple[int, int]] = collections.OrderedDict()
+        """Page hash -> its tier, and the worst that is in what is computed after it."""
 
-    def restored(self, page_hash: bytes, namespace_digest: bytes, tiers: Sequence[Tier]) -> None:
-        """A page goes into the pool."""
-        tier = next((i for i, tier in enumerate(tiers) if namespace_digest in tier.namespace_digests), len(tiers) - 1)
-        self._tiers[page_hash] = tier
-        self._tiers.move_to_end(page_hash)
-        if len(self._tiers) > MAX_PAGES:
+    def restored(
+        self,
+        pages: Sequence[PageKey],
+        tiers: Sequence[Tier],
+        worst_of_ranks: Callable[[int], int] = lambda worst: worst,
+    ) -> None:
+        """Pages go into the pool.
+
+        Args:
+            pages: of one request, where they were stored.
+            tiers: those there are, the best first.
+            worst_of_ranks: the largest of what the ranks give it, which they do at the same time: each has planned for
+                itself, and what is computed next is made of all of them.
+        """
+        of = {digest: index for index, tier in enumerate(tiers) for digest in tier.namespace_digests}
+        own = [of.get(page.namespace_digest, len(tiers) - 1) for page in pages]
+        worst = worst_of_ranks(max(own, default=0))
+        for page, tier in zip(pages, own, strict=True):
+            self._tiers[page.page_hash] = tier, worst
+            self._tiers.move_to_end(page.page_hash)
+        while len(self._tiers) > MAX_PAGES:
             self._tiers.popitem(last=False)
 
     def targets(self, before: Sequence[bytes], page_hashes: Sequence[bytes], tiers: Sequence[Tier]) -> list[Target]:
@@ -46,12 +63,12 @@ class Provenance:
         """
         worst = 0
         for page_hash in before:
-            worst = max(worst, self._tier(page_hash) or 0)
+            worst = max(worst, self._tier(page_hash)[1])
         pages: list[list[int]] = [[] for _ in tiers]
         for index, page_hash in enumerate(page_hashes):
-            own = self._tier(page_hash)
+            own, after = self._tier(page_hash)
+            worst = max(worst, after)
             if own is not None:
-                worst = max(worst, own)
                 if own < len(tiers):
                     pages[own].append(index)
                 continue
@@ -61,11 +78,11 @@ class Provenance:
             Target(tier.namespace_digests[0], indices) for tier, indices in zip(tiers, pages, strict=True) if indices
         ]
 
-    def _tier(self, page_hash: bytes) -> int | None:
-        tier = self._tiers.get(page_hash)
-        if tier is not None:
-            self._tiers.move_to_end(page_hash)
-        return tier
+    def _tier(self, page_hash: bytes) -> tuple[int | None, int]:
+        if page_hash not in self._tiers:
+            return None, 0
+        self._tiers.move_to_end(page_hash)
+        return self._tiers[page_hash]
 
     def clear(self) -> None:
         """The pool is empty."""

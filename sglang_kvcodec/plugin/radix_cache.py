@@ -94,6 +94,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
             runtime.tracer,
             runtime.restoring_pays,
             self.scheduler_time,
+            # The same on all ranks, whatever calibrations they have.
+            self.worst_of_ranks if len(runtime.config.tiers) > 1 else None,
         )
         self.init_cache_linker(self._linker)
         kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
@@ -108,6 +110,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
         agreed = torch.tensor([int(mine)], dtype=torch.int64)
         self._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
         return bool(agreed.item())
+
+    def worst_of_ranks(self, mine: int) -> int:
+        """The largest of what the ranks give; called by all of them at the same place."""
+        worst = torch.tensor([mine], dtype=torch.int64)
+        self._all_reduce_attn_groups(worst, torch.distributed.ReduceOp.MAX)
+        return int(worst.item())
 
     # ---- waiting for pages ----
 

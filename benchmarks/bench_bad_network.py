@@ -1,0 +1,166 @@
+"""TTFT of a hit on links that fall to a tenth in mid-fetch, jitter or stall for a second, on real servers.
+
+A relay between servers and peer gives the link its shape; before each measured request the link is steady, and the
+servers learn it so. ``exact`` takes every hit; ``auto`` plans and gives up; ``tiers`` does so with ``raw,exact`` side
+by side. Prefill is that of a server without kvcodec.
+
+``over_oracle``: TTFT over that of the better of prefill and ``exact`` in the same round, which is what one would have
+chosen who knew the shape. It could also have fetched a part: that is not counted.
+
+python -m benchmarks.bench_bad_network [--rounds 7] [--prompt-tokens 2000] [--bandwidth 50Mbps]
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks.bench_ttft import ANSWER_TOKENS, Peer, hit
+from benchmarks.record import record
+from benchmarks.serving import Lab, ask, forget, load_average, parse, parser_of, prompts, rotated, spread
+from sglang_kvcodec.config import parse_bits_per_s
+from sglang_kvcodec.testing.processes import KVCodecArgs
+from sglang_kvcodec.testing.shaped_link import Shape, ShapedLink, falls, jitters, stalls, steady
+
+WAYS = {"exact": ("exact", "always"), "auto": ("exact", "auto"), "tiers": ("raw,exact", "auto")}
+"""Name -> profiles and plan."""
+SHAPES = ("steady", "falls to a tenth", "jitters", "stalls for 1 s")
+_EVENTS = ("fetch_cuts_total", "tier_switches_total", "early_admissions_total")
+
+
+def shape_of(name: str, bytes_per_s: float, fetched_bytes: float, number: int) -> Shape:
+    """``fetched_bytes`` of the whole prefix: what happens, happens in its middle."""
+    middle = int(fetched_bytes / 2)
+    made: Mapping[str, Callable[[], Shape]] = {
+        "steady": lambda: steady(bytes_per_s),
+        "falls to a tenth": lambda: falls(bytes_per_s, middle),
+        "jitters": lambda: jitters(bytes_per_s, seed=number),
+        "stalls for 1 s": lambda: stalls(bytes_per_s, middle),
+    }
+    return made[name]()
+
+
+def measure(server, link: ShapedLink, new_shape: Callable[[], Shape], text: str, settle: int) -> dict:
+    """One request on the shaped link, after some on a steady one."""
+    for _ in range(settle):
+        hit(server, text)
+    before = server.client.metrics()
+    link.begin(new_shape())
+    sample = hit(server, text)
+    after = server.client.metrics()
+    events = {
+        name: sum(value - before.get(key, 0.0) for key, value in after.items() if key.startswith(f"kvcodec_{name}"))
+        for name in _EVENTS
+    }
+    return sample | events
+
+
+def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) -> list[dict]:
+    rows = []
+    for shape, samples in rounds.items():
+        for way in ("prefill", *WAYS):
+            ttfts_s = [sample[way]["reply"].ttft_s for sample in samples]
+            prefills_s = [sample["prefill"]["reply"].ttft_s for sample in samples]
+            oracles_s = [min(sample[which]["reply"].ttft_s for which in ("prefill", "exact")) for sample in samples]
+            row = {
+                "shape": shape,
+                "way": way,
+                "rounds": len(samples),
+                **spread("ttft_s", ttfts_s),
+                "over_oracle_median": over(ttfts_s, oracles_s),
+                "over_prefill_median": over(ttfts_s, prefills_s),
+                "over_oracle_worst": round(max(t / o for t, o in zip(ttfts_s, oracles_s, strict=True)), 3),
+                "same_words": sum(sample[way]["reply"].text == sample["prefill"]["reply"].text for sample in samples),
+            }
+            if way in WAYS:
+                row |= {
+                    "cached_storage_tokens_median": statistics.median(
+                        sample[way]["reply"].cached.storage for sample in samples
+                    ),
+                    "fetched_bytes_median": statistics.median(sample[way]["fetched_bytes"] for sample in samples),
+                    **{name: sum(sample[way][name] for sample in samples) for name in _EVENTS},
+                }
+            rows.append(row | common)
+    return rows
+
+
+def over(values: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median of the ratios of the rounds."""
+    return round(statistics.median(a / b for a, b in zip(values, baseline, strict=True)), 3)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, rounds=7)
+    parser.add_argument("--prompt-tokens", type=int, default=2000)
+    parser.add_argument("--bandwidth", default="50Mbps", help="of the link while it is steady")
+    parser.add_argument("--settle", type=int, default=2, help="requests on the steady link before each measured one")
+    options = parse(parser)
+    bytes_per_s = parse_bits_per_s(options.bandwidth) / 8
+    texts = prompts(options.model, options.prompt_tokens)
+    load_before = load_average()
+    rounds: dict[str, list[dict]] = defaultdict(list)
+    with Lab(options.model) as lab:
+        peer = Peer(lab)
+        peer.start("unlimited", [])
+        try:
+            with ShapedLink(peer.remote.removeprefix("grpc://"), steady(bytes_per_s)) as link:
+                plain = lab.start_server("plain", None, len(WAYS) + 1)
+                servers = {
+                    way: lab.start_server(way, KVCodecArgs(link.remote, profile, plan=plan), len(WAYS) + 1)
+                    for way, (profile, plan) in WAYS.items()
+                }
+                for number in range(options.rounds + 1):
+                    text = next(texts)
+                    for server in servers.values():
+                        forget(server)
+                        ask(server, text, ANSWER_TOKENS)
+                        if not server.client.wait_published(timeout_s=120):
+                            raise RuntimeError(f"{server.name} has not published a fresh text")
+                    link.begin(steady(bytes_per_s))
+                    fetched_bytes = hit(servers["exact"], text)["fetched_bytes"]
+                    # The first round warms up, and is not kept.
+                    for shape in rotated(SHAPES, number) if number else SHAPES[:1]:
+                        sample = {}
+                        for way in rotated(["prefill", *WAYS], number):
+                            if way == "prefill":
+                                plain.client.flush_cache()
+                                sample[way] = {"reply": ask(plain, text, ANSWER_TOKENS)}
+                                continue
+                            link.begin(steady(bytes_per_s))
+                            sample[way] = measure(
+                                servers[way],
+                                link,
+                                lambda shape=shape, size=fetched_bytes, seed=number: shape_of(
+                                    shape, bytes_per_s, size, seed
+                                ),
+                                text,
+                                options.settle,
+                            )
+                        ttfts = {way: round(each["reply"].ttft_s, 3) for way, each in sample.items()}
+                        print(f"round {number} {shape:16} {ttfts}", flush=True)
+                        if number:
+                            rounds[shape].append(sample)
+        finally:
+            peer.stop()
+    common = {
+        "model": options.model.rpartition("/")[2],
+        "bandwidth": options.bandwidth,
+        "answer_tokens": ANSWER_TOKENS,
+        "shaping": "relay with a token bucket",
+        "load_average_before": load_before,
+        "load_average_after": load_average(),
+    }
+    rows = rows_of({shape: rounds[shape] for shape in SHAPES}, common)
+    for row in rows:
+        print(
+            f"{row['shape']:16} {row['way']:8} TTFT {row['ttft_s_median']:.3f} s; {row['over_oracle_median']:.2f} of "
+            f"the oracle (worst {row['over_oracle_worst']:.2f}), {row['over_prefill_median']:.2f} of prefill; "
+            f"words {row['same_words']}/{row['rounds']}"
+        )
+    if not options.dry:
+        print(record("bad-network", rows))
+
+
+if __name__ == "__main__":
+    main()

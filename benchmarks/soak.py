@@ -1,0 +1,196 @@
+"""Two real servers under load while their peer is killed and started again every few seconds.
+
+Each server answers one prompt after another, drawn from a few that share their beginnings; both have so little room on
+the device and in host memory that prefixes keep coming from the peer, when it is there. Every answer is compared with
+that of a server without kvcodec. Every half minute memory, threads and file descriptors of the servers are noted, after
+the first two minutes as a baseline.
+
+It fails if a request fails, if a server ends, or if words differ where the server without kvcodec always gives the
+same.
+
+python -m benchmarks.soak [--minutes 10] [--kill-every-s 5]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import random
+import statistics
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Sequence
+
+from benchmarks.bench_ttft import ANSWER_TOKENS
+from benchmarks.record import record
+from benchmarks.serving import Lab, ask, load_average, parse, parser_of, prompts
+from sglang_kvcodec.testing.peer import PeerProcess
+from sglang_kvcodec.testing.processes import KVCodecArgs, ProcessError, SGLangProcess, free_port, process_tree
+
+SMALL = ("--max-total-tokens", "6000", "--chunked-prefill-size", "512")
+NOTE_EVERY_S = 30.0
+SETTLE_S = 120.0
+
+
+@dataclasses.dataclass
+class Usage:
+    """Of all processes of a server."""
+
+    memory_bytes: int = 0
+    threads: int = 0
+    file_descriptors: int = 0
+
+
+def usage_of(server: SGLangProcess) -> Usage:
+    """What a server takes now."""
+    usage = Usage()
+    for pid in process_tree(server.pid):
+        try:
+            status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
+            usage.memory_bytes += int(status["RssAnon"].split()[0]) << 10
+            usage.threads += int(status["Threads"])
+            usage.file_descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+        except (OSError, KeyError):
+            # It has ended meanwhile.
+            continue
+    return usage
+
+
+class Load:
+    """One server's requests, on a thread of its own."""
+
+    def __init__(self, server: SGLangProcess, expected: dict[str, str], seed: int) -> None:
+        self.server, self.expected = server, expected
+        self.answered = self.storage_tokens = 0
+        self.failures: list[str] = []
+        self.different: list[str] = []
+        self.is_over = threading.Event()
+        self._random = random.Random(seed)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        texts = list(self.expected)
+        while not self.is_over.is_set():
+            text = self._random.choice(texts)
+            try:
+                reply = ask(self.server, text, ANSWER_TOKENS)
+            except (OSError, urllib.error.URLError, ProcessError, RuntimeError, ValueError) as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
+                continue
+            self.answered += 1
+            self.storage_tokens += reply.cached.storage
+            if reply.text != self.expected[text]:
+                self.different.append(text)
+
+    def end(self) -> None:
+        self.is_over.set()
+        self._thread.join()
+
+
+def expected_answers(plain: SGLangProcess, texts: Sequence[str]) -> dict[str, str]:
+    """Text -> answer, of the texts to which the answer is the same whatever is cached before it."""
+    answers: dict[str, set[str]] = {text: set() for text in texts}
+    for _ in range(3):
+        for text in random.Random(0).sample(texts, len(texts)):
+            answers[text].add(ask(plain, text, ANSWER_TOKENS).text)
+        plain.client.flush_cache()
+        for text in texts:
+            plain.client.flush_cache()
+            answers[text].add(ask(plain, text, ANSWER_TOKENS).text)
+    return {text: found.pop() for text, found in answers.items() if len(found) == 1}
+
+
+def main() -> int:
+    parser = parser_of(__doc__, rounds=0)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--kill-every-s", type=float, default=5.0)
+    parser.add_argument("--profile", default="exact", help="also several, raw,exact")
+    options = parse(parser)
+    if options.quick:
+        options.minutes = 1.0
+    source = prompts(options.model, 700)
+    stems = [next(source) for _ in range(6)]
+    texts = [stem + next(source)[:800] for stem in stems for _ in range(4)]
+    load_before = load_average()
+    kills = 0
+    with Lab(options.model) as lab:
+        port = free_port()
+        store = f"lmdb:{lab.work_dir / 'store'}"
+        peer = PeerProcess(store, "1GB", port, arguments=("--log-level", "error"))
+        try:
+            plain = lab.start_server("plain", None, 3)
+            expected = expected_answers(plain, texts)
+            print(f"{len(expected)} of {len(texts)} prompts have one answer", flush=True)
+            arguments = ("--kvcodec-host-cache", "2MB", "--kvcodec-publish-queue", "16MB")
+            servers = [
+                lab.start_server(name, KVCodecArgs(peer.remote, options.profile, (*arguments, *SMALL), plan=plan), 3)
+                for name, plan in (("always", "always"), ("auto", "auto"))
+            ]
+            loads = [Load(server, expected, seed) for seed, server in enumerate(servers)]
+            notes: list[list[Usage]] = []
+            started_s = time.monotonic()
+            next_note_s = started_s
+            chance = random.Random(1)
+            while time.monotonic() - started_s < options.minutes * 60:
+                time.sleep(options.kill_every_s * chance.uniform(0.5, 1.5))
+                peer.kill()
+                kills += 1
+                time.sleep(chance.uniform(0.1, 2.0))
+                peer = PeerProcess(store, "1GB", port, arguments=("--log-level", "error"))
+                if time.monotonic() >= next_note_s:
+                    next_note_s += NOTE_EVERY_S
+                    notes.append([usage_of(server) for server in servers])
+                    done = ", ".join(
+                        f"{load.server.name} {load.answered} answers, {load.storage_tokens} tokens from the peer"
+                        for load in loads
+                    )
+                    print(f"{time.monotonic() - started_s:4.0f} s, {kills} kills: {done}; {notes[-1]}", flush=True)
+            for load in loads:
+                load.end()
+            alive = all(server.alive for server in servers)
+            if alive:
+                for server in servers:
+                    # Fails if a request or a slot is still held.
+                    server.client.flush_cache()
+            logged = sum(server.log_text().count("Traceback") for server in servers)
+        finally:
+            peer.kill()
+    settled = max(1, min(len(notes) - 1, int(SETTLE_S / NOTE_EVERY_S)))
+    rows = []
+    for index, load in enumerate(loads):
+        first, last = [note[index] for note in notes[settled : settled + 3]], [note[index] for note in notes[-3:]]
+        rows.append(
+            {
+                "server": load.server.name,
+                "profile": options.profile,
+                "minutes": options.minutes,
+                "kills": kills,
+                "answers": load.answered,
+                "tokens_from_peer": load.storage_tokens,
+                "failed_requests": len(load.failures),
+                "answers_with_other_words": len(load.different),
+                "servers_alive": alive,
+                **{
+                    f"{name}_{when}": statistics.median(getattr(usage, name) for usage in usages)
+                    for name in ("memory_bytes", "threads", "file_descriptors")
+                    for when, usages in (("settled", first), ("end", last))
+                },
+                "tracebacks_logged": logged,
+                "load_average_before": load_before,
+                "load_average_after": load_average(),
+            }
+        )
+        print(rows[-1])
+        for failure in load.failures[:5]:
+            print(f"failed: {failure}")
+    if not options.dry:
+        print(record("soak", rows))
+    return int(not alive or any(load.failures or load.different for load in loads))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
