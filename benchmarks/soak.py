@@ -91,6 +91,16 @@ class Load:
         self._thread.join()
 
 
+def errors_of(log: str) -> list[str]:
+    """The line before each traceback of a log, and the one that ends it."""
+    lines, found = log.splitlines(), []
+    for number, line in enumerate(lines):
+        if line.startswith("Traceback"):
+            end = next((text for text in lines[number + 1 :] if text and not text[0].isspace()), "")
+            found.append(f"{lines[number - 1][20:] if number else ''} ... {end}")
+    return found
+
+
 def expected_answers(plain: SGLangProcess, texts: Sequence[str]) -> dict[str, str]:
     """Text -> answer, of the texts to which the answer is the same whatever is cached before it."""
     answers: dict[str, set[str]] = {text: set() for text in texts}
@@ -156,7 +166,7 @@ def main() -> int:
                 for server in servers:
                     # Fails if a request or a slot is still held.
                     server.client.flush_cache()
-            logged = sum(server.log_text().count("Traceback") for server in servers)
+            errors = [error for server in servers for error in errors_of(server.log_text())]
         finally:
             peer.kill()
     settled = max(1, min(len(notes) - 1, int(SETTLE_S / NOTE_EVERY_S)))
@@ -179,7 +189,7 @@ def main() -> int:
                     for name in ("memory_bytes", "threads", "file_descriptors")
                     for when, usages in (("settled", first), ("end", last))
                 },
-                "tracebacks_logged": logged,
+                "tracebacks_logged": len(errors),
                 "load_average_before": load_before,
                 "load_average_after": load_average(),
             }
@@ -187,6 +197,8 @@ def main() -> int:
         print(rows[-1])
         for failure in load.failures[:5]:
             print(f"failed: {failure}")
+    for error in sorted(set(errors)):
+        print(f"logged {errors.count(error)} times: {error}")
     if not options.dry:
         print(record("soak", rows))
     return int(not alive or any(load.failures or load.different for load in loads))

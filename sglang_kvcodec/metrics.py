@@ -78,6 +78,11 @@ CALIBRATION_TOKENS = Gauge(
 PUBLISHED_PAGES = Counter("kvcodec_published_pages", "Pages offered to the peer, by outcome", ["outcome"])
 PUBLISHED_BYTES = Counter("kvcodec_published_bytes", "Coded bytes stored at the peer")
 PUBLISHED_KV_BYTES = Counter("kvcodec_published_kv_bytes", "The same pages as uncoded KV bytes")
+WRITE_BACK_PAGES = Counter(
+    "kvcodec_write_back_pages",
+    "Coded pages kept in host memory while the peer was away, by what became of them",
+    ["outcome"],
+)
 PUBLISH_DROPS = Counter("kvcodec_publish_drops", "Pages not published, by reason", ["reason"])
 PUBLISH_QUEUE_BYTES = Gauge(
     "kvcodec_publish_queue_bytes", "Uncoded KV waiting to be encoded", multiprocess_mode="livesum"

@@ -39,6 +39,8 @@ class PeerMonitor:
         self._is_up = False
         self._is_closed = False
         self._last_complaint = ""
+        self.on_up: Callable[[], None] = lambda: None
+        """Called on the probing thread each time the peer has come back; must not wait."""
         metrics.PEER_UP.set(0)
         self._thread = threading.Thread(target=self._run, name="kvcodec-peer-monitor", daemon=True)
         self._thread.start()
@@ -82,8 +84,12 @@ class PeerMonitor:
             with self._changed:
                 if self._is_closed:
                     return
+                has_come = answers and not self._is_up
                 if answers != self._is_up:
                     self._set_up(answers)
+            if has_come:
+                self.on_up()
+            with self._changed:
                 # A peer that fails a call is probed again after a full pause, not at once.
                 self._changed.wait_for(lambda: self._is_closed, self._retry_s)
 

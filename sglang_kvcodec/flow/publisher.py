@@ -4,6 +4,9 @@ Two threads and two bounded hand-overs: the copier takes pages out of the pool a
 are free again, then the encoders code them and the sender stores them. Where that has no room for new pages, those that
 have waited longest are dropped and counted.
 
+What was coded and can't be stored because the peer is away is kept in host memory, as far as that has room, and stored
+when the peer is back.
+
 Out of a pool on a GPU pages come packed by kernels, and encoders code their pictures; elsewhere they come as they are,
 and encoders pack them first.
 """
@@ -30,6 +33,7 @@ from sglang_kvcodec.flow.page_packer import PagePacker
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.turn_queue import TurnQueue
+from sglang_kvcodec.flow.write_back import WriteBack
 from sglang_kvcodec.format.exchange import PeerTransport, PutOutcome
 from sglang_kvcodec.format.spec import Side
 
@@ -116,6 +120,13 @@ class _Page:
 
 
 @dataclasses.dataclass(frozen=True)
+class _PeerIsBack:
+    """Ends a batch; that the peer is back, or nothing new."""
+
+    is_news: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class _Taken:
     """What is left of a page when its slots are not read any more.
 
@@ -152,6 +163,7 @@ class Publisher:
         wants_pages: Callable[[], bool] | None = None,
         packer: PagePacker | None = None,
         on_coded: Callable[[bytes, bytes], None] = lambda page_hash, coded: None,
+        recall: Callable[[bytes, bytes], bytes | None] = lambda namespace_digest, page_hash: None,
     ) -> None:
         """Starts the threads.
 
@@ -166,7 +178,9 @@ class Publisher:
                 side of a page that will be published, and the position of its first token.
             wants_pages: whether ``on_page`` has any use for a page now, which costs a copy; None if it always has.
             packer: packs pages where they lie; None to copy them and to pack them on the encoding threads.
-            on_coded: called on an encoding thread with the hash and the page object of each page, before it is sent.
+            on_coded: called on an encoding thread with the hash and the page object of each page of the best tier,
+                before it is sent; keeps it in host memory.
+            recall: gives it back, by namespace and hash, if it is still there.
         """
         self._peer = peer
         self._monitor = monitor
@@ -178,13 +192,16 @@ class Publisher:
         self._wants_pages = wants_pages
         self._packer = packer
         self._on_coded = on_coded
+        self._recall = recall
+        self._write_back = WriteBack()
         self._queue_changed = threading.Condition()
         self._queued_bytes = 0
         self._closed = threading.Event()
         self._to_copy: queue.SimpleQueue[Offload | None] = queue.SimpleQueue()
         self._to_encode: TurnQueue[_Page] = TurnQueue()
         """By their turns, see :func:`_turn_s`."""
-        self._to_send: queue.SimpleQueue[tuple[_Page, bytes] | None] = queue.SimpleQueue()
+        self._to_send: queue.SimpleQueue[tuple[_Page, bytes] | _PeerIsBack | None] = queue.SimpleQueue()
+        monitor.on_up = lambda: self._to_send.put(_PeerIsBack())
         self._threads = [
             threading.Thread(target=self._copy_loop, name="kvcodec-copy", daemon=True),
             *(
@@ -250,6 +267,7 @@ class Publisher:
             thread.join(timeout=10)
         self._to_send.put(None)
         sender.join(timeout=10)
+        self._drop(len(self._write_back), "closed")
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Waits until nothing is queued or under way; for tests."""
@@ -413,7 +431,9 @@ class Publisher:
 
     def _encode_and_queue(self, page: _Page, encoders: dict[bytes, PageEncoder]) -> None:
         """``encoders``: the thread's, by namespace; no more than :data:`MAX_ENCODERS`."""
-        if self._closed.is_set() or not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
+        # Without a peer only what host memory keeps is worth coding.
+        is_of_use = page.is_best or self._monitor.wait_until_up(self._config.timeouts.retry_s * 2)
+        if self._closed.is_set() or not is_of_use:
             self._drop(1, "closed" if self._closed.is_set() else "peer_down")
             self._release(page.held_bytes)
             return
@@ -449,11 +469,13 @@ class Publisher:
 
     def _send_loop(self) -> None:
         _be_nice()
-        is_last = False
-        while not is_last:
-            batch, is_last = self._next_batch()
+        end: _PeerIsBack | None = _PeerIsBack()
+        while end is not None:
+            batch, end = self._next_batch()
             try:
                 self._send(batch)
+                if isinstance(end, _PeerIsBack) and end.is_news:
+                    self._send_what_was_kept()
             except Exception:
                 # A thread's top: publishing goes on with the next pages.
                 logger.exception("kvcodec: pages could not be stored")
@@ -461,23 +483,39 @@ class Publisher:
             finally:
                 self._release(sum(page.held_bytes for page, _ in batch))
 
-    def _next_batch(self) -> tuple[list[tuple[_Page, bytes]], bool]:
-        """Waits for a page and takes what else is there; and whether nothing comes after it."""
+    def _next_batch(self) -> tuple[list[tuple[_Page, bytes]], _PeerIsBack | None]:
+        """Waits for a page and takes what else is there; and what ended the batch, None if nothing comes after it."""
         batch: list[tuple[_Page, bytes]] = []
         item = self._to_send.get()
-        while item is not None:
+        while isinstance(item, tuple):
             batch.append(item)
             if len(batch) == PUT_BATCH_PAGES or self._to_send.empty():
-                return batch, False
+                return batch, _PeerIsBack(is_news=False)
             item = self._to_send.get()
-        return batch, True
+        return batch, item
+
+    def _send_what_was_kept(self) -> None:
+        """Stores what the peer has not been given while it was away, if it is still in host memory."""
+        while len(self._write_back) and self._monitor.is_up and not self._closed.is_set():
+            for namespace_digest, hashes in self._write_back.take(PUT_BATCH_PAGES).items():
+                present = self._present(namespace_digest, hashes)
+                batch = []
+                for page_hash, is_present in zip(hashes, present, strict=True):
+                    coded = None if is_present else self._recall(namespace_digest, page_hash)
+                    if coded is not None:
+                        batch.append((_Page(namespace_digest, page_hash, None, 0, 0, is_best=True), coded))
+                lost = len(hashes) - len(batch) - sum(present)
+                self._drop(lost, "peer_down")
+                metrics.WRITE_BACK_PAGES.labels(outcome="lost").inc(lost)
+                metrics.WRITE_BACK_PAGES.labels(outcome="sent").inc(len(batch))
+                self._send(batch)
 
     def _send(self, batch: list[tuple[_Page, bytes]]) -> None:
         by_namespace: dict[bytes, list[tuple[_Page, bytes]]] = {}
         for page, coded in batch:
             by_namespace.setdefault(page.namespace_digest, []).append((page, coded))
         for namespace_digest, pages in by_namespace.items():
-            reason = "peer_down"
+            reason, is_away = "", False
             for _ in range(PUT_ATTEMPTS):
                 if self._closed.is_set():
                     reason = "closed"
@@ -487,12 +525,13 @@ class Publisher:
                 except PeerError as error:
                     # Storing a page twice does no harm: the peer keeps the first.
                     self._monitor.failed("put", error)
-                    reason = error.reason
-                    if isinstance(error, PeerRejectedError):
+                    reason, is_away = error.reason, not isinstance(error, PeerRejectedError)
+                    if not is_away:
                         break
-                    self._monitor.wait_until_up(self._config.timeouts.retry_s * 2)
+                    if not self._monitor.wait_until_up(self._config.timeouts.retry_s * 2):
+                        break
                     continue
-                reason = ""
+                reason, is_away = "", False
                 kept = (PutOutcome.STORED, PutOutcome.ALREADY_STORED)
                 self._stored.update(
                     namespace_digest, [page.page_hash for page, _ in pages], [r.outcome in kept for r in results]
@@ -506,8 +545,18 @@ class Publisher:
                         self._drop(1, result.outcome.value)
                         logger.warning("kvcodec: the peer did not store a page: %s", result.detail)
                 break
-            if reason:
+            if is_away:
+                self._keep(namespace_digest, [page for page, _ in pages], reason)
+            elif reason:
                 self._drop(len(pages), reason)
+
+    def _keep(self, namespace_digest: bytes, pages: Sequence[_Page], reason: str) -> None:
+        """Of pages that could not be stored, keeps what host memory has, and drops the rest."""
+        kept = [page.page_hash for page in pages if page.is_best]
+        self._drop(len(pages) - len(kept) + self._write_back.keep(namespace_digest, kept), reason)
+        if self._monitor.is_up:
+            # It was away for a moment only: nobody will say that it has come back.
+            self._to_send.put(_PeerIsBack())
 
 
 def _be_nice() -> None:

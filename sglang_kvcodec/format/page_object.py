@@ -339,6 +339,10 @@ class PageObject:
         """The page it is."""
         return self.header.key
 
+    def to_bytes(self) -> bytes:
+        """The object, as it is stored."""
+        return bytes(self._data)
+
     def _check_group(self, group_index: int) -> None:
         """Raises ChecksumError if a part of the layer group is damaged."""
         group = self.header.manifest.groups[group_index]

@@ -165,6 +165,7 @@ class Runtime:
             wants_pages=auto.wants_pages if auto is not None else None,
             packer=packer,
             on_coded=self._keep_coded,
+            recall=self._recall_coded,
         )
         for tier in self.tiers():
             profile = self._coding_of[tier.namespace_digests[0]].profile
@@ -182,6 +183,11 @@ class Runtime:
     def _keep_coded(self, page_hash: bytes, coded: bytes) -> None:
         """What was just coded comes back from host memory when the device has no room for it any more."""
         self.cache.put(page_hash, PageObject(coded))
+
+    def _recall_coded(self, namespace_digest: bytes, page_hash: bytes) -> bytes | None:
+        """What was coded, if it is still there."""
+        page = self.cache.get(page_hash)
+        return None if page is None or page.key.namespace_digest != namespace_digest else page.to_bytes()
 
     def restoring_pays(self, pages: int, coded_bytes: int) -> bool:
         """Whether page objects in host memory are restored sooner than computed; they are while that is not known."""

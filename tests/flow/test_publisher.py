@@ -46,6 +46,7 @@ class Setup:
             config,
             on_page,
             on_coded=self.coded.__setitem__,
+            recall=lambda namespace, page_hash: self.coded.get(page_hash),
         )
 
     def _new_encoder(self, namespace_digest):
@@ -307,9 +308,71 @@ def test_a_read_only_server_publishes_nothing(engine, local_peer, set_up):
 def test_a_peer_that_dies_after_the_copy_and_stays_away(local_peer, set_up, delta):
     setup = set_up(local_peer, before_encode=lambda page_hash: local_peer.stop())
     assert setup.publish().succeeded is True
-    assert sum(delta("kvcodec_publish_drops_total", reason=reason) for reason in ("peer_down", "peer_unavailable")) == 4
+    assert delta("kvcodec_write_back_pages_total", outcome="kept") == 4
+    assert set(setup.coded) == {hash_of(page) for page in range(4)}
     assert setup.offload().succeeded is False
     assert_empty()
+    setup.monitor.close()
+    setup.publisher.close()
+    assert delta("kvcodec_publish_drops_total", reason="closed") == 4
+
+
+def away(set_up, local_peer, engine, closing):
+    """A publisher that has coded four pages, of which host memory has lost one; and what brings the peer back."""
+    setup = set_up(local_peer, before_encode=lambda page_hash: local_peer.stop())
+    setup.publish()
+    del setup.coded[hash_of(2)]
+
+    def bring_back():
+        second = LocalPeer(engine, local_peer.address)
+        closing.callback(second.stop)
+        assert setup.monitor.wait_until_up(LIMIT_S)
+        wait_until(lambda: not len(setup.publisher._write_back))
+
+    return setup, bring_back
+
+
+def test_what_was_coded_while_the_peer_was_away_is_stored_when_it_is_back(engine, local_peer, set_up, delta, closing):
+    setup, bring_back = away(set_up, local_peer, engine, closing)
+    bring_back()
+    wait_until(lambda: engine.stat().objects == 3)
+    setup.assert_stored(engine, [0, 1, 3])
+    assert delta("kvcodec_write_back_pages_total", outcome="sent") == 3
+    assert delta("kvcodec_write_back_pages_total", outcome="lost") == 1
+    assert delta("kvcodec_publish_drops_total", reason="peer_down") == 1
+    # Each was coded once.
+    assert sorted(setup.encoded) == sorted(hash_of(page) for page in range(4))
+    wait_until(lambda: setup.offload([0, 1, 3]).succeeded is True)
+    setup.publish([2])
+    setup.assert_stored(engine)
+
+
+def test_what_another_server_has_stored_meanwhile_is_not_sent(engine, local_peer, set_up, delta, closing):
+    setup, bring_back = away(set_up, local_peer, engine, closing)
+    key, data = NAMESPACE + hash_of(1), setup.coded[hash_of(1)]
+    assert engine.put(key, data)
+    puts = []
+    engine.before = lambda method, key: method == "put" and puts.append(key)
+    bring_back()
+    wait_until(lambda: engine.stat().objects == 3)
+    assert sorted(puts) == sorted(NAMESPACE + hash_of(page) for page in (0, 3))
+    assert delta("kvcodec_write_back_pages_total", outcome="sent") == 2
+
+
+def test_a_peer_that_goes_again_while_it_gets_what_was_kept(engine, local_peer, set_up, delta, closing):
+    setup, bring_back = away(set_up, local_peer, engine, closing)
+    refused = []
+
+    def fail_once(call):
+        if call == "put" and not refused:
+            refused.append(call)
+            raise PeerUnavailableError("gone again")
+
+    setup.peer.before = fail_once
+    bring_back()
+    wait_until(lambda: engine.stat().objects == 3)
+    setup.assert_stored(engine, [0, 1, 3])
+    assert refused
 
 
 def test_a_peer_that_stops_in_the_middle_of_a_put_and_comes_back(engine, local_peer, set_up, closing, delta):
