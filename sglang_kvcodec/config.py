@@ -133,6 +133,8 @@ class Timeouts:
     """Longest silence inside a Fetch or a Put."""
     fetch_s: float = 60.0
     """Longest whole Fetch: the request is prefilled after it."""
+    restore_s: float = 30.0
+    """Longest restore of a batch, which is computed after it."""
     put_s: float = 60.0
     calibration_s: float = 600.0
     """Longest whole transfer of a calibration artifact: no request waits for one."""

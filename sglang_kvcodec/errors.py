@@ -77,6 +77,10 @@ class ArrivalError(KVCodecError, RuntimeError):
     """Bytes that were waited for do not come any more."""
 
 
+class RestoreTimeoutError(KVCodecError, TimeoutError):
+    """Decoding what a forward pass waits for takes too long."""
+
+
 class NotFoundError(KVCodecError, LookupError):
     """What was asked for by its name is not there."""
 

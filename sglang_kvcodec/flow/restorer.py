@@ -17,6 +17,7 @@ import functools
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ import numpy as np
 import torch
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.errors import ArrivalError, KVCodecError
+from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.errors import ArrivalError, KVCodecError, RestoreTimeoutError
 from sglang_kvcodec.flow.arriving_page import ArrivingPage, when_all_landed
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder, alike_pages
@@ -78,8 +80,11 @@ class Restore:
         on_layers: OnLayers,
         on_failure: Callable[[KVCodecError], None],
         number: int = 0,
+        timeout_s: float = math.inf,
     ) -> None:
         """A restore of all layer groups of ``spec``, each in ``parts`` parts; the least ``number`` is first."""
+        self._timeout_s = timeout_s
+        self._start_s = time.monotonic()
         groups = layer_groups(spec)
         self.jobs = jobs
         self.number = number
@@ -99,6 +104,15 @@ class Restore:
     def has_failed(self) -> bool:
         """Whether the parts that are left need not be done."""
         return self._error is not None
+
+    def check_time(self) -> None:
+        """Before each part, so that what is under way is not left half done.
+
+        Raises:
+            RestoreTimeoutError: it has taken too long already.
+        """
+        if time.monotonic() - self._start_s > self._timeout_s:
+            raise RestoreTimeoutError(f"a restore is not done after {self._timeout_s:g} s")
 
     def queued(self, group_index: int, event: DeviceEvent) -> None:
         """Takes note of writes to the slots that will have ended with ``event``."""
@@ -170,6 +184,7 @@ class Restorer:
         kernels: PageRestores | None = None,
         meter: RestoreMeter | None = None,
         tracer: Tracer | None = None,
+        timeout_s: float = Timeouts.restore_s,
     ) -> None:
         """Opens nothing yet: a thread opens its decoder when it first needs it.
 
@@ -180,7 +195,9 @@ class Restorer:
             kernels: restore on the pool's device; None to restore with the transforms and copy.
             meter: told what there is to do and what each part took.
             tracer: told what the threads do.
+            timeout_s: longest restore of a batch.
         """
+        self._timeout_s = timeout_s
         self._pool = pool
         self._kernels = kernels
         self._meter = meter
@@ -216,7 +233,9 @@ class Restorer:
             for job in jobs
             for start, stop in _segments(job.pages)
         ]
-        restore = Restore(jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure, next(self._order))
+        restore = Restore(
+            jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure, next(self._order), self._timeout_s
+        )
         sizes = [sum(map(len, pages)) for pages, _ in segments]
         if self._meter is not None:
             self._meter.queued(sum(sizes))
@@ -284,6 +303,7 @@ class Restorer:
         of_what = {"group": group.index, "side": side.name, "pages": len(pages)}
         try:
             if not restore.has_failed:
+                restore.check_time()
                 # Outside of the measurement: a thread opens it once.
                 decoder = self._decoder()
                 start_s = time.monotonic()
@@ -299,6 +319,9 @@ class Restorer:
                     self._write(group, side, pages, in_memory, packed, slots, after)
                     self._tracer.work("restore", decoded_s, time.monotonic(), **of_what)
                 took_s = time.monotonic() - start_s
+        except RestoreTimeoutError as caught:
+            logger.error("kvcodec: its requests are computed: %s", caught)
+            error = caught
         except KVCodecError as caught:
             logger.error("kvcodec: a restore failed, its requests are computed: %s", caught)
             restore.found_bad(blamed or self._unreadable(pages, group, side))

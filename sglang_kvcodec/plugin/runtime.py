@@ -144,7 +144,15 @@ class Runtime:
                 encoder = encoders.encoder(uniform_blocks=bool(coding.calibration_digest))
             return PageEncoder(namespace_digest, transforms, encoder, coding)
 
-        self.restorer = Restorer(pool, new_decoder, decode_threads, self._kernels, self.rates.restore, self.tracer)
+        self.restorer = Restorer(
+            pool,
+            new_decoder,
+            decode_threads,
+            self._kernels,
+            self.rates.restore,
+            self.tracer,
+            config.timeouts.restore_s,
+        )
         self._auto_calibration = (
             new_auto_calibration(self._peer, self._now_calibrated) if new_auto_calibration is not None else None
         )

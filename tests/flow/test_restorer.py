@@ -5,7 +5,14 @@ import pytest
 import torch
 from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
 
-from sglang_kvcodec.errors import ArrivalError, ChecksumError, CodecError, FormatError, KVCodecError
+from sglang_kvcodec.errors import (
+    ArrivalError,
+    ChecksumError,
+    CodecError,
+    FormatError,
+    KVCodecError,
+    RestoreTimeoutError,
+)
 from sglang_kvcodec.flow import restorer as restorer_module
 from sglang_kvcodec.flow.arriving_page import ArrivingPage
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
@@ -295,6 +302,27 @@ def test_the_next_restore_is_none_the_worse(closing):
     restorer.start([RestoreJob([pages.page(1)], pool.slots([1]))], second.on_layers, second.on_failure)
     assert second.wait() == [0]
     assert same_bits(pool.page(1), pages.values(1))
+
+
+def test_a_restore_that_takes_too_long_is_given_up_between_its_parts(closing, monkeypatch):
+    pages = Pages(GROUPED, "raw", NAMESPACE)
+    pool, passed_s, decoded = KnownPool(GROUPED, 2), [0.0], []
+    monkeypatch.setattr(restorer_module.time, "monotonic", lambda: passed_s[0])
+
+    def before(segment, group, side):
+        decoded.append((group, side))
+        passed_s[0] += 6.0
+
+    restorer = Restorer(pool.wrapped, lambda: ScriptedDecoder(new_decoder(GROUPED, "raw"), before), 1, timeout_s=10.0)
+    closing.callback(restorer.close)
+    outcome = Outcome()
+    restore = restorer.start([RestoreJob([pages.page(0)], pool.slots([0]))], outcome.on_layers, outcome.on_failure)
+    error = outcome.wait()[-1]
+    assert isinstance(error, RestoreTimeoutError)
+    assert error.reason == "restore_timeout"
+    assert decoded == [(0, Side.KEY), (0, Side.VALUE)]
+    # Nothing is wrong with the page.
+    assert restore.bad_pages == []
 
 
 class KernelInName:
