@@ -216,7 +216,8 @@ class Fetcher:
         elif planned.plan.reason == LINK_TOO_SLOW and not self._always:
             pages_to_try = self._explorer.pages(self._rates.link.age_s, planned.prefix.page_bytes)
             if pages_to_try:
-                self._threads.submit(self._explore, planned.prefixes[:1], ticket.page_hashes[:pages_to_try])
+                stored = planned.prefixes[planned.choice]
+                self._threads.submit(self._explore, stored, ticket.page_hashes[:pages_to_try])
 
     def _run_next(self) -> None:
         with self._lock:
@@ -462,7 +463,7 @@ class Fetcher:
         self._tracer.span(rid, "wire", start_s, time.monotonic(), bytes=received_bytes, pages=pages)
         self._tracer.counter("link", bytes_per_s=self._rates.link.bytes_per_s() or 0.0)
 
-    def _explore(self, prefixes: Sequence[StoredPrefix], wanted: Sequence[bytes]) -> None:
+    def _explore(self, stored: StoredPrefix, wanted: Sequence[bytes]) -> None:
         """Fetches a little that nobody waits for, to see whether the link has become fast."""
         if not self._explorer.begin():
             return
@@ -470,7 +471,7 @@ class Fetcher:
         try:
             metrics.EXPLORATIONS.inc()
             start_s = time.monotonic()
-            course = Course(prefixes, 0, len(wanted))
+            course = Course([stored], 0, len(wanted))
             receiver = self._receiver(course, wanted)
             for event in self._events(course, wanted, threading.Event()):
                 receiver.add(event)

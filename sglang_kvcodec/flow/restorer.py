@@ -277,9 +277,9 @@ class Restorer:
         part.restore.part_done(part.group.index, error)
         # Last: the forward pass does not wait for it.
         if self._meter is not None:
-            self._meter.part_ended(
-                part.expected_bytes, took_s, sum(map(len, part.pages)), part.pages[0].header.profile_name
-            )
+            # Pages that never came have no header.
+            profile_name = part.pages[0].header.profile_name if took_s is not None else ""
+            self._meter.part_ended(part.expected_bytes, took_s, sum(map(len, part.pages)), profile_name)
 
     def close(self) -> None:
         """Waits for what is under way and ends."""

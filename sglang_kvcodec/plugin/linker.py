@@ -119,6 +119,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._bad_pages: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._before: Sequence[str] | None = None
         self._provenance = Provenance()
+        self._restored: list[RestoreJob] = []
         self._waited_s = 0.0
         self._tracer = tracer or Tracer()
 
@@ -176,8 +177,6 @@ class KVCodecLinker(UnifiedCacheLinker):
         if len(pages) < count:
             raise RuntimeError(f"kvcodec: asked to load {count} pages of which {len(pages)} were found")
         slots = transfers[0].device_indices
-        if self._worst_of_ranks is not None:
-            self._provenance.restored([page.key for page in pages[:count]], self._tiers(), self._worst_of_ranks)
         self._queued[rid] = RestoreJob(pages[:count], slots)
         self._loading.add(rid)
         return True
@@ -228,6 +227,8 @@ class KVCodecLinker(UnifiedCacheLinker):
         """Whether every layer landed. Pages that could not be restored are not offered again."""
         landed = self.layer_done_counter.finish(counter_index, self.forward_stream)
         restore = self._running.pop(counter_index, None)
+        if restore is not None and self._worst_of_ranks is not None:
+            self._restored += restore.jobs
         if restore is not None and not landed:
             for page in restore.bad_pages:
                 self._bad_pages[page.key.page_hash] = None
@@ -235,6 +236,16 @@ class KVCodecLinker(UnifiedCacheLinker):
                 self._bad_pages.popitem(last=False)
             self._cache.discard(page.key.page_hash for page in restore.bad_pages)
         return landed
+
+    def note_restored(self) -> None:
+        """Remembers from which tiers pages were restored, once that is over: until then another may take their place.
+
+        Called by all ranks after the same forward passes.
+        """
+        if self._worst_of_ranks is not None:
+            for job in self._restored:
+                self._provenance.restored([page.key for page in job.pages], self._tiers(), self._worst_of_ranks)
+        self._restored.clear()
 
     def _waited(self, layer: int, start_s: float, end_s: float) -> None:
         self._waited_s += end_s - start_s
@@ -325,6 +336,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._computed.clear()
         self._queued.clear()
         self._loading.clear()
+        self._restored.clear()
         self._provenance.clear()
         self.layer_done_counter.reset()
 

@@ -246,6 +246,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """After the forward pass: requests whose pages did not all land are computed instead."""
         loading = [req.rid for req in reqs if self._linker.is_loading(req.rid)]
         failed = super().finish_external_linker_loads(reqs)
+        self._linker.note_restored()
         self._passes.waited(self.scheduler.forward_ct, self._linker.take_waited_s())
         self.retries.mark_failed(failed)
         lost = {req.rid for req in failed}

@@ -108,3 +108,32 @@ def test_what_is_computed_after_a_small_tier_is_published_in_no_better_one(clust
     serve(c)
     assert generate(c, longer)[1] == 0
     assert generate(c, other)[1] > 0
+
+
+def test_ranks_agree_on_what_was_made_of_which_tier(cluster, new_site):
+    site = new_site()
+    server = site.start(
+        "tiers-tp2",
+        *("--tp", "2"),
+        profile="raw,exact",
+        kvcodec_args=["--kvcodec-plan", "always"],
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    serve(server)
+    tokens, longer = prompts("gzip")
+    (answer,) = publish(server, site, [tokens])
+    hashes = set(hashes_of(tokens))
+    # One of the ranks has lost the better tier, so the other one's pages are worth no more.
+    lost = next(page.header.key.namespace_digest for page in site.engine.pages if page.header.profile_name == "raw")
+    for page_hash in hashes:
+        assert site.engine.delete(lost + page_hash)
+    forget(server)
+    text, from_peer = generate(server, longer)
+    assert from_peer > 0
+    assert server.client.wait_published()
+    new = set(hashes_of(longer)) - hashes
+    assert new
+    assert stored(site, new) == {"exact": new}
+    forget(server)
+    assert generate(server, tokens)[0] == answer
+    assert generate(server, longer)[0] == text

@@ -2,13 +2,14 @@ import threading
 import types
 
 import pytest
+import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from sglang_kvcodec.config import ServerConfig, Timeouts
 from sglang_kvcodec.errors import CodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.publisher import Publisher
+from sglang_kvcodec.flow.publisher import Offload, Publisher
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.stored_prefix import Tier
@@ -32,7 +33,7 @@ TIMEOUTS = Timeouts(connect_s=20, lookup_s=20, progress_s=20, fetch_s=60, put_s=
 class Setup:
     """A linker with all it links; what other parts of the server would answer is set on it."""
 
-    def __init__(self, closing):
+    def __init__(self, closing, worst_of_ranks=None):
         self.engine = MemoryEngine(1 << 30)
         server = LocalPeer(self.engine)
         closing.callback(server.stop)
@@ -65,6 +66,7 @@ class Setup:
             lambda rid: self.held.get(rid, {}),
             None,
             restoring_pays=self._pays,
+            worst_of_ranks=worst_of_ranks,
         )
 
     def _new_decoder(self):
@@ -352,6 +354,39 @@ def test_the_wrapper_says_which_pages_are_before_a_node(setup):
         wrapper._offload_node(node, [transfer([0])])
     assert placed == [[], ["00"] * 7]
     assert setup.linker._before is None
+
+
+def test_of_several_tiers_pages_are_published_in_none_that_is_better_than_what_they_were_made_of(closing):
+    agreed = []
+    setup = Setup(closing, worst_of_ranks=lambda worst: agreed.append(worst) or worst)
+    setup.tiers = [Tier("high", (NAMESPACE,)), Tier("balanced", (bytes(32),))]
+    offered = []
+    setup.publisher.offload = lambda targets, *args: (
+        offered.append({target.namespace_digest: list(target.pages) for target in targets})
+        or Offload((), [], torch.empty(0))
+    )
+
+    setup.offload([0, 1], [0, 1])
+    assert offered.pop() == {NAMESPACE: [0, 1], bytes(32): [0, 1]}
+    setup.cache_pages(0)
+    setup.cache.put(hash_of(1), Pages(SPEC, "raw", bytes(32)).page(1))
+    assert setup.lookup("r", [0, 1]) == [1, 2]
+    setup.load("r", [0, 1], [0, 1])
+    assert setup.linker.finish_layer_wise_loading(setup.linker.start_layer_wise_loading())
+    assert agreed == []
+    setup.linker.note_restored()
+    setup.linker.note_restored()
+    assert agreed == [1]
+    # What this rank had of the better tier, another may have had of the smaller one.
+    setup.offload([0, 1, 2], [0, 1, 2])
+    assert offered.pop() == {NAMESPACE: [0], bytes(32): [1, 2]}
+    setup.offload([3], [3], before=[0, 1, 2])
+    assert offered.pop() == {bytes(32): [0]}
+    setup.linker._offloads.clear()
+    setup.linker.reset()
+    setup.offload([3], [3], before=[0, 1, 2])
+    assert offered.pop() == {NAMESPACE: [0], bytes(32): [0]}
+    setup.linker._offloads.clear()
 
 
 def test_reset_waits_until_no_slot_is_read_or_written(setup):
