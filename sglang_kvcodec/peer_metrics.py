@@ -1,4 +1,4 @@
-"""Every metric that a storage peer exports with ``--metrics-port``.
+"""Every metric that a storage peer exports with ``--metrics-port``, and shows some of with ``--status-page``.
 
 Apart from ``metrics``: a metric is exported by whoever imports it, and an SGLang server has nothing to say here.
 """
@@ -15,6 +15,13 @@ PEER_REFUSED = Counter(
 PEER_TOKEN_RELOADS = Counter("kvcodec_peer_token_reloads", "Reads of a changed token file, by outcome", ["outcome"])
 PEER_CERTIFICATE_RELOADS = Counter(
     "kvcodec_peer_certificate_reloads", "Reads of changed certificate files, by outcome", ["outcome"]
+)
+PEER_CERTIFICATE_EXPIRY_SECONDS = Gauge(
+    "kvcodec_peer_certificate_expiry_timestamp_seconds",
+    "Unix time at which the first of the peer's certificates expires; 0 without TLS",
+)
+PEER_ASKED_PAGES = Counter(
+    "kvcodec_peer_asked_pages", "Pages asked for, by method and whether they were stored", ["method", "outcome"]
 )
 PEER_SENT_BYTES = Counter("kvcodec_peer_sent_bytes", "Object bytes sent by Fetch")
 PEER_RECEIVED_BYTES = Counter("kvcodec_peer_received_bytes", "Object bytes received by Put")

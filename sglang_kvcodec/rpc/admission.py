@@ -97,6 +97,16 @@ class Admission:
             raise _counted("expired_token", UnauthenticatedError(f"the token {entry.name} has expired"))
         return Caller(entry.name, entry, table.tenant_secret)
 
+    def require_operator(self, metadata: Iterable[tuple[str, str | bytes]], what: str) -> None:
+        """Refuses ``what`` to those who may not know of all tenants; without tokens to nobody.
+
+        Raises:
+            UnauthenticatedError: no token, an unknown or an expired one.
+            ForbiddenError: the token has not the scope admin, or is of a tenant.
+        """
+        if self._tokens is not None and not self.identify(metadata).is_operator:
+            raise _counted("scope", ForbiddenError(f"{what} is for tokens of the scope admin, of no tenant"))
+
     def require_still(self, caller: Caller) -> None:
         """Refuses a caller whose token was withdrawn, changed or has expired while its call was under way.
 
@@ -133,9 +143,10 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
         if service not in self._self_guarded:
             try:
-                caller = self._admission.identify(handler_call_details.invocation_metadata)
-                if service not in self._for_any_token and not caller.is_operator:
-                    raise _counted("scope", ForbiddenError(f"{service} is for tokens of the scope admin, of no tenant"))
+                if service in self._for_any_token:
+                    self._admission.identify(handler_call_details.invocation_metadata)
+                else:
+                    self._admission.require_operator(handler_call_details.invocation_metadata or (), service)
             except AccessError as error:
                 return _refusing(error)
         return await continuation(handler_call_details)

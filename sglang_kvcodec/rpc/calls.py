@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import FormatError, PeerTimeoutError, StorageError
 from sglang_kvcodec.rpc.admission import Admission, Caller
+from sglang_kvcodec.rpc.client_tallies import ClientTallies, ClientTally
 from sglang_kvcodec.rpc.errors import status_of
 from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.requests import parsed
@@ -36,6 +37,7 @@ class Call:
         admission: Admission,
         limits: PeerLimits,
         bandwidth: ClientBandwidth,
+        tally: ClientTally,
     ) -> None:
         self.caller = caller
         self.waited_s = 0.0
@@ -44,6 +46,7 @@ class Call:
         self._admission = admission
         self._limits = limits
         self._bandwidth = bandwidth
+        self._tally = tally
 
     async def request(self, kind: type[M]) -> M:
         """The one request of a call.
@@ -73,6 +76,7 @@ class Call:
         self.waited_s += time.monotonic() - started_s
         if data is grpc.aio.EOF:
             return None
+        self._tally.received_bytes += len(data)
         # Before the next one is read, so that the client finds no room to send it.
         await self._bandwidth.take(self.caller.name, len(data))
         return bytes(data)
@@ -90,6 +94,7 @@ class Call:
                 await self._context.write(encoded)
         except TimeoutError:
             raise self.too_slow(f"no message was taken within {self._limits.idle_s} s") from None
+        self._tally.sent_bytes += counted_bytes
 
     def require_still_admitted(self) -> None:
         """Raises ``UnauthenticatedError`` if the caller's token is no longer valid; for calls that last."""
@@ -108,6 +113,8 @@ class Calls:
         self._admission = admission
         self._limits = limits
         self._bandwidth = ClientBandwidth(limits.client_bandwidth_bits_per_s)
+        self.clients = ClientTallies()
+        """What each has done so far."""
 
     @property
     def message_bytes(self) -> int | None:
@@ -121,7 +128,8 @@ class Calls:
         status = grpc.StatusCode.OK
         try:
             caller = self._admission.caller(method, context)
-            yield Call(context, caller, self._admission, self._limits, self._bandwidth)
+            with self.clients.call(caller.name) as tally:
+                yield Call(context, caller, self._admission, self._limits, self._bandwidth, tally)
         except asyncio.CancelledError:
             status = grpc.StatusCode.CANCELLED
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 import ssl
@@ -10,9 +11,19 @@ import threading
 import grpc
 
 from sglang_kvcodec import peer_metrics
-from sglang_kvcodec.errors import ConfigurationError
+from sglang_kvcodec.errors import ConfigurationError, FormatError
+from sglang_kvcodec.rpc.certificate_time import expires_at_s
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Valid:
+    """What the files held when they were last in order."""
+
+    configuration: grpc.ServerCertificateConfiguration
+    context: ssl.SSLContext
+    expires_at_s: float
 
 
 class ServerCertificates:
@@ -35,7 +46,8 @@ class ServerCertificates:
         self._certificate, self._key, self._client_ca = certificate, key, client_ca
         self._lock = threading.Lock()
         self._contents = self._read()
-        self._configuration = self._checked(self._contents)
+        self._valid = self._given = self._checked(self._contents)
+        peer_metrics.PEER_CERTIFICATE_EXPIRY_SECONDS.set(self._valid.expires_at_s)
 
     @property
     def requires_client_certificate(self) -> bool:
@@ -45,26 +57,43 @@ class ServerCertificates:
     def credentials(self) -> grpc.ServerCredentials:
         """For a port of a gRPC server."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration, self._renewed, require_client_authentication=self.requires_client_certificate
+            self._given.configuration, self._renewed, require_client_authentication=self.requires_client_certificate
         )
 
-    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What is valid from now on; None as before. What is wrong is logged, counted, and does not take its place."""
+    def context(self) -> ssl.SSLContext:
+        """The same for a connection of another server than gRPC's that begins now."""
+        self.reload_if_changed()
+        return self._valid.context
+
+    def reload_if_changed(self) -> None:
+        """Reads the files again if they were changed. What is wrong is logged, counted, and does not take their place."""
         with self._lock:
-            try:
-                contents = self._read()
-                if contents == self._contents:
-                    return None
-                # Before the check, so that what is wrong is complained of once.
-                self._contents = contents
-                self._configuration = self._checked(contents)
-            except ConfigurationError as error:
-                logger.error("the certificate of before stays in use: %s", error)
-                peer_metrics.PEER_CERTIFICATE_RELOADS.labels("failed").inc()
+            self._reload_if_changed()
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """For gRPC: what is valid from now on; None as before."""
+        with self._lock:
+            self._reload_if_changed()
+            if self._valid is self._given:
                 return None
-            logger.info("read a new certificate from %s", self._certificate)
-            peer_metrics.PEER_CERTIFICATE_RELOADS.labels("ok").inc()
-            return self._configuration
+            self._given = self._valid
+            return self._valid.configuration
+
+    def _reload_if_changed(self) -> None:
+        try:
+            contents = self._read()
+            if contents == self._contents:
+                return
+            # Before the check, so that what is wrong is complained of once.
+            self._contents = contents
+            self._valid = self._checked(contents)
+        except ConfigurationError as error:
+            logger.error("the certificate of before stays in use: %s", error)
+            peer_metrics.PEER_CERTIFICATE_RELOADS.labels("failed").inc()
+            return
+        peer_metrics.PEER_CERTIFICATE_EXPIRY_SECONDS.set(self._valid.expires_at_s)
+        logger.info("read a new certificate from %s", self._certificate)
+        peer_metrics.PEER_CERTIFICATE_RELOADS.labels("ok").inc()
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         paths = (self._certificate, self._key, self._client_ca)
@@ -76,17 +105,21 @@ class ServerCertificates:
         assert key is not None
         return certificate, key, client_ca
 
-    def _checked(self, contents: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
+    def _checked(self, contents: tuple[bytes, bytes, bytes | None]) -> _Valid:
         """Refuses what gRPC would take, and fail each handshake with."""
         certificate, key, client_ca = contents
         try:
             # A password is asked for on the terminal otherwise.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key, password="")
-        except (OSError, ValueError) as error:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._certificate, self._key, password="")
+            ends_at_s = expires_at_s(certificate)
+        except (OSError, ValueError, FormatError) as error:
             raise ConfigurationError(f"no certificate and key: {self._certificate}, {self._key}: {error}") from error
         if client_ca is not None:
             require_certificates(client_ca, self._client_ca)
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca)
+            context.load_verify_locations(cadata=client_ca.decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
+        return _Valid(grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca), context, ends_at_s)
 
 
 def require_certificates(pem: bytes, path: pathlib.Path | None) -> None:

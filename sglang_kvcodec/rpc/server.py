@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Peer"].full_name
 _METRICS_PERIOD_S = 5.0
 _TOKENS_PERIOD_S = 1.0
+_CERTIFICATES_PERIOD_S = 10.0
 _LAST_WORDS_S = 1.0
 
 
@@ -87,7 +89,8 @@ class PeerServer:
         """
         limits = limits or PeerLimits()
         self._security = security or PeerSecurity()
-        admission = Admission(self._security.tokens)
+        admission = self.admission = Admission(self._security.tokens)
+        """Who may do what."""
         calls = Calls(admission, limits)
         guards = []
         if self._security.tokens is not None:
@@ -96,7 +99,11 @@ class PeerServer:
         self._engine = engine
         self._listen = listen
         views = TenantViews(engine)
+        self.clients = calls.clients
+        """What each client has done so far."""
         self._servicer = PeerServicer(engine, limits, calls, views)
+        self.prefixes = self._servicer.prefixes
+        """What Lookups have found."""
         self._calibrations = CalibrationServicer(artifacts, limits, calls) if artifacts is not None else None
         self._admin = AdminServicer(views, calls, self._servicer.bandwidth)
         self._health = health.aio.HealthServicer()
@@ -132,7 +139,17 @@ class PeerServer:
         await self._set_ready(True)
         self._tasks.append(asyncio.create_task(self._export_store_metrics()))
         if self._security.tokens is not None:
-            self._tasks.append(asyncio.create_task(_follow(self._security.tokens)))
+            reload = self._security.tokens.reload_if_changed
+            self._tasks.append(asyncio.create_task(_follow(reload, _TOKENS_PERIOD_S, "tokens")))
+        if self._security.certificates is not None:
+            # So that what is told of their expiry is right, also while nobody connects.
+            reload = self._security.certificates.reload_if_changed
+            self._tasks.append(asyncio.create_task(_follow(reload, _CERTIFICATES_PERIOD_S, "certificates")))
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it refuses new calls, for it is about to end."""
+        return self._drain.is_draining
 
     def reload_tokens(self) -> None:
         """Reads the tokens again, in the background; a certificate is looked at whenever a client connects."""
@@ -187,11 +204,11 @@ class PeerServer:
         peer_metrics.PEER_READY.set(is_ready)
 
 
-async def _follow(tokens: TokenFile) -> None:
+async def _follow(reload_if_changed: Callable[[], None], period_s: float, what: str) -> None:
     while True:
-        await asyncio.sleep(_TOKENS_PERIOD_S)
+        await asyncio.sleep(period_s)
         try:
-            await asyncio.get_running_loop().run_in_executor(None, tokens.reload_if_changed)
+            await asyncio.get_running_loop().run_in_executor(None, reload_if_changed)
         except Exception:
-            # A task's top: whatever it is, the tokens of before stay, and the next change is seen.
-            logger.exception("the tokens could not be read again")
+            # A task's top: whatever it is, what was read before stays, and the next change is seen.
+            logger.exception("the %s could not be read again", what)

@@ -29,6 +29,7 @@ from sglang_kvcodec.rpc.bandwidth import BandwidthLimit
 from sglang_kvcodec.rpc.budget import ByteBudget
 from sglang_kvcodec.rpc.calls import Call, Calls
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
+from sglang_kvcodec.rpc.hot_prefixes import HotPrefixes
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
 from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.prefix_order import PrefixOrder
@@ -69,6 +70,8 @@ class PeerServicer:
         self._client_budgets = ClientBudgets(self._limits.receive_bytes_of_a_client)
         self._stream = StreamSlots(self._limits.max_streams, self._limits.streams_of_a_client)
         self._order = PrefixOrder()
+        self.prefixes = HotPrefixes()
+        """What Lookups have found."""
 
     @property
     def bandwidth(self) -> BandwidthLimit | None:
@@ -86,9 +89,13 @@ class PeerServicer:
             request = await call.request(pb.LookupRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             engine = self._views.of(call.caller)
-            self._order.learn(_stored_keys(engine, keys))
+            stored_keys = _stored_keys(engine, keys)
+            self._order.learn(stored_keys)
             sizes = await self._read(engine.sizes, keys)
             covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
+            if covered:
+                self.prefixes.note(stored_keys[covered - 1], covered)
+            _count_asked("Lookup", sizes)
             return pb.LookupResponse(
                 covered_pages=covered,
                 present=bytes(size is not None for size in sizes),
@@ -104,6 +111,7 @@ class PeerServicer:
             size_bytes = message_bytes(request.max_message_bytes, self._most_message_bytes())
             sizes = await self._read(engine.sizes, keys)
             stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
+            _count_asked("Fetch", sizes)
             with engine.reading_ahead([(keys[index], size) for index, size in stored]):
                 layouts = await self._send_headers(engine, keys, stored, size_bytes, call)
                 await self._send_payload(engine, keys, layouts, size_bytes, call)
@@ -310,6 +318,12 @@ class PeerServicer:
 
     async def _in_threads(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))
+
+
+def _count_asked(method: str, sizes: Sequence[int | None]) -> None:
+    missing = sizes.count(None)
+    peer_metrics.PEER_ASKED_PAGES.labels(method, "stored").inc(len(sizes) - missing)
+    peer_metrics.PEER_ASKED_PAGES.labels(method, "missing").inc(missing)
 
 
 def _stored_keys(engine: StorageEngine, keys: Sequence[bytes]) -> Sequence[bytes]:
