@@ -66,7 +66,7 @@ class ServerCertificates:
         return self._valid.context
 
     def reload_if_changed(self) -> None:
-        """Reads the files again if they were changed. What is wrong is logged, counted, and does not take their place."""
+        """Reads the files again if they have changed. What is wrong is logged, counted and not taken."""
         with self._lock:
             self._reload_if_changed()
 

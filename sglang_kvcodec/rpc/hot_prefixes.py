@@ -36,7 +36,7 @@ class PrefixUse:
 
 
 class HotPrefixes:
-    """Remembers the prefixes that were found last, a bounded number. Thread-safe; a note takes the same for any store."""
+    """Remembers the prefixes that were found last, a bounded number of them. Thread-safe."""
 
     def __init__(self, prefixes: int = _PREFIXES_REMEMBERED) -> None:
         """Remembers at most ``prefixes`` of them."""

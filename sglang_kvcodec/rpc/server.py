@@ -139,12 +139,12 @@ class PeerServer:
         await self._set_ready(True)
         self._tasks.append(asyncio.create_task(self._export_store_metrics()))
         if self._security.tokens is not None:
-            reload = self._security.tokens.reload_if_changed
-            self._tasks.append(asyncio.create_task(_follow(reload, _TOKENS_PERIOD_S, "tokens")))
+            follow = _follow(self._security.tokens.reload_if_changed, _TOKENS_PERIOD_S, "tokens")
+            self._tasks.append(asyncio.create_task(follow))
         if self._security.certificates is not None:
             # So that what is told of their expiry is right, also while nobody connects.
-            reload = self._security.certificates.reload_if_changed
-            self._tasks.append(asyncio.create_task(_follow(reload, _CERTIFICATES_PERIOD_S, "certificates")))
+            follow = _follow(self._security.certificates.reload_if_changed, _CERTIFICATES_PERIOD_S, "certificates")
+            self._tasks.append(asyncio.create_task(follow))
 
     @property
     def is_draining(self) -> bool:
