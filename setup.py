@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sglang_kvcodec/__init__.py").read_text())[1]
 
-SERVER = ["lmdb>=1.4", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80"]
+# aiohttp serves the status page: it is what SGLang has as well.
+SERVER = ["aiohttp>=3.10", "grpcio-health-checking>=1.80", "grpcio-reflection>=1.80", "lmdb>=1.4"]
 REDIS = ["redis>=6"]
 S3 = ["obstore>=0.8"]
 DEMO = ["rich>=13"]
@@ -41,7 +42,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sglang_kvcodec", "sglang_kvcodec.*"]),
-    package_data={"sglang_kvcodec": ["py.typed", "*/*.pyi", "evaluation/texts/*.md", "evaluation/texts/*/*/*.txt"]},
+    package_data={
+        "sglang_kvcodec": [
+            "py.typed",
+            "*/*.pyi",
+            "status/page.html",
+            "evaluation/texts/*.md",
+            "evaluation/texts/*/*/*.txt",
+        ]
+    },
     python_requires=">=3.11",
     # grpcio and protobuf must accept what SGLang's own smg-grpc-servicer resolves to, so they have no upper bound.
     install_requires=[

@@ -46,7 +46,7 @@ def series() -> dict[str, set[str]]:
 
 SERIES = series()
 NOT_SERIES = {
-    *("sum", "by", "count", "rate", "increase", "histogram_quantile", "and", "label_values", "__name__"),
+    *("sum", "by", "count", "rate", "increase", "histogram_quantile", "and", "label_values", "__name__", "time"),
     *("__rate_interval", "instance"),
 }
 

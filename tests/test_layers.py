@@ -21,17 +21,19 @@ MAY_USE = {
     "kernels": BASE | {"format", "transform"},
     "calibration": BASE | {"format", "transform"},
     "rpc": BASE | {"format", "storage"},
+    "status": BASE | {"format", "rpc"},
     "models": BASE | {"format"},
     "flow": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration"},
     "evaluation": BASE | {"format"} | PARTS | JOINTS | {"flow"},
     "testing": BASE | {"format"} | PARTS | {"kernels", "rpc", "flow"},
     "plugin": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration", "flow"},
-    "cli": BASE | {"format"} | PARTS | JOINTS | {"flow", "testing", "evaluation"},
+    "cli": BASE | {"format"} | PARTS | JOINTS | {"status", "flow", "testing", "evaluation"},
 }
 """Layer -> the layers it may import besides itself. Nobody may import plugin or cli."""
 
 HOMES = {
     "PyNvVideoCodec": {"video"},
+    "aiohttp": {"status"},
     "av": {"video", "testing"},
     "google": {"format", "rpc"},
     "grpc": {"rpc"},
@@ -43,7 +45,7 @@ HOMES = {
     "lz4": {"evaluation"},
     "matplotlib": {"evaluation"},
     "obstore": {"storage"},
-    "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "plugin"},
+    "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "status", "plugin"},
     "pytest": {"testing"},
     "redis": {"storage"},
     "rich": {"cli"},

@@ -16,7 +16,7 @@ for name in blocked:
     sys.modules[name] = None  # makes `import name` raise ImportError
 import sglang_kvcodec
 imported = ["sglang_kvcodec.errors", "sglang_kvcodec.config", "sglang_kvcodec.metrics"]
-for layer in ("format", "storage", "rpc", "cli"):
+for layer in ("format", "storage", "rpc", "status", "cli"):
     package = importlib.import_module(f"sglang_kvcodec.{layer}")
     imported += [package.__name__]
     imported += [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]

@@ -14,6 +14,7 @@ import prometheus_client
 from sglang_kvcodec.cli import logs
 from sglang_kvcodec.cli.serve_config import ENVIRONMENT_PREFIX, LiveSettings, Reloader, add_configuration
 from sglang_kvcodec.cli.serve_security import add_security_arguments, check_listen, security, with_client_limits
+from sglang_kvcodec.cli.serve_status import add_status_argument, check_status_page, status_page
 from sglang_kvcodec.cli.settings import Resolved, Settings
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
 from sglang_kvcodec.errors import ConfigurationError
@@ -55,6 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " 4MB by default, 0 where the store is another machine's",
     )
     parser.add_argument("--metrics-port", metavar="PORT", type=int, help="serve Prometheus metrics on this port")
+    add_status_argument(parser)
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument(
         "--log-format", choices=logs.FORMATS, default="text", help="text for people, json: an object a line"
@@ -90,6 +92,7 @@ def run(arguments: argparse.Namespace, reread: Callable[[], Resolved]) -> int:
         raise ConfigurationError("a peer needs a store: --store lmdb:DIR, for instance")
     secured = security(arguments)
     host = check_listen(arguments.listen, arguments.insecure, secured)
+    check_status_page(arguments.status_page, arguments.insecure, secured)
     if arguments.ttl is not None and not arguments.ttl > 0:
         raise ConfigurationError("--ttl must be above 0")
     live = LiveSettings.parse(arguments)
@@ -111,16 +114,19 @@ def run(arguments: argparse.Namespace, reread: Callable[[], Resolved]) -> int:
     ):
         if artifacts is None:
             logger.warning("this peer keeps no calibrations: name a directory for them with --calibrations")
-        if arguments.metrics_port is not None:
+        if arguments.metrics_port is not None or arguments.status_page is not None:
             engine = MeteredEngine(engine)
         if engine.waits_for_network:
             engine = ReadAheadEngine(engine)
         if arguments.ttl is not None:
             engine = ExpiringEngine(engine, arguments.ttl)
-        words = f"store={without_password(arguments.store)} capacity={live.capacity_bytes}{metrics_address}"
+        store = without_password(arguments.store)
 
         async def serve(reloader: Reloader) -> None:
-            await _serve(PeerServer(engine, arguments.listen, limits, artifacts, secured), reloader, words)
+            server = PeerServer(engine, arguments.listen, limits, artifacts, secured)
+            with status_page(arguments.status_page, server, secured, store) as status_address:
+                words = f"store={store} capacity={live.capacity_bytes}{status_address}{metrics_address}"
+                await _serve(server, reloader, words)
 
         with contextlib.closing(Scrubber(engine, live.scrub_bytes_per_s_of(engine))) as scrubber:
             asyncio.run(serve(Reloader(reread, arguments, engine, scrubber)))
@@ -134,7 +140,7 @@ async def _serve(server: PeerServer, reloader: Reloader, words: str) -> None:
         loop.add_signal_handler(number, stopping.set)
 
     def reload() -> None:
-        server.reload_tokens()
+        server.reload_files()
         # In a thread: a smaller capacity may take a while.
         loop.run_in_executor(None, reloader.reload)
 

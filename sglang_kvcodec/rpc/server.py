@@ -151,10 +151,13 @@ class PeerServer:
         """Whether it refuses new calls, for it is about to end."""
         return self._drain.is_draining
 
-    def reload_tokens(self) -> None:
-        """Reads the tokens again, in the background; a certificate is looked at whenever a client connects."""
+    def reload_files(self) -> None:
+        """Reads the tokens again, and certificates that have changed, in the background."""
+        loop = asyncio.get_running_loop()
         if self._security.tokens is not None:
-            asyncio.get_running_loop().run_in_executor(None, self._security.tokens.reload_if_changed, True)
+            loop.run_in_executor(None, self._security.tokens.reload_if_changed, True)
+        if self._security.certificates is not None:
+            loop.run_in_executor(None, self._security.certificates.reload_if_changed)
 
     async def stop(self, drain_s: float) -> None:
         """Drains: says NOT_SERVING, refuses new calls, lets running ones end within ``drain_s``, then ends them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Mapping
 
 
@@ -24,10 +25,9 @@ class History:
 
     def rates(self, name: str) -> list[float]:
         """The counter's rate per second between each two samples, the latest last."""
-        samples = list(self._samples)
         return [
             (after.get(name, 0) - before.get(name, 0)) / max(now_s - then_s, 1e-9)
-            for (then_s, before), (now_s, after) in zip(samples, samples[1:], strict=False)
+            for (then_s, before), (now_s, after) in itertools.pairwise(self._samples)
         ]
 
     def increase(self, name: str) -> float:

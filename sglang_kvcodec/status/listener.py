@@ -1,14 +1,14 @@
 """The port of the status page: a thread and an event loop of its own, apart from the peer's.
 
-A connection gets one answer and ten seconds for everything, its TLS handshake included, and there are a few at a time. So
-whoever opens many, and says little, keeps others from the page, and nobody from the peer.
+A connection gets one answer and ten seconds for everything, its TLS handshake included, and there are few at a time. So
+whoever opens many and says little keeps others from the page, and nobody from the peer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import re
 import socket
 import ssl
 import threading
@@ -70,9 +70,10 @@ class StatusListener:
 
     def close(self) -> None:
         """Stops at once, whoever is connected."""
-        if self._thread.is_alive():
+        # Its loop may have ended by itself, over an error.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join()
+        self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:
@@ -84,11 +85,12 @@ class StatusListener:
             logger.exception("the status page has ended")
 
     async def _serve(self) -> None:
-        # What is still running when this returns is cancelled by the runner.
-        running = [asyncio.create_task(self._sample()), asyncio.create_task(self._accept())]
-        await self._stopping.wait()
-        for task in running:
-            task.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self._sample()), tasks.create_task(self._accept())]
+            await self._stopping.wait()
+            for task in running:
+                task.cancel()
+        # Connections are cancelled by the runner.
 
     async def _sample(self) -> None:
         while True:

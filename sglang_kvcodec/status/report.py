@@ -35,7 +35,7 @@ class PeerFacts:
         prefixes: what is asked for.
     """
 
-    address: str
+    address: Callable[[], str]
     store: str
     is_draining: Callable[[], bool]
     clients: ClientTallies
@@ -80,7 +80,7 @@ class StatusReport:
         is_ready = readings.value(peer_metrics.PEER_READY) > 0
         expires_at_s = readings.value(peer_metrics.PEER_CERTIFICATE_EXPIRY_SECONDS)
         return {
-            "address": self._facts.address,
+            "address": self._facts.address(),
             "store": self._facts.store,
             "version": __version__,
             "state": "draining" if self._facts.is_draining() else "ready" if is_ready else "not ready",

@@ -57,7 +57,7 @@ class StatusSite:
 
     def _refusal(self, request: web.BaseRequest) -> web.Response | None:
         if self._is_local and not is_loopback(_host(request)):
-            # A page from elsewhere whose name was made to point to this machine would read it from the operator's browser.
+            # Else a page from elsewhere, whose name was made to point here, could read it in an operator's browser.
             return _words(403, "this page is served at the address of this machine only, as localhost\n")
         try:
             self._admission.require_operator(list(_metadata(request)), "this page")
@@ -65,7 +65,9 @@ class StatusSite:
             refusal = _words(401, f"{error}\n")
             if request.path != REPORT_PATH:
                 # Has a browser ask for it. Not again and again, for what an open page is fed with.
-                refusal.headers["WWW-Authenticate"] = 'Basic realm="kvcodec peer: the password is a token", charset="UTF-8"'
+                refusal.headers["WWW-Authenticate"] = (
+                    'Basic realm="kvcodec peer: the password is a token", charset="UTF-8"'
+                )
             return refusal
         if request.method not in _METHODS:
             refusal = _words(405, "this page is for reading\n")
