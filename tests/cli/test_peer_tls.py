@@ -3,11 +3,14 @@
 import contextlib
 import datetime
 import json
+import re
 import shutil
 import socket
+import time
 
 import grpc
 import pytest
+from cryptography import x509
 from peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all, metrics_of
 from pki_kit import DAY, Authority
 
@@ -140,6 +143,43 @@ def test_a_certificate_is_renewed_under_a_running_peer(tmp_path, authority, serv
     # A connection that is open goes on.
     assert fetch_all(first) == [data for _, data in PAGES]
     assert 'kvcodec_peer_certificate_reloads_total{outcome="ok"} 1.0' in metrics_of(process)
+
+
+def expiry_s(process):
+    """When the peer says that its certificate expires, in seconds of Unix time."""
+    (line,) = re.findall(
+        r"^kvcodec_peer_certificate_expiry_timestamp_seconds (\S+)$", metrics_of(process), re.MULTILINE
+    )
+    return float(line)
+
+
+def said_in(certificate):
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
+
+
+@pytest.mark.parametrize("notice", ["the signal", "by itself"])
+def test_when_a_certificate_expires_is_told_at_start_and_after_a_renewal(tmp_path, authority, serve, client_of, notice):
+    """Also while nobody connects; and what was noticed before a client connects is what the client then sees."""
+    certificate, key = authority.issue("peer")
+    process = serve(certificate, key)
+    before_s = said_in(certificate)
+    assert expiry_s(process) == before_s
+    other = Authority(tmp_path, "other")
+    renewed, renewed_key = other.issue("new", ends=30 * DAY)
+    shutil.copy(renewed_key, key)
+    shutil.copy(renewed, certificate)
+    if notice == "the signal":
+        process.hang_up()
+    while expiry_s(process) == before_s:
+        time.sleep(0.1)
+    assert expiry_s(process) == said_in(renewed)
+    assert client_of(process.remote, tls_ca=other.file).lookup(NAMESPACE, HASHES).covered_pages == 0
+    refused(client_of(process.remote, tls_ca=authority.file))
+
+
+def test_a_peer_without_tls_tells_no_expiry():
+    with PeerProcess(arguments=STARTED_METRICS) as process:
+        assert expiry_s(process) == 0
 
 
 def test_a_client_takes_renewed_certificates_from_its_files(tmp_path, authority, serve, client_of):
