@@ -39,6 +39,7 @@ class StatusListener:
         report: StatusReport,
         context: Callable[[], ssl.SSLContext] | None = None,
         connection_s: float = _CONNECTION_S,
+        connections: int = _CONNECTIONS,
     ) -> None:
         """Listens and serves.
 
@@ -48,6 +49,7 @@ class StatusListener:
             report: is given its samples.
             context: serves by TLS, and is asked anew for each connection; None for plaintext.
             connection_s: how long a connection may last.
+            connections: how many there are at once; others wait.
 
         Raises:
             ConfigurationError: it can't listen there.
@@ -56,6 +58,7 @@ class StatusListener:
         self._report = report
         self._context = context
         self._connection_s = connection_s
+        self._connections = connections
         host, _, port = listen.rpartition(":")
         try:
             self._socket = _listening(host.strip("[]"), int(port))
@@ -99,7 +102,7 @@ class StatusListener:
 
     async def _accept(self) -> None:
         server = _Server(self._answer, access_log=None, keepalive_timeout=self._connection_s, lingering_time=0)
-        free = asyncio.Semaphore(_CONNECTIONS)
+        free = asyncio.Semaphore(self._connections)
         connections: set[asyncio.Task[None]] = set()
 
         def ended(task: asyncio.Task[None]) -> None:
