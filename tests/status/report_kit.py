@@ -26,11 +26,13 @@ class Answer:
         return json.loads(self.body)
 
 
-def ask(url, path="/", method="GET", ca=None, **headers):
+def ask(url, path="/", method="GET", ca=None, certificate=None, **headers):
     """Asks a page that is served at ``url``; names of headers with underscores."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "https":
         context = ssl.create_default_context(cafile=ca)
+        if certificate:
+            context.load_cert_chain(*certificate)
         connection = http.client.HTTPSConnection(parts.netloc, timeout=60, context=context)
     else:
         connection = http.client.HTTPConnection(parts.netloc, timeout=60)
