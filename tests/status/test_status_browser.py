@@ -34,7 +34,8 @@ def in_browser(tmp_path, scenario):
         async with browser_tab(tmp_path) as tab:
             await scenario(tab)
             assert tab.complaints == []
-            assert len({urllib.parse.urlsplit(url)[:2] for url in tab.requests if not url.startswith("data:")}) == 1
+            asked = [urllib.parse.urlsplit(url) for url in tab.requests]
+            assert len({(parts.hostname, parts.port) for parts in asked if parts.scheme != "data"}) == 1
 
     asyncio.run(run())
 
@@ -51,7 +52,7 @@ def test_it_follows_what_the_peer_does_without_being_loaded_again(tmp_path):
             await tab.wait_for_text("#state", "ready")
             assert await tab.evaluate("document.title") == f"kvcodec peer {process.address}"
             assert await tab.text("#objects") == "0"
-            assert await tab.text("#hits") == "–"
+            assert await tab.text("#hits") == "\u2013"
             assert await tab.text("#clients") == "Nobody has called yet."
             assert await tab.text("#errors") == "None."
             await tab.evaluate("still_here = true")
@@ -74,7 +75,9 @@ def test_it_follows_what_the_peer_does_without_being_loaded_again(tmp_path):
             cells = await tab.evaluate(
                 "[...document.querySelectorAll('#prefixes tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))"
             )
-            assert [row[:4] for row in cells] == [[f"{HASHES[3].hex()[:12]}…", f"{NAMESPACE.hex()[:12]}…", "4", "1 ×"]]
+            assert [row[:4] for row in cells] == [
+                [f"{HASHES[3].hex()[:12]}…", f"{NAMESPACE.hex()[:12]}…", "4", "1 \u00d7"]
+            ]
             assert "ipv4:127.0.0.1" in await tab.text("#clients tbody tr")
             assert "INVALID_ARGUMENT" in await tab.text("#errors tbody tr")
             assert await tab.evaluate("still_here")
@@ -90,9 +93,7 @@ def test_it_follows_what_the_peer_does_without_being_loaded_again(tmp_path):
             await tab.wait_for_text("#state", "ready")
             assert await tab.evaluate("document.querySelector('#lost').hidden && still_here")
             # Of the time without a peer.
-            assert all(
-                "CONNECTION_REFUSED" in complaint or "EMPTY_RESPONSE" in complaint for complaint in tab.complaints
-            )
+            assert all("net::ERR_" in complaint for complaint in tab.complaints)
             tab.complaints.clear()
 
         in_browser(tmp_path, scenario)
@@ -116,7 +117,7 @@ def hostile_page():
 def test_what_comes_from_outside_is_text(tmp_path, hostile_page):
     async def scenario(tab):
         await tab.open(hostile_page)
-        await tab.wait_for("document.querySelector('#updated').innerText !== '–'")
+        await tab.wait_for("document.querySelector('#updated').innerText !== '\u2013'")
         assert await tab.evaluate("document.title") == f"kvcodec peer {HOSTILE}"
         for place in ("#address", "#clients tbody td", "#errors tbody td:nth-child(2)"):
             assert await tab.evaluate(f"document.querySelector({place!r}).textContent") == HOSTILE
