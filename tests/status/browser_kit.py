@@ -15,7 +15,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
     *("--remote-debugging-port=0", "--window-size=1280,1000"),
 )
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 def find_browser():
@@ -32,6 +32,7 @@ class Tab:
         self._socket = socket
         self._numbers = itertools.count(1)
         self._answers = {}
+        self._loaded = asyncio.Event()
         self.requests = []
         """The URL of every request."""
         self.complaints = []
@@ -52,6 +53,8 @@ class Tab:
             await self.call(f"{domain}.enable")
         result = await self.call("Page.navigate", url=url)
         assert "errorText" not in result, result
+        # Before that, an expression may meet the page of before, or go down with it.
+        await asyncio.wait_for(self._loaded.wait(), PATIENCE_S)
 
     async def evaluate(self, expression):
         """The value of a JavaScript expression."""
@@ -87,7 +90,9 @@ class Tab:
                 self._answers.pop(event["id"]).set_result(event)
                 continue
             told = event["params"]
-            if event["method"] == "Network.requestWillBeSent":
+            if event["method"] == "Page.loadEventFired":
+                self._loaded.set()
+            elif event["method"] == "Network.requestWillBeSent":
                 self.requests.append(told["request"]["url"])
             elif event["method"] == "Runtime.exceptionThrown":
                 self.complaints.append(str(told["exceptionDetails"]))
