@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import threading
 import time
 from collections import OrderedDict
@@ -59,10 +60,15 @@ class ClientTallies:
         finally:
             tally.open_calls -= 1
 
-    def all(self) -> list[ClientTally]:
-        """A copy of every tally, the client that called last at the end."""
+    def __len__(self) -> int:
+        return len(self._tallies)
+
+    def top(self, count: int) -> list[ClientTally]:
+        """Copies of ``count`` tallies: those with the most calls under way first, then those who called last."""
         with self._lock:
-            return [dataclasses.replace(tally) for tally in self._tallies.values()]
+            tallies = list(self._tallies.values())
+        busiest = heapq.nlargest(count, tallies, key=lambda tally: (tally.open_calls, tally.called_at_s))
+        return [dataclasses.replace(tally) for tally in busiest]
 
     def _forget_idle(self) -> None:
         if len(self._tallies) > self._clients:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import grpc
 import grpc.aio
+from prometheus_client import Counter
 
 from sglang_kvcodec import __version__, peer_metrics
 from sglang_kvcodec.config import MIB
@@ -322,8 +323,14 @@ class PeerServicer:
 
 def _count_asked(method: str, sizes: Sequence[int | None]) -> None:
     missing = sizes.count(None)
-    peer_metrics.PEER_ASKED_PAGES.labels(method, "stored").inc(len(sizes) - missing)
-    peer_metrics.PEER_ASKED_PAGES.labels(method, "missing").inc(missing)
+    _asked_pages(method, "stored").inc(len(sizes) - missing)
+    _asked_pages(method, "missing").inc(missing)
+
+
+@functools.cache
+def _asked_pages(method: str, outcome: str) -> Counter:
+    """The counter of these labels: to find it takes ten times what it takes to count."""
+    return peer_metrics.PEER_ASKED_PAGES.labels(method, outcome)
 
 
 def _stored_keys(engine: StorageEngine, keys: Sequence[bytes]) -> Sequence[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import time
 from collections.abc import Callable
 from typing import Any
@@ -123,14 +122,12 @@ class StatusReport:
                 "lookups": use.lookups,
                 "idle_s": now_s - use.used_at_s,
             }
-            for use in self._facts.prefixes.top(_PREFIXES_SHOWN, now_s)
+            for use in self._facts.prefixes.top(_PREFIXES_SHOWN)
         ]
 
     def _clients(self, now_s: float) -> dict[str, Any]:
-        tallies = self._facts.clients.all()
-        shown = heapq.nlargest(_CLIENTS_SHOWN, tallies, key=lambda tally: (tally.open_calls, tally.called_at_s))
         return {
-            "count": len(tallies),
+            "count": len(self._facts.clients),
             "shown": [
                 {
                     "name": tally.name,
@@ -140,7 +137,7 @@ class StatusReport:
                     "received_bytes": tally.received_bytes,
                     "idle_s": now_s - tally.called_at_s,
                 }
-                for tally in shown
+                for tally in self._facts.clients.top(_CLIENTS_SHOWN)
             ],
         }
 

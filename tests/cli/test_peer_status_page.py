@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -133,6 +135,15 @@ def test_a_port_that_is_taken_is_an_error_at_start(capfd):
 def test_an_address_that_others_reach_needs_consent(capsys, address, words):
     assert main(["serve", "--store", "memory:", "--listen", "127.0.0.1:0", "--status-page", address]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_its_library_there_is_a_sentence():
+    code = "import sys; sys.modules['aiohttp'] = None\n"
+    code += "from sglang_kvcodec.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", "--store", "memory:", "--listen", "127.0.0.1:0", *WITH_PAGE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("kvcodec: --status-page needs the extra [server]: ")
 
 
 def test_with_consent_it_is_open_to_other_machines():
