@@ -8,6 +8,7 @@ import urllib.parse
 import pytest
 from browser_kit import browser_tab
 from cli.peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all
+from cli.pki_kit import DAY, Authority
 from report_kit import facts_of, page_of
 
 from sglang_kvcodec import peer_metrics
@@ -67,8 +68,9 @@ def test_it_follows_what_the_peer_does_without_being_loaded_again(tmp_path):
             assert await tab.text("#stored") == "1.2 MB"
             assert "of 1.1 GB" in await tab.text("#capacity")
             await tab.wait_for_text("#hits", "80.0 %")
-            assert "100.0 %" in await tab.text("#fetch-hits")
-            assert await tab.text("#moved") == "sent 1.2 MB, received 1.2 MB"
+            await tab.wait_for_text("#fetch-hits", "100.0 %, 100.0 %")
+            await tab.wait_for_text("#moved", "sent 1.2 MB, received 1.2 MB")
+            await tab.wait_for_text("#errors", "INVALID_ARGUMENT")
             for name in ("sent", "received"):
                 # Drawn above the axis.
                 await tab.wait_for(f"{HIGHEST_POINT % name} < {BASELINE} - 10")
@@ -79,7 +81,6 @@ def test_it_follows_what_the_peer_does_without_being_loaded_again(tmp_path):
                 [f"{HASHES[3].hex()[:12]}…", f"{NAMESPACE.hex()[:12]}…", "4", "1 \u00d7"]
             ]
             assert "ipv4:127.0.0.1" in await tab.text("#clients tbody tr")
-            assert "INVALID_ARGUMENT" in await tab.text("#errors tbody tr")
             assert await tab.evaluate("still_here")
             assert tab.requests.count(page_of(process)) == 1
             assert tab.complaints == []
@@ -145,23 +146,28 @@ def test_a_script_that_gets_into_the_page_nevertheless_does_not_run(tmp_path, ho
     in_browser(tmp_path, scenario)
 
 
-def test_an_operator_gives_a_token_as_password(tmp_path):
+def test_an_operator_gives_a_token_as_password_and_sees_when_the_certificate_expires(tmp_path):
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("peer", ends=10 * DAY)
     tokens = tmp_path / "tokens.toml"
     append_entry(tokens, TokenEntry("operator", hashlib.sha256(b"secret").digest(), frozenset(["admin"])))
     append_entry(tokens, TokenEntry("server", hashlib.sha256(b"server's").digest(), frozenset(["read", "write"])))
     (tmp_path / "server.token").write_text("server's")
+    access = Access(tls_ca=str(authority.file), token_file=str(tmp_path / "server.token"))
+    arguments = ["--tokens", str(tokens), "--tls-cert", str(certificate), "--tls-key", str(key)]
     with (
-        PeerProcess(arguments=["--status-page", "127.0.0.1:0", "--tokens", str(tokens)]) as process,
-        contextlib.closing(
-            GrpcPeer(process.remote, PATIENT, access=Access(token_file=str(tmp_path / "server.token")))
-        ) as client,
+        PeerProcess(arguments=["--status-page", "127.0.0.1:0", *arguments]) as process,
+        contextlib.closing(GrpcPeer(process.remote, PATIENT, access=access)) as client,
     ):
 
         async def scenario(tab):
+            # The browser knows no authority of ours; others check that the certificate is the right one.
+            await tab.call("Security.setIgnoreCertificateErrors", ignore=True)
             await tab.open(page_of(process).replace("//", "//operator:secret@"))
             await tab.wait_for_text("#state", "ready")
             await asyncio.to_thread(client.put, NAMESPACE, PAGES)
             await tab.wait_for_text("#clients", "server")
+            assert await tab.text("#certificate.warn") == " · certificate expires in 9 days"
             # Once it is withdrawn the page shows no more.
             tokens.write_text(tokens.read_text().replace("operator", "somebody-else").replace("admin", "read"))
             await tab.wait_for_text("#lost", "asks for a token")
