@@ -22,6 +22,9 @@ from sglang_kvcodec.status.report import PERIOD_S, StatusReport
 from sglang_kvcodec.status.site import StatusSite
 
 logger = logging.getLogger(__name__)
+_library_logger = logging.getLogger(f"{__name__}.library")
+# It would tell of every request that is none, with a traceback, to whoever sends enough of them.
+_library_logger.setLevel(logging.CRITICAL)
 
 _CONNECTIONS = 32
 _CONNECTION_S = 10.0
@@ -101,7 +104,13 @@ class StatusListener:
             await asyncio.sleep(PERIOD_S)
 
     async def _accept(self) -> None:
-        server = _Server(self._answer, access_log=None, keepalive_timeout=self._connection_s, lingering_time=0)
+        server = _Server(
+            self._answer,
+            logger=_library_logger,
+            access_log=None,
+            keepalive_timeout=self._connection_s,
+            lingering_time=0,
+        )
         free = asyncio.Semaphore(self._connections)
         connections: set[asyncio.Task[None]] = set()
 
@@ -141,7 +150,12 @@ class StatusListener:
                 transport.abort()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        return self._site.answer(request)
+        try:
+            return self._site.answer(request)
+        except Exception:
+            # The top of a request: the next one may fare better.
+            logger.exception("the status page could not answer")
+            return web.Response(status=500, text="the status page failed; the log says why\n")
 
 
 class _Server(web.Server):

@@ -3,12 +3,15 @@
 import contextlib
 import socket
 import time
+import urllib.parse
 
 import pytest
+from cli.pki_kit import Authority
 from report_kit import ask, facts_of
 
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.admission import Admission
+from sglang_kvcodec.rpc.certificates import ServerCertificates
 from sglang_kvcodec.status import StatusListener, StatusReport, StatusSite
 
 
@@ -98,8 +101,8 @@ def test_what_goes_wrong_is_500_and_the_next_one_is_answered(serve, caplog):
 
 
 def connect(url):
-    host, _, port = url.removeprefix("http://").strip("/").rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
+    parts = urllib.parse.urlsplit(url)
+    return socket.create_connection((parts.hostname, parts.port), timeout=60)
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "], ids=repr)
@@ -135,7 +138,16 @@ def test_who_takes_nothing_makes_room_for_others(serve):
         assert ask(url, "/status.json").told == {}
 
 
-def test_what_is_no_http_is_refused(serve):
+def test_who_never_shakes_hands_makes_room_for_others(serve, tmp_path):
+    authority = Authority(tmp_path)
+    url = serve(connection_s=1.0, connections=2, context=ServerCertificates(*authority.issue("peer")).context)
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(connect(url)).sendall(b"\x16\x03\x01")
+        assert ask(url, ca=authority.file).status == 200
+
+
+def test_what_is_no_http_is_refused_without_filling_the_log(serve, caplog):
     url = serve()
     with connect(url) as connection:
         connection.sendall(b"\x16\x03\x01 a TLS handshake\r\n\r\n")
@@ -144,6 +156,7 @@ def test_what_is_no_http_is_refused(serve):
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n")
         assert b"400" in connection.recv(1 << 16).split(b"\r\n")[0]
     assert ask(url).status == 200
+    assert caplog.text == ""
 
 
 def test_a_port_that_is_taken(serve):
