@@ -120,8 +120,9 @@ def test_what_comes_from_outside_is_text(tmp_path, hostile_page):
         await tab.open(hostile_page)
         await tab.wait_for("document.querySelector('#updated').innerText !== '\u2013'")
         assert await tab.evaluate("document.title") == f"kvcodec peer {HOSTILE}"
-        for place in ("#address", "#clients tbody td", "#errors tbody td:nth-child(2)"):
-            assert await tab.evaluate(f"document.querySelector({place!r}).textContent") == HOSTILE
+        for place in ("#address", "#clients tbody td", "#errors tbody td"):
+            shown = await tab.evaluate(f"[...document.querySelectorAll({place!r})].map((each) => each.textContent)")
+            assert HOSTILE in shown
         assert (await tab.evaluate("document.querySelector('#about').textContent")).startswith(HOSTILE)
         assert await tab.evaluate("document.querySelectorAll('img, main td b, header b').length") == 0
         assert await tab.evaluate("typeof owned") == "undefined"
