@@ -291,8 +291,8 @@ class Silent:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(merged_fetch, "_SILENCE_S", 0.05)
-    monkeypatch.setattr(merged_fetch, "_FIRST_WORD_S", 0.05)
+    monkeypatch.setattr(merged_fetch, "_SILENCE_S", 0.5)
+    monkeypatch.setattr(merged_fetch, "_FIRST_WORD_S", 0.5)
 
 
 @pytest.mark.parametrize("words", [0, 1, 12, 30])
@@ -312,7 +312,7 @@ def test_a_silent_peer_with_the_only_copy_is_waited_for(several, fakes, namespac
     peer.put(namespace, objects)
     peer.lookup(namespace, hashes)
     silent = Silent(fakes["c:3"], 5)
-    threading.Timer(0.5, silent.go_on.set).start()
+    threading.Timer(1.5, silent.go_on.set).start()
     pages = assemble(peer.fetch(namespace, hashes))
     assert pages == {index: data for index, (_, data) in enumerate(objects)}
     assert not silent.was_stopped.is_set()
