@@ -148,29 +148,42 @@ class MergedFetch:
                 if not run.left:
                     run.stop.set()
             self._moved.update(moved)
+            # Before a stream that was left can end: the fetch is over when none is running.
+            begun, missing = self._assign(moved)
         if moved:
             metrics.FETCH_SWITCHES.inc(len(moved))
             logger.info("kvcodec: a peer is silent in a fetch, others are asked for %d pages", len(moved))
-            self._ask(moved)
+            self._begin(begun, missing)
 
     def _ask(self, indices: Sequence[int]) -> None:
         """Asks the next peer of each page; where there is none any more, it is missing."""
+        with self._lock:
+            begun, missing = self._assign(indices)
+        self._begin(begun, missing)
+
+    def _assign(self, indices: Sequence[int]) -> tuple[list[tuple[_Run, list[int]]], list[FetchEvent]]:
+        """The streams to begin, which count as running from now on, and the pages that are missing; under the lock."""
         by_peer: dict[int, list[int]] = {}
         missing: list[FetchEvent] = []
-        with self._lock:
-            for index in indices:
-                if self._routes[index]:
-                    by_peer.setdefault(self._routes[index].pop(0), []).append(index)
-                else:
-                    missing.append(FetchedMissing(index))
-        if missing:
-            self._hand_over((None, missing))
+        for index in indices:
+            if self._routes[index]:
+                by_peer.setdefault(self._routes[index].pop(0), []).append(index)
+            else:
+                missing.append(FetchedMissing(index))
+        begun = []
         for peer, of_peer in by_peer.items():
             run = _Run(peer, of_peer, self._stop)
-            with self._lock:
-                self._running += 1
-                self._runs.append(run)
-                self._owners.update(dict.fromkeys(of_peer, run))
+            self._running += 1
+            self._runs.append(run)
+            self._owners.update(dict.fromkeys(of_peer, run))
+            begun.append((run, of_peer))
+        return begun, missing
+
+    def _begin(self, begun: Sequence[tuple[_Run, list[int]]], missing: list[FetchEvent]) -> None:
+        """Starts the streams, and tells of missing pages."""
+        if missing:
+            self._hand_over((None, missing))
+        for run, of_peer in begun:
             try:
                 self._threads.submit(self._run, run, of_peer)
             except RuntimeError:
