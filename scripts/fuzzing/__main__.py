@@ -23,14 +23,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target (default: 60)")
-    parser.add_argument("--seed", type=int, default=None, help="of the peer's calls, and of mutations; the time by default")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the peer's calls, and of mutations; the time by default"
+    )
     parser.add_argument(
         "--engine",
         choices=("atheris", "mutations"),
         default="atheris",
         help="for parsers: atheris follows coverage, mutations need no package",
     )
-    parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("build/fuzz"), help="corpora and findings")
+    parser.add_argument(
+        "--directory", type=pathlib.Path, default=pathlib.Path("build/fuzz"), help="corpora and findings"
+    )
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/results")
     arguments = parser.parse_args()
     targets = arguments.targets or names

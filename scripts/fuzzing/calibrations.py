@@ -95,7 +95,9 @@ def check_calibration(data: bytes) -> bool:
     require(calibration.encoded == data, "an artifact with a second form")
     layout = calibration.layout
     if calibration.layers_per_block * layout.channels <= _LARGEST_WIDTH:
-        _check_use(calibration, KVSpec(layout.layers, layout.kv_heads, layout.head_dim, 16, KVDtype.BFLOAT16, layout.sides))
+        _check_use(
+            calibration, KVSpec(layout.layers, layout.kv_heads, layout.head_dim, 16, KVDtype.BFLOAT16, layout.sides)
+        )
     return True
 
 

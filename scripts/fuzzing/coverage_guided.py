@@ -33,7 +33,9 @@ def main() -> None:
 
     if target.words:
         dictionary = corpus.with_suffix(".words")
-        dictionary.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in target.words))
+        dictionary.write_text(
+            "".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in target.words)
+        )
         arguments.append(f"-dict={dictionary}")
 
     def one_input(data: bytes) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-_EDGES = (0, 1, 2, 7, 8, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+EDGES = (0, 1, 2, 7, 8, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+"""Numbers at which something changes."""
 _MOST_BYTES = 1 << 16
 
 
@@ -33,7 +34,7 @@ def _change(data: bytearray, parts: Sequence[bytes], source: random.Random) -> N
         data[at:at] = source.randbytes(source.choice((1, 2, 4, 32)))
     elif kind == 4:
         size = source.choice((1, 2, 4, 8))
-        data[at : at + size] = (source.choice(_EDGES) % 256**size).to_bytes(size, source.choice(("little", "big")))
+        data[at : at + size] = (source.choice(EDGES) % 256**size).to_bytes(size, source.choice(("little", "big")))
     elif kind == 5:
         size = source.choice((4, 32, 500))
         data[at:at] = data[_place(data, source) :][:size]

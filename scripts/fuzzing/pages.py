@@ -157,7 +157,10 @@ def _group_decoders():
 def _seeds_of(kinds: Sequence[int]) -> list[bytes]:
     objects = golden_objects()
     return [
-        bytes([kind]) + (data if kind == RAW else opened(data)) for kind in kinds for data in objects if len(data) < 9000
+        bytes([kind]) + (data if kind == RAW else opened(data))
+        for kind in kinds
+        for data in objects
+        if len(data) < 9000
     ]
 
 

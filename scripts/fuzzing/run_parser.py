@@ -56,7 +56,9 @@ def run_with_atheris(name: str, seconds: float, directory: pathlib.Path, say: Ca
     outcome = Outcome(name, "atheris", 0, 0.0, 0.0, 0, [])
     started_s = said_s = time.monotonic()
     words: list[str] = []
-    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, errors="replace") as run:
+    with subprocess.Popen(
+        command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, errors="replace"
+    ) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if status := _STATUS.match(line):

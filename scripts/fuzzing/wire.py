@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from google.protobuf.message import DecodeError
 
 from fuzzing.pages import golden_objects
-from fuzzing.target import FindingError, Target, require
+from fuzzing.target import Target, require
 from sglang_kvcodec.errors import FormatError, PeerRejectedError
 from sglang_kvcodec.format.digest import artifact_digest
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing, FetchEvent
-from sglang_kvcodec.format.page_object import PageObject, header_bytes
-from sglang_kvcodec.rpc import admin_client
-from sglang_kvcodec.rpc import admin_pb2, peer_pb2
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import PageObject, build_page_object, header_bytes
+from sglang_kvcodec.format.spec import layer_groups
+from sglang_kvcodec.rpc import admin_client, admin_pb2, peer_pb2
 from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, calibration_entries, put_messages
 from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
 from sglang_kvcodec.rpc.wire import decode_fetch, decode_put, encode_chunk, encode_fragments
@@ -57,8 +58,11 @@ def _events_as_protobuf_has_them(message: bytes) -> list[FetchEvent] | None:
 @functools.cache
 def _pages() -> tuple[bytes, ...]:
     """Two pages of one layout."""
-    objects = [data for data in golden_objects() if PageObject(data).header.profile_name == "raw"]
-    return tuple(objects[:1])
+    data = next(data for data in golden_objects() if PageObject(data).header.profile_name == "raw")
+    page = PageObject(data)
+    spec, key = page.header.spec, page.header.key
+    groups = [{side: page.side_data(group.index, side) for side in spec.sides} for group in layer_groups(spec)]
+    return data, build_page_object(PageKey(key.namespace_digest, bytes(32)), spec, "raw", groups)
 
 
 def _check_fetch(data: bytes) -> bool:
@@ -122,10 +126,8 @@ def _check_calibration(data: bytes) -> bool:
 
 
 def _read_pages(data: bytes, *, without_data: bool) -> bool:
-    messages = []
     try:
-        for message in _split(data):
-            messages.append(admin_pb2.ReadPagesResponse.FromString(message))
+        messages = [admin_pb2.ReadPagesResponse.FromString(message) for message in _split(data)]
     except DecodeError:
         return False
     source = iter(messages)
