@@ -134,7 +134,7 @@ class DirectoryArtifactStore(ArtifactStore):
             self._owner_file.close()
 
     def time_of_put_ms(self, model_digest: bytes) -> int:
-        """Of an artifact that is put now, in milliseconds of Unix time: after all of its model, whatever the clock says.
+        """Of an artifact that is put now, in milliseconds of Unix time: after all of its model, whatever time it is.
 
         The next start finds their order by it.
         """

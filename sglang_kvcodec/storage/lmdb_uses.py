@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 logger = logging.getLogger(__name__)
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 USES_HELD = 4096
 """Uses remembered before they are written without a put to do it."""
 MOST_USES_HELD = 4 * USES_HELD
-"""Where writing does not keep up, the oldest beyond these are forgotten: their loss only blurs the order of eviction."""
+"""Where writing does not keep up, the oldest are forgotten: their loss only blurs the order of eviction."""
 _PAUSE_FACTOR = 4.0
 """Each use dirties pages all over the file: writing them may take the disk a fifth of the time, puts have the rest."""
 
@@ -30,7 +31,8 @@ class RememberedUses:
         self._write = write
         self._changed = threading.Condition()
         self._number = last_number
-        self._held: dict[bytes, int] = {}
+        self._held: OrderedDict[bytes, int] = OrderedDict()
+        """The oldest first."""
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -45,11 +47,10 @@ class RememberedUses:
         with self._changed:
             for key in reversed(keys):
                 self._number += 1
-                # As the newest of them, so that the oldest are found first.
-                self._held.pop(key, None)
                 self._held[key] = self._number
+                self._held.move_to_end(key)
             while len(self._held) > MOST_USES_HELD:
-                del self._held[next(iter(self._held))]
+                self._held.popitem(last=False)
             if len(self._held) >= USES_HELD and not self._closed:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="kvcodec-lmdb-uses", daemon=True)
@@ -59,13 +60,14 @@ class RememberedUses:
     def take(self) -> dict[bytes, int]:
         """Key -> number of all that are held; they are the caller's now."""
         with self._changed:
-            taken, self._held = self._held, {}
+            taken, self._held = self._held, OrderedDict()
         return taken
 
     def give_back(self, taken: dict[bytes, int]) -> None:
         """Holds what could not be written, unless it was used again since."""
         with self._changed:
-            self._held = {key: number for key, number in taken.items() if key not in self._held} | self._held
+            older = [(key, number) for key, number in taken.items() if key not in self._held]
+            self._held = OrderedDict([*older, *self._held.items()])
 
     def close(self) -> None:
         """Ends the thread, after what it is writing. May be called twice."""

@@ -99,7 +99,7 @@ def test_redis_is_started_again_without_what_it_had(start, tmp_path):
     """Misses, which are put anew."""
     with contextlib.ExitStack() as stack:
         valkey = stack.enter_context(ValkeyProcess(tmp_path / "valkey"))
-        process, client = start(f"redis://{valkey.address}")
+        _, client = start(f"redis://{valkey.address}")
         client.put(NAMESPACE, PAGES)
         valkey.kill()
         stack.enter_context(valkey.restart())
