@@ -1,7 +1,8 @@
 """A peer under many streams, among many pages, and while it is written to.
 
 ``streams``: Fetch with 1, 8 and 64 streams at once against a plain TCP copy over as many connections, in turn, in the
-same run, and the peer's memory meanwhile. All streams take all the CPU they get, peer, TCP sender and client on one machine.
+same run, and the peer's memory meanwhile. All streams take all the CPU they get; peer, TCP sender and client are on one
+machine.
 
 ``lookup``: 1024 page hashes, all stored, one after the other in a prefix, in a store of few objects and in one of many
 (``--objects``). The objects are of one byte and are written past the engine, sorted and in large transactions: a peer
@@ -10,8 +11,8 @@ different conversations are; the engine's own time for the same keys is measured
 
 ``mixed``: a Fetch of a few pages, again and again, alone and while two clients put pages as fast as they can, on disk.
 
-``python -m benchmarks.bench_peer [--only streams,lookup,mixed] [--directory DIR]``; ``--objects 10_000_000`` takes about
-5 GB in DIR.
+``python -m benchmarks.bench_peer [--only streams,lookup,mixed] [--directory DIR]``; ``--objects 10_000_000`` takes
+about 5 GB in DIR.
 """
 
 import argparse
