@@ -97,7 +97,7 @@ def decode_fetch(data: bytes) -> list[FetchEvent]:
         raise FormatError(f"not a Fetch message: {error}") from error
     if len(response.headers) > MAX_PAGES_PER_REQUEST or len(response.missing) > MAX_PAGES_PER_REQUEST:
         # Before there is an object for each: a byte or two of the message would become a hundred.
-        raise FormatError(f"{len(response.headers)} headers and {len(response.missing)} missing pages in a Fetch message")
+        raise FormatError(f"{len(response.headers)} headers, {len(response.missing)} missing pages in a Fetch message")
     events: list[FetchEvent] = [FetchedHeader(h.page_index, h.object_bytes, h.header) for h in response.headers]
     events += [FetchedMissing(page_index) for page_index in response.missing]
     events += [FetchedFragment(f.page_index, f.offset, f.data) for f in response.fragments]
