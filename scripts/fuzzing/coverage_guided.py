@@ -9,8 +9,14 @@ import importlib
 import logging
 import pathlib
 import sys
+import time
 
 import atheris
+
+from fuzzing.target import require
+
+INPUT_LIMIT_S = 5.0
+"""Of CPU time: inputs are of a few KiB."""
 
 
 def main() -> None:
@@ -39,7 +45,9 @@ def main() -> None:
         arguments.append(f"-dict={dictionary}")
 
     def one_input(data: bytes) -> None:
+        started_s = time.process_time()
         target.check(data)
+        require(time.process_time() - started_s < INPUT_LIMIT_S, "an input that takes too long")
 
     atheris.Setup([sys.argv[0], *arguments], one_input)
     atheris.Fuzz()
