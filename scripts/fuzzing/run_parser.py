@@ -20,7 +20,7 @@ _GROWTH_LIMIT_MB = 128
 """Of the memory of a process that has seen its first inputs."""
 _INPUTS_PER_LOOK = 5000
 _HANG_S = 300
-"""By the clock on the wall, which a machine with other work may stretch; see ``coverage_guided`` for the bound on CPU."""
+"""By the clock on the wall, which other work stretches; ``coverage_guided`` has a bound on the CPU time of an input."""
 _ROUND_S = 120.0
 _SAY_EVERY_S = 10.0
 _STATUS = re.compile(r"#(\d+).* cov: (\d+) ft: (\d+) .*rss: (\d+)Mb")
