@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import os
@@ -37,6 +38,8 @@ _PATIENT = Timeouts(connect_s=30, lookup_s=30, progress_s=30, fetch_s=60, put_s=
 _CALL_S = 30.0
 _CALLS_PER_CHECK = 100
 _MOST_FINDINGS = 5
+_CALLERS = 4
+_SEEDS_OF_A_CALLER = 1_000_000
 _SAY_EVERY_S = 10.0
 _ALLOWED = {
     grpc.StatusCode.OK,
@@ -203,29 +206,38 @@ class FuzzedPeer:
 
 
 def run_peer(seconds: float, seed: int, say: Callable[[str], None]) -> Outcome:
-    """Calls of every RPC for a given time."""
-    outcome = Outcome("peer", f"Hypothesis, seed {seed}", 0, 0.0, 0.0, None, [])
-    started_s = said_s = time.monotonic()
-    frames = mutants(FRAMES, seed)
+    """Calls of every RPC for a given time, several at once."""
+    outcome = Outcome("peer", f"Hypothesis, {_CALLERS} callers, seed {seed}", 0, 0.0, 0.0, None, [])
+    started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, FuzzedPeer(pathlib.Path(directory)) as peer:
-        turn = 0
-        while time.monotonic() - started_s < seconds and len(outcome.findings) < _MOST_FINDINGS:
-            turn += 1
-            try:
-                _make_some(peer, seed + turn, started_s + seconds)
-                peer.send(next(frames))
-                peer.check()
-            except Exception as error:  # whatever it is, it is a finding
-                outcome.findings.append(f"{type(error).__name__}: {error}")
-                if not peer.process.alive:
-                    break
-            if time.monotonic() - said_s > _SAY_EVERY_S:
-                said_s = time.monotonic()
+        arguments = [(peer, seed + number * _SEEDS_OF_A_CALLER, started_s + seconds) for number in range(_CALLERS)]
+        with concurrent.futures.ThreadPoolExecutor(_CALLERS) as callers:
+            calling = [callers.submit(_call_until, *each, outcome.findings) for each in arguments]
+            while concurrent.futures.wait(calling, _SAY_EVERY_S).not_done:
                 say(f"peer: {peer.made} calls, {peer.peak_rss_mb:.0f} MiB, {len(outcome.findings)} findings")
+        if peer.process.alive:
+            outcome.findings += _finding_of(peer.check)
         outcome.executions, outcome.peak_rss_mb = peer.made, peer.peak_rss_mb
         say(f"peer: {_table(peer.statuses)}")
     outcome.seconds = time.monotonic() - started_s
     return outcome
+
+
+def _call_until(peer: FuzzedPeer, seed: int, until_s: float, findings: list[str]) -> None:
+    """Calls and connections of one caller, until the time or the peer has ended, or there are enough findings."""
+    frames = mutants(FRAMES, seed)
+    while time.monotonic() < until_s and len(findings) < _MOST_FINDINGS and peer.process.alive:
+        seed += 1
+        findings += _finding_of(lambda: _make_some(peer, seed, until_s))  # noqa: B023  (called at once)
+        findings += _finding_of(lambda: peer.send(next(frames)))
+
+
+def _finding_of(work: Callable[[], None]) -> list[str]:
+    try:
+        work()
+    except Exception as error:  # whatever it is, it is a finding
+        return [f"{type(error).__name__}: {error}"]
+    return []
 
 
 def _make_some(peer: FuzzedPeer, seed: int, until_s: float) -> None:
