@@ -22,6 +22,7 @@ BENCH = [
     "zstandard>=0.22",
 ]
 DEV = [
+    "atheris>=3",
     "grpcio-tools>=1.80",
     "hypothesis>=6.100",
     "mypy>=1.15",

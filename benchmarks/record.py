@@ -26,6 +26,8 @@ _PACKAGES = (
     "lmdb",
     "numpy",
     "zstandard",
+    "hypothesis",
+    "atheris",
 )
 
 

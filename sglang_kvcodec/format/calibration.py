@@ -290,13 +290,15 @@ class Calibration:
                 },
                 notes=fields["notes"],
             )
+            # Its numbers and its depth are judged by what writes them: NaN is no JSON, though Python reads it.
+            is_canonical = calibration.encoded == data
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, RecursionError) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(f"not a calibration: {error}") from error
         if tensors:
             raise UnknownFormatError(f"a calibration with tensors this version does not know: {sorted(tensors)[:3]}")
-        if calibration.encoded != data:
+        if not is_canonical:
             # One calibration has one name: what else could be written is not an artifact.
             raise FormatError("a calibration that is not in its canonical form")
         return calibration
@@ -356,6 +358,8 @@ def _check(calibration: Calibration) -> None:
     layout = calibration.layout
     if len(calibration.model_digest) != NAMESPACE_BYTES:
         raise FormatError("a model digest of the wrong length")
+    if not isinstance(calibration.notes, dict):
+        raise FormatError("a calibration whose notes are no object")
     rope = calibration.rope
     if rope is not None and rope.head_dim != layout.head_dim:
         raise FormatError("a rotation of other heads")

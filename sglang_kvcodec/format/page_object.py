@@ -36,6 +36,9 @@ CALIBRATION_DIGEST_BYTES = 32
 MAX_POSITION = 1 << 32
 """Beyond any model's context; the rotation's angles are exact enough up to here."""
 
+_MOST_STAGES, _MOST_SIDES, _MOST_LAYERS, _KINDS = 16, 2, 1 << 16, 3
+"""Of a manifest; of parts there is one of each kind."""
+
 _SIDES = {Side.KEY: pb.SIDE_KEY, Side.VALUE: pb.SIDE_VALUE, Side.LATENT: pb.SIDE_LATENT}
 _SIDES_BACK = {number: side for side, number in _SIDES.items()}
 
@@ -229,6 +232,7 @@ def read_header(data: Buffer) -> PageHeader:
         manifest.ParseFromString(encoded)
     except DecodeError as error:
         raise FormatError(f"not a manifest: {error}") from error
+    _refuse_too_many(manifest)
     _refuse_unknown_fields(manifest)
     if manifest.format_version != FORMAT_VERSION:
         raise UnknownFormatError(f"manifest of format version {manifest.format_version}")
@@ -265,6 +269,22 @@ def read_header(data: Buffer) -> PageHeader:
         group_ranges=ranges,
         manifest=manifest,
     )
+
+
+def _refuse_too_many(manifest: pb.Manifest) -> None:
+    """Before anything is looked at one by one: 4 MiB hold two million parts, which take seconds and say nothing.
+
+    What a later version has more of is not known to this one.
+    """
+    has_too_many = (
+        len(manifest.stages) > _MOST_STAGES
+        or len(manifest.kv_spec.sides) > _MOST_SIDES
+        # Each group has a layer at least.
+        or len(manifest.groups) > min(manifest.kv_spec.layers, _MOST_LAYERS)
+        or any(len(group.parts) > _MOST_SIDES * _KINDS for group in manifest.groups)
+    )
+    if has_too_many:
+        raise UnknownFormatError("more stages, sides, layer groups or parts than any page object has")
 
 
 def _refuse_unknown_fields(message: Message) -> None:

@@ -137,6 +137,10 @@ class Calls:
             if context.done():
                 status = grpc.StatusCode.CANCELLED
                 return
+            if isinstance(error, grpc.aio.InternalError):
+                # gRPC could not send: the client has gone, of which the call itself hears a moment later.
+                status = grpc.StatusCode.CANCELLED
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "a message could not be sent")
             status, sentence = status_of(error)
             if isinstance(error, StorageError):
                 logger.warning("%s failed: %s", method, error)

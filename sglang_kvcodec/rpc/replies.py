@@ -23,10 +23,11 @@ def lookup_result(response: pb.LookupResponse, pages: int) -> LookupResult:
     Raises:
         FormatError: it contradicts the question or itself.
     """
-    present = tuple(byte == 1 for byte in response.present)
     covered = response.covered_pages
-    if len(present) != pages or covered > pages or not all(present[:covered]) or any(present[covered : covered + 1]):
-        raise FormatError(f"{covered} pages covered, {len(present)} answered of {pages} asked")
+    has_all = len(response.present) == pages
+    present = tuple(byte == 1 for byte in response.present) if has_all else ()
+    if not has_all or covered > pages or not all(present[:covered]) or any(present[covered : covered + 1]):
+        raise FormatError(f"{covered} pages covered, {len(response.present)} answered of {pages} asked")
     return LookupResult(covered, present, response.covered_bytes)
 
 

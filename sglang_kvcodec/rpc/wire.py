@@ -14,6 +14,7 @@ from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.digest import Buffer
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing, FetchEvent
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc.limits import MAX_PAGES_PER_REQUEST
 
 _VARINT, _LEN = 0, 2
 _FRAGMENTS_TAG = pb.FetchResponse.FRAGMENTS_FIELD_NUMBER << 3 | _LEN
@@ -94,6 +95,9 @@ def decode_fetch(data: bytes) -> list[FetchEvent]:
         response.ParseFromString(data)
     except DecodeError as error:
         raise FormatError(f"not a Fetch message: {error}") from error
+    if len(response.headers) > MAX_PAGES_PER_REQUEST or len(response.missing) > MAX_PAGES_PER_REQUEST:
+        # Before there is an object for each: a byte or two of the message would become a hundred.
+        raise FormatError(f"{len(response.headers)} headers, {len(response.missing)} missing pages in a Fetch message")
     events: list[FetchEvent] = [FetchedHeader(h.page_index, h.object_bytes, h.header) for h in response.headers]
     events += [FetchedMissing(page_index) for page_index in response.missing]
     events += [FetchedFragment(f.page_index, f.offset, f.data) for f in response.fragments]

@@ -133,6 +133,15 @@ class DirectoryArtifactStore(ArtifactStore):
             self._index.close()
             self._owner_file.close()
 
+    def time_of_put_ms(self, model_digest: bytes) -> int:
+        """Of an artifact that is put now, in milliseconds of Unix time: after all of its model, whatever time it is.
+
+        The next start finds their order by it.
+        """
+        newest = self._index.find(model_digest)
+        now_ms = time.time_ns() // 10**6
+        return now_ms if newest is None else max(now_ms, newest.stored_at_ms + 1)
+
     def new_file(self) -> tuple[pathlib.Path, int]:
         """For the writers: a file of a name that nobody reads, with its descriptor."""
         path = self._directory / f"{secrets.token_hex(8)}.part"
@@ -295,11 +304,11 @@ class _FileWriter(ArtifactWriter):
             self._check.require_whole()
             assert self._file is not None  # an artifact has at least one byte
             path, descriptor = self._file
-            stored_at_ns = time.time_ns()
+            stored_at_ms = self._store.time_of_put_ms(self._model_digest)
             with self._errors_in_our_words():
-                os.utime(descriptor, ns=(stored_at_ns, stored_at_ns))
+                os.utime(descriptor, ns=(stored_at_ms * 10**6, stored_at_ms * 10**6))
                 os.fsync(descriptor)
-            artifact = StoredArtifact(self._model_digest, self._digest, self._size_bytes, stored_at_ns // 10**6)
+            artifact = StoredArtifact(self._model_digest, self._digest, self._size_bytes, stored_at_ms)
             self._store.publish(artifact, path, self._place)
             os.close(descriptor)
             self._ended = True

@@ -13,9 +13,8 @@ from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
 from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
 from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
+from sglang_kvcodec.storage.lmdb_uses import RememberedUses
 
-_TOUCHES_HELD = 4096
-"""Uses remembered before they are written without a put to do it."""
 _EVICTIONS_PER_TRANSACTION = 1024
 _KEYS_PER_BATCH = 1024
 _ROOM_ATTEMPTS = 6
@@ -27,9 +26,9 @@ _logger = logging.getLogger(__name__)
 class LmdbEngine(StorageEngine):
     """Objects in an LMDB environment.
 
-    Every put is one transaction, synced before it returns, evictions included. Reads take no write transaction: what
-    they used is remembered here and written with the next put, every 4096 uses, and at close; a crash forgets at
-    most that much of the order, never an object.
+    Every put is one transaction, synced before it returns, evictions included. Reads take no write transaction and wait
+    for none: what they used is remembered and written with the next put, by a thread of its own every 4096 uses, and at
+    close. A crash forgets the uses that were not written, at most 16384, never an object.
 
     The data file grows with what is stored and never shrinks. LMDB stores in pages of 4 KiB, so the file is larger
     than the objects: little for objects of 100 KiB, several times for objects of 100 bytes.
@@ -55,11 +54,9 @@ class LmdbEngine(StorageEngine):
         self._environment = LmdbEnvironment(directory, max_file_bytes or _file_bytes(capacity_bytes))
         self._opened_at_s = time.time()
         self._write_lock = threading.Lock()
-        self._touch_lock = threading.Lock()
-        self._touches: dict[bytes, int] = {}
         try:
             with self._environment.reading() as store:
-                self._sequence = store.last_sequence()
+                self._uses = RememberedUses(store.last_sequence(), self._write_uses_alone)
             self._evict_to_capacity()
         except StorageUnavailableError:
             self._environment.close()
@@ -69,7 +66,7 @@ class LmdbEngine(StorageEngine):
         """See the base class."""
         with self._environment.reading() as store:
             found = [store.size_bytes(key) for key in keys]
-        self._remember_use([key for key, size_bytes in zip(keys, found, strict=True) if size_bytes is not None])
+        self._uses.remember([key for key, size_bytes in zip(keys, found, strict=True) if size_bytes is not None])
         return found
 
     def get(self, key: bytes) -> bytes | None:
@@ -77,7 +74,7 @@ class LmdbEngine(StorageEngine):
         with self._environment.reading() as store:
             value = store.read(key)
         if value is not None:
-            self._remember_use([key])
+            self._uses.remember([key])
         return value
 
     def get_range(self, key: bytes, start: int, stop: int) -> bytes | None:
@@ -98,7 +95,7 @@ class LmdbEngine(StorageEngine):
         with self._environment.reading() as store:
             is_there = store.size_bytes(key) is not None
         if is_there:
-            self._remember_use([key])
+            self._uses.remember([key])
             return False
         with self._write_lock:
             for attempt in range(_ROOM_ATTEMPTS):
@@ -144,7 +141,7 @@ class LmdbEngine(StorageEngine):
         with self._write_lock:
             self._environment.allow_file(self._max_file_bytes or _file_bytes(capacity_bytes))
             self._capacity_bytes = capacity_bytes
-            self._write_touches()
+            self._write_uses()
             self._evict_to_capacity()
 
     def stat(self) -> StoreStat:
@@ -154,28 +151,28 @@ class LmdbEngine(StorageEngine):
 
     def close(self) -> None:
         """See the base class."""
+        self._uses.close()
         with self._write_lock:
             if self._environment.closed:
                 return
-            self._write_touches()
+            self._write_uses()
             self._environment.close()
 
     def _put_in_one_transaction(self, key: bytes, value: bytes) -> bool:
-        touches = self._take_touches()
+        uses = self._uses.take()
         try:
             with self._environment.writing() as store:
-                for touched, sequence in touches.items():
-                    store.touch(touched, sequence)
+                for used, number in uses.items():
+                    store.touch(used, number)
                 if store.size_bytes(key) is not None:
-                    store.touch(key, self._next_sequence())
+                    store.touch(key, self._uses.next_number())
                     return False
                 while store.stored_bytes + len(value) > self._capacity_bytes:
                     store.evict_oldest()
-                store.add(key, value, self._next_sequence())
+                store.add(key, value, self._uses.next_number())
                 return True
         except StorageUnavailableError:
-            with self._touch_lock:
-                self._touches = {**touches, **self._touches}
+            self._uses.give_back(uses)
             raise
 
     def _make_room_in_file(self, room_bytes: int) -> None:
@@ -202,41 +199,21 @@ class LmdbEngine(StorageEngine):
             if store.stored_bytes <= self._capacity_bytes or not store.evict_oldest():
                 return
 
-    def _next_sequence(self) -> int:
-        with self._touch_lock:
-            self._sequence += 1
-            return self._sequence
+    def _write_uses_alone(self) -> None:
+        with self._write_lock:
+            self._write_uses()
 
-    def _remember_use(self, keys: Sequence[bytes]) -> None:
-        with self._touch_lock:
-            # The last key first, so that the first one ends up as used last.
-            for key in reversed(keys):
-                self._sequence += 1
-                self._touches[key] = self._sequence
-            is_due = len(self._touches) >= _TOUCHES_HELD
-        # A writer that is at work writes them soon; a read does not wait for it.
-        if is_due and self._write_lock.acquire(blocking=False):
-            try:
-                self._write_touches()
-            finally:
-                self._write_lock.release()
-
-    def _take_touches(self) -> dict[bytes, int]:
-        with self._touch_lock:
-            touches, self._touches = self._touches, {}
-        return touches
-
-    def _write_touches(self) -> None:
+    def _write_uses(self) -> None:
         """Writes the remembered uses; forgets them if that fails, for their loss only blurs the order of eviction."""
-        touches = self._take_touches()
-        if not touches:
+        uses = self._uses.take()
+        if not uses:
             return
         try:
             with self._environment.writing() as store:
-                for key, sequence in touches.items():
-                    store.touch(key, sequence)
+                for key, number in uses.items():
+                    store.touch(key, number)
         except StorageUnavailableError as error:
-            _logger.warning("the order of use of %d objects was not kept: %s", len(touches), error)
+            _logger.warning("the order of use of %d objects was not kept: %s", len(uses), error)
 
 
 def _file_bytes(capacity_bytes: int) -> int:

@@ -36,6 +36,9 @@ class S3Engine(StorageEngine):
     seconds and serves no longer. At start the bucket is listed, a thousand objects in a request. The order of use and
     the count of evictions are written when the store is closed and by :meth:`tidy`; after a crash what was put since
     goes by the time of its put.
+
+    Sizes are known without the bucket. So that nobody is told of objects that can't be read, an owner that can't ask
+    whether it still is one gives no sizes and no counts until it can.
     """
 
     name = "s3"
@@ -53,6 +56,7 @@ class S3Engine(StorageEngine):
         self._token = secrets.token_hex(16).encode()
         self._closed = threading.Event()
         self._is_owner = True
+        self._away = ""
         self._bucket.replace(_OWNER, self._token)
         evicted_objects, order = self._read_order()
         found = dict(self._listed())
@@ -67,6 +71,7 @@ class S3Engine(StorageEngine):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """See the base class."""
         self._require_open()
+        self._require_there()
         return [None if found is None else found.size_bytes for found in self._index.use(keys)]
 
     def get(self, key: bytes) -> bytes | None:
@@ -146,6 +151,7 @@ class S3Engine(StorageEngine):
     def stat(self) -> StoreStat:
         """See the base class."""
         self._require_open()
+        self._require_there()
         index = self._index
         return StoreStat(len(index), index.stored_bytes, self._capacity_bytes, index.evicted_objects)
 
@@ -208,11 +214,17 @@ class S3Engine(StorageEngine):
                 token = self._bucket.get(_OWNER)
             except StorageUnavailableError as error:
                 _logger.warning("can't tell whose %s is: %s", self._bucket.where, error)
+                self._away = str(error)
                 continue
+            self._away = ""
             if token != self._token:
                 self._is_owner = False
                 _logger.error("another peer has taken over %s: this one serves it no longer", self._bucket.where)
                 return
+
+    def _require_there(self) -> None:
+        if self._away:
+            raise StorageUnavailableError(self._away)
 
     def _require_open(self) -> None:
         if self._closed.is_set():

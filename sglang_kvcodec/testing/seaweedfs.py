@@ -36,11 +36,12 @@ class SeaweedProcess(ManagedProcess):
     SECRET_KEY = "kvcodec-secret"
 
     def __init__(self, directory: pathlib.Path) -> None:
-        """Starts it with its data in ``directory``.
+        """Starts it with its data in ``directory``, which :meth:`restart` keeps.
 
         Raises:
             ProcessError: it does not answer.
         """
+        self._directory = directory
         data = directory / "data"
         data.mkdir(parents=True)
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -59,7 +60,11 @@ class SeaweedProcess(ManagedProcess):
         ]
         command += ["-filer", "-s3", f"-s3.config={config}", f"-filer.localSocket={data}/filer.sock"]
         command += ["-volume.max=16", "-master.volumeSizeLimitMB=64"]
-        super().__init__("seaweedfs", command, directory / "log")
+        self._command = command
+        self._start()
+
+    def _start(self) -> None:
+        super().__init__("seaweedfs", self._command, self._directory / "log")
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
             self.check_alive()
@@ -73,6 +78,10 @@ class SeaweedProcess(ManagedProcess):
                     return
             time.sleep(_POLL_S)
         raise self.error("does not answer")
+
+    def restart(self) -> None:
+        """Starts it again on the same ports with the same data, after :meth:`kill`."""
+        self._start()
 
     @property
     def endpoint(self) -> str:

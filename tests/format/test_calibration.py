@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import struct
 
 import numpy as np
@@ -102,6 +103,11 @@ def _tensor(name, value):
         _set("layers_per_block", 0),
         _set("layers_per_block", 1 << 40),
         _set("layers_per_block", True),
+        # Python's json reads and writes these; JSON does not have them.
+        _set("notes", {"divergence": math.nan}),
+        _set("notes", {"divergence": math.inf}),
+        _set("notes", None),
+        _set("notes", ["of no", "name"]),
         _set("tiers", {}),
         _set_in("tiers", "exact", {}),
         _set_in("tiers", "high", "rounding", 0.7),

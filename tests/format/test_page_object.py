@@ -14,6 +14,7 @@ from sglang_kvcodec.errors import (
     TruncatedError,
     UnknownFormatError,
 )
+from sglang_kvcodec.format import page_object
 from sglang_kvcodec.format import page_object_pb2 as pb
 from sglang_kvcodec.format.digest import bytes_crc32
 from sglang_kvcodec.format.namespace import PageKey
@@ -240,3 +241,22 @@ def test_a_part_with_another_checksum_is_damaged():
 def test_a_manifest_that_claims_to_be_huge_is_refused_before_it_is_read():
     with pytest.raises(FormatError, match="too large"):
         header_bytes(PREFIX.pack(MAGIC, 1, 0, 2**32 - 1, 0))
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda m: m.stages.extend([""] * 200_000),
+        lambda m: m.kv_spec.sides.extend([1] * 200_000),
+        lambda m: m.groups.extend([pb.LayerGroup()] * 200_000),
+        lambda m: m.groups[0].parts.extend([pb.Part()] * 200_000),
+    ],
+    ids=["stages", "sides", "groups", "parts"],
+)
+def test_a_manifest_of_more_than_there_can_be_is_refused_before_it_is_looked_through(add, monkeypatch):
+    """It may have two million empty parts, which an interpreter would be busy with for seconds."""
+    looked_through = []
+    monkeypatch.setattr(page_object, "_refuse_unknown_fields", looked_through.append)
+    with pytest.raises(UnknownFormatError, match="more stages"):
+        PageObject(with_manifest(built(), add))
+    assert looked_through == []

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader, FetchedMissing
 from sglang_kvcodec.rpc import peer_pb2 as pb
+from sglang_kvcodec.rpc import wire
+from sglang_kvcodec.rpc.limits import MAX_PAGES_PER_REQUEST
 from sglang_kvcodec.rpc.wire import decode_fetch, decode_put, encode_chunk, encode_fragments
 
 no_deadline = settings(deadline=None)
@@ -100,3 +102,13 @@ def test_any_put_bytes_are_read_as_protobuf_reads_them_or_refused(data):
         return
     step = decode_put(data)
     assert step == (request.chunk if request.WhichOneof("step") == "chunk" else request)
+
+
+@pytest.mark.parametrize("field", ["headers", "missing"])
+def test_a_message_about_more_pages_than_any_request_has_is_refused(field, monkeypatch):
+    """Before there is an object for each: 8 MiB could tell of eight million missing pages."""
+    monkeypatch.setattr(wire, "FetchedHeader", None)
+    monkeypatch.setattr(wire, "FetchedMissing", None)
+    entries = {"headers": [pb.PageHeader()], "missing": [0]}[field] * (MAX_PAGES_PER_REQUEST + 1)
+    with pytest.raises(FormatError, match=str(MAX_PAGES_PER_REQUEST + 1)):
+        decode_fetch(pb.FetchResponse(**{field: entries}).SerializeToString())

@@ -5,13 +5,15 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import lmdb
 import lmdb_child
 import pytest
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
-from sglang_kvcodec.storage import lmdb_engine
+from sglang_kvcodec.storage import lmdb_engine, lmdb_uses
 from sglang_kvcodec.storage.base import StoreStat
 from sglang_kvcodec.storage.lmdb_engine import LmdbEngine
 from sglang_kvcodec.testing.storage import LruModel, StorageEngineContract, make_key, make_value
@@ -73,15 +75,51 @@ def test_uses_are_written_with_the_next_put(open_store, tmp_path):
 
 
 def test_uses_are_written_when_there_are_many_and_no_put(open_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb_engine, "_TOUCHES_HELD", 2)
+    monkeypatch.setattr(lmdb_uses, "USES_HELD", 2)
     store = open_store(90)
     for name in "abc":
         store.put(make_key(name), bytes(30))
+    before = (tmp_path / "store" / "data.mdb").read_bytes()
     store.sizes([make_key("b"), make_key("a")])
+    deadline_s = time.monotonic() + 60
+    while (tmp_path / "store" / "data.mdb").read_bytes() == before:
+        assert time.monotonic() < deadline_s
     shutil.copytree(tmp_path / "store", tmp_path / "copy")
     copy = open_store(90, tmp_path / "copy")
     copy.put(make_key("d"), bytes(60))
     assert set(contents(copy, "abcd")) == set("bd")
+
+
+def test_no_read_waits_for_a_disk_that_takes_no_writes(open_store, monkeypatch):
+    """However much is used meanwhile, and what is remembered of it stays bounded."""
+    monkeypatch.setattr(lmdb_uses, "USES_HELD", 3)
+    monkeypatch.setattr(lmdb_uses, "MOST_USES_HELD", 5)
+    store = open_store(1000)
+    names = "abcdefghij"
+    for name in names:
+        store.put(make_key(name), bytes(30))
+    stuck, freed, writing = threading.Event(), threading.Event(), store._environment.writing
+
+    @contextlib.contextmanager
+    def stuck_writing():
+        stuck.set()
+        assert freed.wait(60)
+        with writing() as transaction:
+            yield transaction
+
+    monkeypatch.setattr(store._environment, "writing", stuck_writing)
+    try:
+        store.sizes([make_key(name) for name in names])
+        assert stuck.wait(60)
+        for _ in range(3):
+            assert store.sizes([make_key(name) for name in names]) == [30] * 10
+            assert store.get(make_key("a")) == bytes(30)
+        assert set(store._uses._held) == {make_key(name) for name in "abcde"}
+    finally:
+        freed.set()
+    # The ones that were used last are there to be kept; the order of the others may have been forgotten.
+    store.put(make_key("k"), bytes(850))
+    assert set(contents(store, names)) == set("abcde")
 
 
 def test_reads_commit_nothing(open_store, tmp_path):

@@ -1,5 +1,7 @@
 import contextlib
 import itertools
+import threading
+import time
 
 import pytest
 
@@ -182,6 +184,41 @@ def test_a_store_that_fails_and_comes_back(open_store, monkeypatch):
     assert store._bucket.head(deleted[0]) is None
     assert store.put(make_key("a"), bytes(40)) is True
     assert store.stat() == StoreStat(2, 100, 100, 0)
+
+
+def test_nobody_is_told_of_objects_while_the_bucket_is_away(open_store, monkeypatch):
+    """Whoever was told would ask for them, and wait."""
+    store = open_store(100, owner_check_s=0.02)
+    fill(store, "a")
+    looked = threading.Event()
+
+    def fail(name):
+        looked.set()
+        raise StorageUnavailableError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._bucket, "get", fail)
+        assert looked.wait(60)
+        for use in (lambda: store.sizes([make_key("a")]), store.stat):
+            wait_until(lambda use=use: is_away(use))
+    wait_until(lambda: not is_away(store.stat))
+    assert store.sizes([make_key("a")]) == [30]
+    assert store.stat() == StoreStat(1, 30, 100, 0)
+
+
+def is_away(use):
+    try:
+        use()
+    except StorageUnavailableError as error:
+        return str(error) == "gone"
+    return False
+
+
+def wait_until(condition):
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def test_a_refusal_is_told(server, monkeypatch):
