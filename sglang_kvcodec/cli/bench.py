@@ -51,7 +51,9 @@ _ACCURACY_COLUMNS = {
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``bench`` to the command."""
     parser = subparsers.add_parser(
-        "bench", help="measure accuracy, ratio and TTFT of a model", description="Measures ways to code the KV of a model."
+        "bench",
+        help="measure accuracy, ratio and TTFT of a model",
+        description="Measures ways to code the KV of a model.",
     )
     benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
 

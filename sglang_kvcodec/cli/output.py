@@ -26,6 +26,12 @@ class ProgressBar:
         self._bar.set_postfix_str(words, refresh=False)
         self._bar.update()
 
+    def say(self, words: str) -> None:
+        """A line above the bar."""
+        from tqdm import tqdm
+
+        tqdm.write(words, file=sys.stderr)
+
     def close(self) -> None:
         """Ends the line."""
         if self._bar is not None:
@@ -46,3 +52,13 @@ def prepare_out(out: pathlib.Path | None) -> pathlib.Path | None:
         except OSError as error:
             raise ConfigurationError(f"can't write to {out}: {error.strerror}") from error
     return out
+
+
+def check_picture(path: pathlib.Path) -> None:
+    """Refuses a picture of another type than can be drawn.
+
+    Raises:
+        ConfigurationError: neither ``.svg`` nor ``.png``.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise ConfigurationError(f"{path}: a picture is .svg or .png")

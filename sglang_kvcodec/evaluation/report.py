@@ -14,7 +14,6 @@ from sglang_kvcodec.evaluation.tables import Row, check_can_draw
 from sglang_kvcodec.format.profile import CALIBRATED_TIERS
 
 
-
 def write_json(path: pathlib.Path, settings: Row, reports: Sequence[MethodReport]) -> None:
     """Everything: settings, a summary of each method, its bits by layer, and its figures by document."""
     document = {

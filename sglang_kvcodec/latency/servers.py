@@ -128,12 +128,19 @@ class ShapedPeer:
         for client in clients:
             wait_peer(client, up=True)
 
-    def put_calibrations(self, calibrations: Sequence[Calibration]) -> None:
-        """Stores calibrations, so that servers started from now on code with them."""
-        peer = GrpcPeer(self.remote, Timeouts(connect_s=5.0))
-        with contextlib.closing(peer):
-            for calibration in calibrations:
-                peer.put_calibration(calibration.model_digest, calibration.to_bytes())
+    def put_calibrations(self, artifacts: Sequence[bytes]) -> None:
+        """Stores calibrations, so that servers started from now on code with them.
+
+        Args:
+            artifacts: files of ``kvcodec calibrate``, one of each rank.
+
+        Raises:
+            FormatError: not a calibration.
+            PeerError: the peer does not take it.
+        """
+        with contextlib.closing(GrpcPeer(self.remote, Timeouts(connect_s=5.0))) as peer:
+            for artifact in artifacts:
+                peer.put_calibration(Calibration.from_bytes(artifact).model_digest, artifact)
 
     def stop(self) -> None:
         """Ends it, if it runs."""

@@ -23,7 +23,7 @@ AS_IS = "as is"
 """The bandwidth of a link that this does not shape."""
 _SETTLE_S = 2.0
 """Between two questions while a planner settles: as long as it takes what it knows of a link to get old."""
-_PUBLISH_TIMEOUT_S = 600.0
+PUBLISH_TIMEOUT_S = 600.0
 
 Shape = Callable[[str, Sequence[SGLangClient]], object]
 """Gives the link another bandwidth, which these servers have noticed when it returns."""
@@ -58,11 +58,19 @@ class SweepPlan:
         """Of one server: preparing each prompt, and measuring it at each bandwidth."""
         return 2 + self.repeats * (1 + len(self.bandwidths))
 
+    @property
+    def fastest(self) -> str:
+        """Of the bandwidths."""
+        return max(self.bandwidths, key=_rate)
+
     def bandwidths_of(self, repeat: int) -> list[str]:
-        """In the order of this repeat; the warm-up has the fastest alone."""
-        if repeat:
-            return rotated(self.bandwidths, repeat)
-        return [max(self.bandwidths, key=lambda name: _rate(name))]
+        """In the order of this repeat; the warm-up has the fastest alone.
+
+        The fastest is always the last: prefixes are stored before it changes, and a server that stores what another one
+        of its tier has stored already fetches it.
+        """
+        others = [name for name in self.bandwidths if name != self.fastest] if repeat else []
+        return [*rotated(others, repeat), self.fastest]
 
 
 def _rate(bandwidth: str) -> float:
@@ -92,14 +100,15 @@ class Sweep:
         with_kvcodec = [client for method, client in clients.items() if method.has_kvcodec]
         for repeat in range(self._plan.repeats + 1):
             prompt = self._prompt(repeat, next(iter(clients.values())))
-            for method, client in rotated(list(clients.items()), repeat):
+            # What a planner with several tiers fetched of one it would not store in the others, so it comes first.
+            for method, client in sorted(clients.items(), key=lambda pair: pair[0].name != PLANNER):
                 if method.has_kvcodec:
                     self._store(method, client, prompt)
                 self._progress.step(f"{method.name}: prefix {repeat}")
-            for index, bandwidth in enumerate(self._plan.bandwidths_of(repeat)):
+            for bandwidth in self._plan.bandwidths_of(repeat):
                 shape(bandwidth, with_kvcodec)
                 for method, client in rotated(list(clients.items()), repeat):
-                    found = list(self._measure(method, client, prompt, index + 1))
+                    found = list(self._measure(method, client, prompt, self._question(bandwidth)))
                     if repeat:
                         self.samples += [
                             dataclasses.replace(sample, bandwidth=bandwidth, repeat=repeat) for sample in found
@@ -113,11 +122,15 @@ class Sweep:
             self._prompts.append(make_prompt(self._plan.load, self._texts, baseline))
         return self._prompts[repeat]
 
+    def _question(self, bandwidth: str) -> int:
+        """One for each, so that no bandwidth finds stored what another one has computed."""
+        return 1 + self._plan.bandwidths.index(bandwidth)
+
     def _store(self, method: Method, client: SGLangClient, prompt: Prompt) -> None:
         client.forget()
         client.chat(prompt.stored, self._plan.load.answer_tokens)
-        if not client.wait_published(_PUBLISH_TIMEOUT_S):
-            raise RuntimeError(f"{method.name} has not published a prefix within {_PUBLISH_TIMEOUT_S:.0f} s")
+        if not client.wait_published(PUBLISH_TIMEOUT_S):
+            raise RuntimeError(f"{method.name} has not published a prefix within {PUBLISH_TIMEOUT_S:.0f} s")
 
     def _measure(self, method: Method, client: SGLangClient, prompt: Prompt, question: int) -> Iterator[Sample]:
         """One request, of a planner and of the server without kvcodec two that count."""
@@ -139,5 +152,5 @@ class Sweep:
 
 def rotated(items: Sequence[Item], by: int) -> list[Item]:
     """``items`` from another start in every round, so that none always comes first."""
-    by %= len(items)
+    by = by % len(items) if items else 0
     return [*items[by:], *items[:by]]
