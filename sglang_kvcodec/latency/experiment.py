@@ -102,8 +102,8 @@ def drive(
 ) -> list[Row]:
     """Drives a server by SGLang's load generator: without kvcodec once, with it at each bandwidth.
 
-    A server with kvcodec gets the load once beforehand, so that its prefixes are stored, and forgets what it holds before
-    each run.
+    A server with kvcodec gets the load once beforehand, so that its prefixes are stored, and forgets what it holds
+    before each run.
 
     Raises:
         ProcessError: the generator failed.

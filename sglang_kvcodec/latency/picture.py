@@ -13,7 +13,7 @@ READABLE_SVG = {"svg.fonttype": "none", "svg.hashsalt": "kvcodec"}
 """Words stay words, and the same figures give the same file."""
 _BEYOND = 10.0
 """How far right of the fastest bandwidth the one without a bound stands."""
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     PREFILL: {"linestyle": "--", "color": "tab:gray"},
     DEVICE: {"linestyle": ":", "color": "tab:gray"},
     PLANNER: {"linewidth": 2.5, "color": "black", "zorder": 5},

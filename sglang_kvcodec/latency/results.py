@@ -10,16 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.evaluation.tables import write_csv
 from sglang_kvcodec.latency import gantt, picture
 from sglang_kvcodec.latency.rows import Found, flat
 from sglang_kvcodec.latency.samples import Sample
-from sglang_kvcodec.latency.servers import wait_for
-from sglang_kvcodec.latency.trace_file import Trace, read_trace
+from sglang_kvcodec.latency.trace_file import read_trace
 from sglang_kvcodec.testing.machine import describe_machine, versions
-
-_TRACE_TIMEOUT_S = 10.0
 
 
 def document(
@@ -85,22 +81,3 @@ def draw_request(out: pathlib.Path, trace_path: pathlib.Path, rid: str) -> pathl
     """
     gantt.draw(out / "gantt.svg", gantt.gantt_of(read_trace(trace_path), rid))
     return out / "gantt.svg"
-
-
-def wait_traced(trace_path: pathlib.Path, rid: str) -> Trace:
-    """The trace, once the request is in it: a server writes it a moment later.
-
-    Raises:
-        TimeoutError: it is not.
-    """
-    found: list[Trace] = []
-
-    def has_come() -> bool:
-        try:
-            found[:] = [read_trace(trace_path)]
-        except KVCodecError:
-            return False
-        return any(span.name == "first token" for span in found[0].requests.get(rid, ()))
-
-    wait_for(has_come, f"request {rid} in {trace_path}", _TRACE_TIMEOUT_S)
-    return found[0]

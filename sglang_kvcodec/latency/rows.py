@@ -107,7 +107,8 @@ class Found:
         rivals = [self.samples_of(bandwidth, other) for other in others]
         best_s = [min(sample.reply.ttft_s for sample in same) for same in zip(*rivals, strict=True)]
         ttfts_s = [sample.reply.ttft_s for sample in self.samples_of(bandwidth, name)]
-        return round(statistics.median(a / b for a, b in zip(ttfts_s, best_s, strict=True)), 3)
+        ratios: list[float] = [a / b for a, b in zip(ttfts_s, best_s, strict=True)]
+        return round(statistics.median(ratios), 3)
 
     def planner_over_best(self) -> dict[str, float]:
         """Bandwidth -> TTFT of the planner over the best that an oracle would have chosen; empty without a planner."""

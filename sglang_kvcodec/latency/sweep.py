@@ -2,7 +2,7 @@
 
 Each repeat has a prefix of its own. Every server with kvcodec computes and publishes it; then, for each bandwidth, each
 is asked a question after that prefix, having forgotten what it holds, and the server without kvcodec computes it. The
-order changes from repeat to repeat. A planner is asked some more times before it is measured, so that it knows the link.
+order changes from repeat to repeat. A planner is asked some times before it is measured, so that it knows the link.
 """
 
 from __future__ import annotations
