@@ -195,7 +195,6 @@ def _measure(
         server, baseline = SGLangClient(arguments.server), SGLangClient(arguments.baseline)
         check_servers(server, baseline)
         model = arguments.model or server.model_path()
-        bar.begin(len(methods) * plan.steps)
         sweep, serving = run_on_servers(
             (methods[1], server), baseline, plan, _serving(arguments, model, plan), work_dir, bar, bar.say
         )
@@ -212,7 +211,6 @@ def _measure(
             tuple(shlex.split(arguments.server_args)),
             tuple(_read(path) for path in arguments.calibration),
         )
-        bar.begin(len(methods) * plan.steps)
         sweep, serving = run_on_own_servers(site, groups, plan, _serving(arguments, model, plan), bar, bar.say)
     bar.close()
     found = Found(sweep.samples, methods)

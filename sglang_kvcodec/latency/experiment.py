@@ -66,7 +66,7 @@ def run_on_own_servers(
         RuntimeError: a server or the peer did not start, with the end of its log; or it did not do what it must.
         TimeoutError: it did not do so in time.
     """
-    sweep, serving_rows = Sweep(plan, progress), []
+    sweep, serving_rows = Sweep(plan, sum(map(len, groups)), progress), []
     with ShapedPeer(site.work_dir / "store", site.capacity) as peer:
         for group in groups:
             peer.start(plan.fastest)
@@ -148,8 +148,8 @@ def run_on_servers(
         RuntimeError: a server did not do what it must.
         TimeoutError: it did not do so in time.
     """
-    sweep, serving_rows = Sweep(plan, progress), []
     clients = {Method(PREFILL): baseline, server[0]: server[1]}
+    sweep, serving_rows = Sweep(plan, len(clients), progress), []
     sweep.run(clients, lambda bandwidth, served: None)
     if serving is not None:
         for method, client in clients.items():

@@ -33,6 +33,9 @@ Item = TypeVar("Item")
 class Progress(Protocol):
     """Is told how far it is."""
 
+    def begin(self, steps: int) -> None:
+        """Comes once, before the first of so many steps."""
+
     def step(self, words: str) -> None:
         """One step more."""
 
@@ -80,9 +83,16 @@ def _rate(bandwidth: str) -> float:
 class Sweep:
     """Measures groups of servers, one after another, with the same prompts."""
 
-    def __init__(self, plan: SweepPlan, progress: Progress) -> None:
-        """Asks nothing yet."""
+    def __init__(self, plan: SweepPlan, servers: int, progress: Progress) -> None:
+        """Asks nothing yet.
+
+        Args:
+            plan: what is measured.
+            servers: how many, in all groups together.
+            progress: is told how far it is, from when the first servers are up.
+        """
         self._plan = plan
+        self._servers = servers
         self._progress = progress
         self._texts: Iterator[str] | None = None
         self._prompts: list[Prompt] = []
@@ -117,6 +127,7 @@ class Sweep:
 
     def _prompt(self, repeat: int, baseline: SGLangClient) -> Prompt:
         if self._texts is None:
+            self._progress.begin(self._servers * self._plan.steps)
             self._texts = fresh_texts(baseline.count_tokens, self._plan.load.text_tokens)
         while len(self._prompts) <= repeat:
             self._prompts.append(make_prompt(self._plan.load, self._texts, baseline))

@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import threading
 
 PAGE_TOKENS = 64
@@ -69,9 +68,13 @@ class FakeSGLang(http.server.ThreadingHTTPServer):
 
 
 def _cached_tokens(prompt, prompts):
-    common = max((len(os.path.commonprefix([prompt, other])) for other in prompts), default=0)
+    common = max((_common_chars(prompt, other) for other in prompts), default=0)
     whole = min(common // CHARS_PER_TOKEN, len(prompt) // CHARS_PER_TOKEN - 1)
     return whole // PAGE_TOKENS * PAGE_TOKENS
+
+
+def _common_chars(text, other):
+    return next((at for at, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -54,7 +54,9 @@ def test_other_words_of_a_lossless_tier_are_told_and_those_of_a_lossy_one_are_co
 def test_words_are_compared_within_a_repeat():
     samples = [sample(name, repeat=repeat, text=f"{repeat}") for name in ("prefill", "device") for repeat in (1, 2)]
     samples += [sample("exact", repeat=1, text="2"), sample("exact", repeat=2, text="2")]
-    assert [words.partition(":")[0] for words in Found(samples, EXACT).broken_words()] == ["exact at unlimited, repeat 1"]
+    assert [words.partition(":")[0] for words in Found(samples, EXACT).broken_words()] == [
+        "exact at unlimited, repeat 1"
+    ]
 
 
 @pytest.mark.parametrize(

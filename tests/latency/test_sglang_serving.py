@@ -1,6 +1,8 @@
 """The arguments of SGLang's load generator; that it runs is a test of the whole, with real servers."""
 
+import importlib.util
 import json
+import pathlib
 import sys
 
 import pytest
@@ -11,8 +13,15 @@ from sglang_kvcodec.latency.sglang_serving import ServingLoad, run_serving
 from sglang_kvcodec.testing.processes import ProcessError
 
 RESULT = {
-    **{"completed": 4, "duration": 1.23456, "mean_ttft_ms": 5.0, "median_ttft_ms": 4.0, "p99_ttft_ms": 9.0},
-    **{"request_throughput": 3.0, "input_throughput": 30.0, "output_throughput": 2.0, "total_throughput": 32.0},
+    "completed": 4,
+    "duration": 1.23456,
+    "mean_ttft_ms": 5.0,
+    "median_ttft_ms": 4.0,
+    "p99_ttft_ms": 9.0,
+    "request_throughput": 3.0,
+    "input_throughput": 30.0,
+    "output_throughput": 2.0,
+    "total_throughput": 32.0,
     "cache_report": {"device_cached_tokens": 64, "host_cached_tokens": None, "storage_cached_tokens": 128},
 }
 
@@ -23,11 +32,8 @@ def load(kind="shared-prefix"):
 
 def test_sglang_knows_all_arguments():
     """Every option is one of the installed generator."""
-    import pathlib
-
-    import sglang.benchmark
-
-    source = (pathlib.Path(sglang.benchmark.__file__).parent / "serving.py").read_text()
+    spec = importlib.util.find_spec("sglang.benchmark.serving")
+    source = pathlib.Path(spec.origin).read_text()
     for argument in load().arguments("http://127.0.0.1:1", pathlib.Path("out.jsonl")):
         if argument.startswith("--"):
             assert f'"{argument}"' in source, argument
@@ -53,7 +59,9 @@ def generator(monkeypatch, tmp_path):
         monkeypatch.setattr(
             sglang_serving,
             "ManagedProcess",
-            lambda name, command, log, real=sglang_serving.ManagedProcess: real(name, [str(stand_in), *command[1:]], log),
+            lambda name, command, log, real=sglang_serving.ManagedProcess: real(
+                name, [str(stand_in), *command[1:]], log
+            ),
         )
 
     return use

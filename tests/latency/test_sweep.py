@@ -15,6 +15,10 @@ from sglang_kvcodec.testing.sglang_client import SGLangClient
 class Steps:
     def __init__(self):
         self.words = []
+        self.begun = []
+
+    def begin(self, steps):
+        self.begun.append(steps)
 
     def step(self, words):
         self.words.append(words)
@@ -72,7 +76,7 @@ def test_every_server_is_asked_at_every_bandwidth_in_another_order(no_sleep):
     servers = [FakeSGLang(kvcodec=method.has_kvcodec) for method in methods]
     with servers[0], servers[1], servers[2], servers[3]:
         clients = {method: SGLangClient(server.url) for method, server in zip(methods, servers, strict=True)}
-        sweep = Sweep(plan, steps)
+        sweep = Sweep(plan, 4, steps)
         sweep.run(clients, lambda bandwidth, served: shaped.append((bandwidth, len(served))))
     # The fastest comes last, so that prefixes are stored at it; the warm-up has no other.
     assert [bandwidth for bandwidth, _ in shaped] == [
@@ -81,7 +85,7 @@ def test_every_server_is_asked_at_every_bandwidth_in_another_order(no_sleep):
         *("10Mbps", "1Gbps", "unlimited"),
     ]
     assert {served for _, served in shaped} == {3}
-    assert len(steps.words) == 4 * plan.steps
+    assert [len(steps.words)] == steps.begun == [4 * plan.steps]
     found = {(s.method, s.bandwidth, s.repeat): s for s in sweep.samples}
     names = ("prefill", "device", "exact", "high", "planner", "planner_first")
     assert len(found) == len(sweep.samples) == len(names) * 3 * 2
@@ -99,10 +103,11 @@ def test_every_server_is_asked_at_every_bandwidth_in_another_order(no_sleep):
 
 def test_groups_of_one_get_the_prompts_of_the_first(no_sleep):
     plan = SweepPlan(Load("multi-turn", 300, 3, 4), ("unlimited",), repeats=1, settle=0)
-    sweep = Sweep(plan, Steps())
+    sweep = Sweep(plan, 2, steps := Steps())
     with FakeSGLang(kvcodec=False) as plain, FakeSGLang() as server:
         sweep.run({Method("prefill"): SGLangClient(plain.url)}, lambda bandwidth, served: None)
         sweep.run({Method("exact", "exact", "always"): SGLangClient(server.url)}, lambda bandwidth, served: None)
     assert plain.asked[-1] == server.asked[-1]
     assert [sample.method for sample in sweep.samples] == ["prefill", "device", "exact"]
     assert server.forgotten == 4
+    assert [len(steps.words)] == steps.begun == [2 * plan.steps]
