@@ -123,7 +123,8 @@ class Sweep:
                         self.samples += [
                             dataclasses.replace(sample, bandwidth=bandwidth, repeat=repeat) for sample in found
                         ]
-                    self._progress.step(f"{method.name} at {bandwidth}: {found[-1].reply.ttft_s:.2f} s")
+                    (ttft_s,) = (sample.reply.ttft_s for sample in found if sample.method == method.name)
+                    self._progress.step(f"{method.name} at {bandwidth}: {ttft_s:.2f} s")
 
     def _prompt(self, repeat: int, baseline: SGLangClient) -> Prompt:
         if self._texts is None:
