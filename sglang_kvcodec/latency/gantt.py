@@ -21,6 +21,7 @@ _OF_THREADS: dict[str, Callable[[str], bool]] = {
     "restore": lambda name: name == "restore",
     "wait for layer": lambda name: name.startswith("wait for layer"),
 }
+_RESTORING = ("decode", "restore")
 _MARKS = ("plan", "promise", "switch")
 """Spans without a length: drawn as lines."""
 _WHOLE = "first token"
@@ -115,13 +116,17 @@ def gantt_of(trace: Trace, rid: str) -> Gantt:
 
 
 def _work_of(trace: Trace, spans: Sequence[Span]) -> list[Span]:
-    """What threads did while the request was restored: their events don't say for whom."""
+    """What threads did while the request was restored, and how its pass waited: their events don't say for whom."""
     restores = [span for span in spans if span.name == "restore"]
     if not restores:
         return []
-    start_s = min(span.start_s for span in restores)
-    end_s = max(span.end_s for span in spans if span.name in ("restore", "forward"))
-    return [work for work in trace.work if work.end_s > start_s and work.start_s < end_s]
+    start_s, restored_s = min(span.start_s for span in restores), max(span.end_s for span in restores)
+    computed_s = max(span.end_s for span in spans if span.name in ("restore", "forward"))
+    return [
+        work
+        for work in trace.work
+        if work.end_s > start_s and work.start_s < (restored_s if work.name in _RESTORING else computed_s)
+    ]
 
 
 def _is_shared(trace: Trace, rid: str, spans: Sequence[Span]) -> bool:
@@ -203,7 +208,9 @@ def draw(path: pathlib.Path, gantt: Gantt) -> None:
                 mark.label, (mark.start_s, 1), xycoords=("data", "axes fraction"), rotation=45, fontsize=7, va="bottom"
             )
         axes.axvline(gantt.duration_s, color="black", linewidth=1)
-        axes.set_yticks(range(len(gantt.rows)), [f"{row.name}, {row.busy_s:.3g} s" for row in gantt.rows], fontsize=8)
+        axes.set_yticks(
+            range(len(gantt.rows)), [f"{row.name}, {_seconds(row.busy_s)}" for row in gantt.rows], fontsize=8
+        )
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.set_xlabel("seconds since the request was queued")
@@ -212,8 +219,12 @@ def draw(path: pathlib.Path, gantt: Gantt) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
 def _title(gantt: Gantt) -> str:
-    words = f"request {gantt.rid}: first token after {gantt.duration_s:.3f} s"
+    words = f"request {gantt.rid}: first token after {_seconds(gantt.duration_s)}"
     if gantt.plan:
         words += f", plan: {gantt.plan}"
     if gantt.is_shared:

@@ -90,7 +90,7 @@ class Found:
                 [sample.restored_bytes for sample in samples],
             )
             row["fetched_bytes_median"] = statistics.median(fetched)
-            row["compression_ratio"] = round(sum(restored) / sum(fetched), 3) if sum(fetched) else None
+            row["compression_ratio"] = round(sum(restored) / sum(fetched), 3) if sum(restored) else None
             row["same_words"] = sum(not self.difference(sample) for sample in samples)
             row["same_words_share_mean"] = round(statistics.mean(self._agreement(sample) for sample in samples), 3)
         if name in (PLANNER, PLANNER_FIRST):
@@ -152,11 +152,17 @@ class Found:
     def worth_a_picture(self) -> str | None:
         """Of the planner's requests one that fetched, at the slowest bandwidth at which it did: what a trace calls it.
 
-        Where it fetched none, the last one. None without a planner.
+        A settled one, or else a first one; where it fetched none, the last one. None without a planner.
         """
-        of_planner = [sample for bandwidth in self.bandwidths for sample in self.samples_of(bandwidth, PLANNER)]
-        fetched = [sample for sample in of_planner if sample.reply.cached.storage]
-        return (fetched[:1] or of_planner[-1:])[0].reply.rid if of_planner else None
+        requests = [
+            sample
+            for name in (PLANNER, PLANNER_FIRST)
+            for bandwidth in self.bandwidths
+            for sample in self.samples_of(bandwidth, name)
+        ]
+        settled = [sample for sample in requests if sample.method == PLANNER]
+        fetched = [sample for sample in requests if sample.reply.cached.storage]
+        return (fetched[:1] or settled[-1:])[0].reply.rid if settled else None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -62,6 +62,14 @@ def test_work_of_other_times_is_not_shown_and_that_of_others_is_told(traced):
 
     assert gantt_of(traced(together), "r2").is_shared
 
+    def after_its_restore(trace):
+        fetched(trace, "r1", 100.0)
+        fetched(trace, "r2", 100.3)
+
+    gantt = gantt_of(traced(after_its_restore), "r1")
+    assert not gantt.is_shared
+    assert rows_of(gantt)["decode"].busy_s == pytest.approx(0.32)
+
 
 def test_a_request_that_was_computed_shows_no_work_of_others(traced):
     def tell(trace):
