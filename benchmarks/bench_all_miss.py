@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from benchmarks.overhead import TTFT_ANSWER_TOKENS, measure, rows_of
 from benchmarks.record import record
-from benchmarks.serving import Lab, load_average, parse, parser_of, prompts
+from benchmarks.serving import load_average, parse, parser_of, prompts
 from sglang_kvcodec.config import PROFILES
+from sglang_kvcodec.latency.servers import Lab
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
 

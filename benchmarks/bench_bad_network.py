@@ -16,15 +16,19 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.bench_ttft import ANSWER_TOKENS, Peer, hit
 from benchmarks.record import record
-from benchmarks.serving import Lab, ask, forget, load_average, parse, parser_of, prompts, rotated, spread
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts
 from sglang_kvcodec.config import parse_bits_per_s
+from sglang_kvcodec.latency.rows import spread
+from sglang_kvcodec.latency.samples import hit
+from sglang_kvcodec.latency.servers import Lab, ShapedPeer
+from sglang_kvcodec.latency.sweep import rotated
 from sglang_kvcodec.testing.processes import KVCodecArgs
 from sglang_kvcodec.testing.shaped_link import Shape, ShapedLink, falls, jitters, stalls, steady
 
 WAYS = {"exact": ("exact", "always"), "auto": ("exact", "auto"), "tiers": ("raw,exact", "auto")}
 """Name -> profiles and plan."""
+ANSWER_TOKENS = 8
 SHAPES = ("steady", "falls to a tenth", "jitters", "stalls for 1 s")
 _EVENTS = ("fetch_cuts_total", "tier_switches_total", "early_admissions_total")
 
@@ -43,17 +47,18 @@ def shape_of(name: str, bytes_per_s: float, fetched_bytes: float, number: int) -
 
 def measure(server, link: ShapedLink, new_shape: Callable[[], Shape], text: str, settle: int) -> dict:
     """One request on the shaped link, after some on a steady one."""
+    messages = [{"role": "user", "content": text}]
     for _ in range(settle):
-        hit(server, text)
+        hit(server.client, messages, ANSWER_TOKENS)
     before = server.client.metrics()
     link.begin(new_shape())
-    sample = hit(server, text)
+    sample = hit(server.client, messages, ANSWER_TOKENS)
     after = server.client.metrics()
     events = {
         name: sum(value - before.get(key, 0.0) for key, value in after.items() if key.startswith(f"kvcodec_{name}"))
         for name in _EVENTS
     }
-    return sample | events
+    return {"reply": sample.reply, "fetched_bytes": sample.fetched_bytes} | events
 
 
 def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) -> list[dict]:
@@ -101,8 +106,8 @@ def main() -> None:
     load_before = load_average()
     rounds: dict[str, list[dict]] = defaultdict(list)
     with Lab(options.model) as lab:
-        peer = Peer(lab)
-        peer.start("unlimited", [])
+        peer = ShapedPeer(lab.work_dir / "store")
+        peer.start("unlimited")
         try:
             with ShapedLink(peer.remote.removeprefix("grpc://"), steady(bytes_per_s)) as link:
                 plain = lab.start_server("plain", None, len(WAYS) + 1)
@@ -113,12 +118,13 @@ def main() -> None:
                 for number in range(options.rounds + 1):
                     text = next(texts)
                     for server in servers.values():
-                        forget(server)
+                        server.client.forget()
                         ask(server, text, ANSWER_TOKENS)
                         if not server.client.wait_published(timeout_s=120):
                             raise RuntimeError(f"{server.name} has not published a fresh text")
                     link.begin(steady(bytes_per_s))
-                    fetched_bytes = hit(servers["exact"], text)["fetched_bytes"]
+                    whole = hit(servers["exact"].client, [{"role": "user", "content": text}], ANSWER_TOKENS)
+                    fetched_bytes = whole.fetched_bytes
                     # The first round warms up, and is not kept.
                     for shape in rotated(SHAPES, number) if number else SHAPES[:1]:
                         sample = {}

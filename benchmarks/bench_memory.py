@@ -13,8 +13,9 @@ import pathlib
 import re
 
 from benchmarks.record import record
-from benchmarks.serving import Lab, ask, forget, load_average, parse, parser_of, prompts
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts
 from sglang_kvcodec.config import PROFILES
+from sglang_kvcodec.latency.servers import Lab
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, process_tree
 
@@ -53,7 +54,7 @@ def exercise(server: SGLangProcess, texts: list[str], with_kvcodec: bool) -> dic
     if with_kvcodec:
         if not server.client.wait_published(timeout_s=300):
             raise RuntimeError(f"{server.name} did not publish what it computed")
-        forget(server)
+        server.client.forget()
     else:
         server.client.flush_cache()
     stored = server_memory(server)

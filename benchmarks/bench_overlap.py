@@ -13,74 +13,47 @@ python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwi
 
 from __future__ import annotations
 
-import json
 import pathlib
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from benchmarks.bench_ttft import ANSWER_TOKENS, Peer, hit
 from benchmarks.record import record
-from benchmarks.serving import Lab, ask, forget, load_average, parse, parser_of, prompts, rotated, spread, wait_for
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts
 from sglang_kvcodec.config import PROFILES
+from sglang_kvcodec.latency.rows import spread
+from sglang_kvcodec.latency.samples import hit
+from sglang_kvcodec.latency.servers import Lab, ShapedPeer, wait_for
+from sglang_kvcodec.latency.sweep import rotated
+from sglang_kvcodec.latency.trace_file import Span, read_trace
 from sglang_kvcodec.testing.processes import KVCodecArgs
 
 BANDWIDTHS = ("30Mbps", "50Mbps", "100Mbps", "300Mbps", "unlimited")
 WAYS = ("early", "landed")
+ANSWER_TOKENS = 8
 
 
-class Trace:
-    """The trace of a server, read as it is written."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-        self._position = 0
-
-    def events(self) -> list[dict]:
-        """What was written since the last call."""
-        with self.path.open() as file:
-            file.seek(self._position)
-            text = file.read()
-        whole, _, _ = text.rpartition("\n")
-        self._position += len(whole)
-        lines = (line.strip().lstrip("[").rstrip(",]") for line in whole.splitlines())
-        return [json.loads(line) for line in lines if line]
-
-
-def durations_of(events: Sequence[dict]) -> dict[str, float]:
-    """Seconds of the newest request's spans by name; of several of one name the sum. Also when it was promised."""
-    rids = [event["id"] for event in events if event["ph"] == "b" and event["name"] == "first token"]
-    found: dict[str, float] = defaultdict(float)
-    begun: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("id") != rids[-1]:
-            continue
-        if event["ph"] == "b":
-            begun[event["name"]].append(event["ts"])
-        elif event["ph"] == "e":
-            found[event["name"]] += (event["ts"] - begun[event["name"]].pop(0)) / 1e6
-    return dict(found)
-
-
-def measure(server, trace: Trace, text: str) -> dict:
-    """One request whose prefix only the peer has."""
-    trace.events()
-    sample = hit(server, text)
-    events: list[dict] = []
+def measure(server, trace: pathlib.Path, text: str) -> dict:
+    """One request whose prefix only the peer has, with the seconds of its spans by name."""
+    sample = hit(server.client, [{"role": "user", "content": text}], ANSWER_TOKENS)
+    spans: list[Span] = []
 
     def has_come() -> bool:
-        events.extend(trace.events())
-        return any(event["name"] == "first token" and event["ph"] == "e" for event in events)
+        spans[:] = read_trace(trace).requests.get(sample.reply.rid, [])
+        return any(span.name == "first token" for span in spans)
 
     wait_for(has_come, f"trace of {server.name}")
-    return sample | {"spans": durations_of(events)}
+    durations_s: dict[str, float] = defaultdict(float)
+    for span in spans:
+        durations_s[span.name] += span.duration_s
+    return {"hit": sample, "spans": dict(durations_s)}
 
 
 def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) -> list[dict]:
     rows = []
     for bandwidth, samples in rounds.items():
         for way in WAYS:
-            ttfts_s = [sample[way]["reply"].ttft_s for sample in samples]
+            ttfts_s = [sample[way]["hit"].reply.ttft_s for sample in samples]
             spans = [sample[way]["spans"] for sample in samples]
             landed = [sample["landed"]["spans"] for sample in samples]
             stages = {
@@ -97,7 +70,7 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
                     **spread("ttft_s", ttfts_s),
                     "ratio_to_landed_median": round(
                         statistics.median(
-                            sample[way]["reply"].ttft_s / sample["landed"]["reply"].ttft_s for sample in samples
+                            sample[way]["hit"].reply.ttft_s / sample["landed"]["hit"].reply.ttft_s for sample in samples
                         ),
                         3,
                     ),
@@ -105,12 +78,12 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
                         statistics.median(t / longest for t, longest in zip(ttfts_s, longest_s, strict=True)), 3
                     ),
                     **{f"{name}_median": round(statistics.median(values), 4) for name, values in stages.items()},
-                    "fetched_bytes_median": statistics.median(sample[way]["fetched_bytes"] for sample in samples),
+                    "fetched_bytes_median": statistics.median(sample[way]["hit"].fetched_bytes for sample in samples),
                     "promised_rounds": sum("promise" in span for span in spans),
                     "cached_storage_tokens_median": statistics.median(
-                        sample[way]["reply"].cached.storage for sample in samples
+                        sample[way]["hit"].reply.cached.storage for sample in samples
                     ),
-                    "same_words": sum(sample[way]["reply"].text == sample["text"] for sample in samples),
+                    "same_words": sum(sample[way]["hit"].reply.text == sample["text"] for sample in samples),
                 }
                 | common
             )
@@ -127,29 +100,29 @@ def main() -> None:
     load_before = load_average()
     rounds: dict[str, list[dict]] = defaultdict(list)
     with Lab(options.model) as lab:
-        peer = Peer(lab)
+        peer = ShapedPeer(lab.work_dir / "store")
         try:
-            peer.start("unlimited", [])
+            peer.start("unlimited")
             servers, traces = {}, {}
             for way in WAYS:
-                traces[way] = Trace(lab.work_dir / f"{way}-trace.json")
-                extra = ("--kvcodec-admit", way, "--kvcodec-trace", str(traces[way].path))
+                traces[way] = lab.work_dir / f"{way}-trace.json"
+                extra = ("--kvcodec-admit", way, "--kvcodec-trace", str(traces[way]))
                 servers[way] = lab.start_server(way, KVCodecArgs(peer.remote, options.profile, extra), len(WAYS))
             for number in range(options.rounds + 1):
                 text = next(texts)
                 for server in servers.values():
-                    forget(server)
+                    server.client.forget()
                     answer = ask(server, text, ANSWER_TOKENS).text
                     if not server.client.wait_published(timeout_s=120):
                         raise RuntimeError(f"{server.name} has not published a fresh text")
                 # The first round warms up, and is not kept.
                 for bandwidth in rotated(options.bandwidths, number) if number else options.bandwidths[-1:]:
-                    peer.start(bandwidth, list(servers.values()))
+                    peer.start(bandwidth, [server.client for server in servers.values()])
                     sample = {way: measure(servers[way], traces[way], text) for way in rotated(WAYS, number)} | {
                         "text": answer
                     }
                     shown = {
-                        way: (round(sample[way]["reply"].ttft_s, 3), sample[way]["reply"].cached.storage)
+                        way: (round(sample[way]["hit"].reply.ttft_s, 3), sample[way]["hit"].reply.cached.storage)
                         for way in WAYS
                     }
                     print(f"round {number} {bandwidth:9} {shown}", flush=True)

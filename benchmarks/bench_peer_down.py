@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from benchmarks.overhead import TTFT_ANSWER_TOKENS, measure, rows_of
 from benchmarks.record import record
-from benchmarks.serving import Lab, load_average, parse, parser_of, prompts
+from benchmarks.serving import load_average, parse, parser_of, prompts
+from sglang_kvcodec.latency.servers import Lab
 from sglang_kvcodec.testing.processes import KVCodecArgs, free_port
 
 

@@ -15,9 +15,9 @@ import threading
 import time
 import urllib.request
 
-from benchmarks.bench_ttft import Peer
 from benchmarks.record import record
-from benchmarks.serving import Lab, ask, forget, load_average, parse, parser_of, prompts
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts
+from sglang_kvcodec.latency.servers import Lab, ShapedPeer
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
 
 PROMPT_TOKENS = 150
@@ -63,9 +63,9 @@ def main() -> None:
     texts = prompts(options.model, PROMPT_TOKENS)
     load_before = load_average()
     with Lab(options.model) as lab:
-        peer = Peer(lab)
+        peer = ShapedPeer(lab.work_dir / "store")
         try:
-            peer.start("unlimited", [])
+            peer.start("unlimited")
             server = lab.start_server("server", KVCodecArgs(peer.remote))
             beside, *waiting = (next(texts) for _ in range(options.waiting + 1))
             for number, text in enumerate(waiting, 1):
@@ -74,10 +74,10 @@ def main() -> None:
                     print(f"{number} prefixes computed", flush=True)
             if not server.client.wait_published(timeout_s=120):
                 raise RuntimeError("the prefixes were not published")
-            forget(server)
+            server.client.forget()
             alone_s = token_s(server, beside, options.tokens)
-            peer.start(SLOW, [server])
-            forget(server)
+            peer.start(SLOW, [server.client])
+            server.client.forget()
             threads = [threading.Thread(target=ask, args=(server, text, 1), daemon=True) for text in waiting]
             for thread in threads:
                 thread.start()

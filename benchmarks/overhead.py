@@ -6,7 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from benchmarks.serving import ask, ask_all, cpu_s, rotated, spread
+from benchmarks.serving import ask, ask_all, cpu_s
+from sglang_kvcodec.latency.rows import spread
+from sglang_kvcodec.latency.sweep import rotated
 from sglang_kvcodec.testing.processes import SGLangProcess
 
 TTFT_ANSWER_TOKENS = 8

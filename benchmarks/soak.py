@@ -24,12 +24,13 @@ import time
 import urllib.error
 from collections.abc import Sequence
 
-from benchmarks.bench_ttft import ANSWER_TOKENS
 from benchmarks.record import record
-from benchmarks.serving import Lab, ask, load_average, parse, parser_of, prompts
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts
+from sglang_kvcodec.latency.servers import Lab
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, ProcessError, SGLangProcess, free_port, process_tree
 
+ANSWER_TOKENS = 8
 SMALL = ("--max-total-tokens", "6000", "--chunked-prefill-size", "512")
 NOTE_EVERY_S = 30.0
 SETTLE_S = 120.0

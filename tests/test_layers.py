@@ -26,8 +26,9 @@ MAY_USE = {
     "flow": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration"},
     "evaluation": BASE | {"format"} | PARTS | JOINTS | {"flow"},
     "testing": BASE | {"format"} | PARTS | {"kernels", "rpc", "flow"},
+    "latency": BASE | {"format", "rpc", "testing", "evaluation"},
     "plugin": BASE | {"format"} | PARTS | {"kernels", "rpc", "calibration", "flow"},
-    "cli": BASE | {"format"} | PARTS | JOINTS | {"status", "flow", "testing", "evaluation"},
+    "cli": BASE | {"format"} | PARTS | JOINTS | {"status", "flow", "testing", "evaluation", "latency"},
 }
 """Layer -> the layers it may import besides itself. Nobody may import plugin or cli."""
 
@@ -43,7 +44,7 @@ HOMES = {
     "hypothesis": {"testing"},
     "lmdb": {"storage"},
     "lz4": {"evaluation"},
-    "matplotlib": {"evaluation"},
+    "matplotlib": {"evaluation", "latency"},
     "obstore": {"storage"},
     "prometheus_client": {"metrics", "peer_metrics", "cli", "rpc", "status", "plugin"},
     "pytest": {"testing"},

@@ -1,4 +1,4 @@
-"""``kvcodec bench``: what coding costs a model's accuracy, and what it saves, on any model and text.
+"""``kvcodec bench``: what coding costs a model's accuracy, what it saves, and what fetching gains, on any model.
 
 torch and transformers are imported when a benchmark runs, so that the command works where there are none.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_kvcodec import __version__
+from sglang_kvcodec.cli import bench_gantt, bench_ttft
+from sglang_kvcodec.cli.output import ProgressBar, prepare_out
 from sglang_kvcodec.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ _ACCURACY_COLUMNS = {
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``bench`` to the command."""
     parser = subparsers.add_parser(
-        "bench", help="measure accuracy and ratio on a model", description="Measures ways to code the KV of a model."
+        "bench",
+        help="measure accuracy, ratio and TTFT of a model",
+        description="Measures ways to code the KV of a model.",
     )
     benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
 
@@ -82,6 +85,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_common(ratio)
     ratio.set_defaults(run=_run_ratio)
 
+    bench_ttft.add_parser(benches)
+    bench_gantt.add_parser(benches)
+
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", required=True, help="a Hugging Face directory, or a .gguf file")
@@ -111,29 +117,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write results there")
 
 
-class ProgressBar:
-    """A progress bar with an estimate of the time left."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def begin(self, steps: int) -> None:
-        """See ``Progress.begin``."""
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
-
-    def step(self, words: str) -> None:
-        """See ``Progress.step``."""
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update()
-
-    def close(self) -> None:
-        """Ends the line."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _run_ratio(arguments: argparse.Namespace) -> int:
     """Measures sizes; 0 when done.
 
@@ -142,7 +125,7 @@ def _run_ratio(arguments: argparse.Namespace) -> int:
     """
     _check(arguments, {"--documents": (arguments.documents, 1)})
     need_libraries()
-    from sglang_kvcodec.evaluation import report
+    from sglang_kvcodec.evaluation import report, tables
     from sglang_kvcodec.evaluation.harness import Prompts, measure_ratio
     from sglang_kvcodec.evaluation.text import cut_documents
 
@@ -153,11 +136,11 @@ def _run_ratio(arguments: argparse.Namespace) -> int:
     prompts = Prompts(documents, arguments.page_tokens, arguments.prefix_tokens)
     reports, settings = _measure(arguments, measure_ratio, model, prompts, methods)
     rows = [found.summary() for found in reports]
-    print(report.table(rows, _RATIO_COLUMNS))
+    print(tables.table(rows, _RATIO_COLUMNS))
     if out:
         report.write_json(out / "ratio.json", settings, reports)
-        report.write_csv(out / "ratio.csv", rows)
-        report.write_csv(out / "layers.csv", report.layer_rows(reports))
+        tables.write_csv(out / "ratio.csv", rows)
+        tables.write_csv(out / "layers.csv", report.layer_rows(reports))
         print(f"written to {out}: ratio.json, ratio.csv, layers.csv")
     return 0
 
@@ -179,13 +162,13 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
         },
     )
     need_libraries()
-    from sglang_kvcodec.evaluation import report
+    from sglang_kvcodec.evaluation import report, tables
     from sglang_kvcodec.evaluation.harness import Prompts, measure_accuracy
     from sglang_kvcodec.evaluation.text import cut_documents, make_conversations, make_needles
 
     out = prepare_out(arguments.out)
     if out and not arguments.no_picture:
-        report.check_can_draw()
+        tables.check_can_draw()
     texts = _texts(arguments)
     model, methods = _load(arguments)
     length = arguments.prefix_tokens + arguments.continuation_tokens
@@ -200,7 +183,7 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
     )
     reports, settings = _measure(arguments, measure_accuracy, model, prompts, methods)
     rows = [found.summary() for found in reports]
-    print(report.table(rows, _ACCURACY_COLUMNS))
+    print(tables.table(rows, _ACCURACY_COLUMNS))
     for yardstick, ratios in report.equal_divergence(rows).items():
         curves = ", ".join(f"{family} {ratio:.2f}x" for family, ratio in ratios.items())
         print(f"at the divergence of {yardstick}: {curves or 'no curve of another method reaches it'}")
@@ -208,8 +191,8 @@ def _run_accuracy(arguments: argparse.Namespace) -> int:
         print(words)
     if out:
         report.write_json(out / "accuracy.json", settings, reports)
-        report.write_csv(out / "accuracy.csv", rows)
-        report.write_csv(out / "layers.csv", report.layer_rows(reports))
+        tables.write_csv(out / "accuracy.csv", rows)
+        tables.write_csv(out / "layers.csv", report.layer_rows(reports))
         names = ["accuracy.json", "accuracy.csv", "layers.csv"]
         if not arguments.no_picture:
             report.draw(out / "accuracy.svg", f"{settings['model']}, {len(prompts.documents)} documents", rows)
@@ -240,22 +223,6 @@ def need_libraries() -> None:
         import sglang_kvcodec.models  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(f'this needs {error.name}: pip install "sglang-kvcodec[bench]"') from error
-
-
-def prepare_out(out: pathlib.Path | None) -> pathlib.Path | None:
-    """The directory for results, there and writable, before anything is measured for it.
-
-    Raises:
-        ConfigurationError: it can't be written to.
-    """
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / ".writable").touch()
-            (out / ".writable").unlink()
-        except OSError as error:
-            raise ConfigurationError(f"can't write to {out}: {error.strerror}") from error
-    return out
 
 
 def set_threads(threads: int | None) -> None:

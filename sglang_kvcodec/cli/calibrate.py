@@ -11,7 +11,8 @@ import datetime
 import pathlib
 from typing import TYPE_CHECKING
 
-from sglang_kvcodec.cli.bench import ProgressBar, need_libraries, prepare_out, set_threads
+from sglang_kvcodec.cli.bench import need_libraries, set_threads
+from sglang_kvcodec.cli.output import ProgressBar, prepare_out
 from sglang_kvcodec.cli.peer_access import access, add_access_arguments
 from sglang_kvcodec.config import Access, Timeouts
 from sglang_kvcodec.errors import ConfigurationError

@@ -1,20 +1,17 @@
-"""What a run found, as JSON, as CSV, as a table in the terminal, and as one picture: divergence against ratio."""
+"""What a run found, as JSON and as one picture: divergence against ratio."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.evaluation.harness import MethodReport, Size
+from sglang_kvcodec.evaluation.tables import Row, check_can_draw
 from sglang_kvcodec.format.profile import CALIBRATED_TIERS
-
-Row = Mapping[str, Any]
 
 
 def write_json(path: pathlib.Path, settings: Row, reports: Sequence[MethodReport]) -> None:
@@ -59,15 +56,6 @@ def _accuracy_json(report: MethodReport, index: int) -> dict[str, Any]:
     }
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Rows under the union of their columns."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def layer_rows(reports: Sequence[MethodReport]) -> list[dict[str, Any]]:
     """One row for each method, side and layer: its bits per value, and the ideal coder's."""
     rows = []
@@ -85,31 +73,6 @@ def layer_rows(reports: Sequence[MethodReport]) -> list[dict[str, Any]]:
                 for layer, figure in enumerate(bits)
             ]
     return rows
-
-
-def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A table for the terminal.
-
-    Args:
-        rows: summaries.
-        columns: key of a row -> heading; what no row has is left out.
-    """
-    shown = {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
-    cells = [list(shown.values()), *([_cell(row.get(key)) for key in shown] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(text.ljust(width) if index == 0 else text.rjust(width) for index, (text, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
-    return str(value)
 
 
 _TIERS = "calibrated tiers"
@@ -179,20 +142,6 @@ _COLOURS = (
     "navy",
 )
 _RATIO_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-
-
-def check_can_draw() -> None:
-    """Refuses where there is no matplotlib, before anything was measured for a picture.
-
-    Raises:
-        ConfigurationError: it is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(
-            'the picture needs the package matplotlib: pip install "sglang-kvcodec[bench]", or use --no-picture'
-        ) from error
 
 
 def draw(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:

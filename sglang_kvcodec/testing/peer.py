@@ -45,7 +45,12 @@ class PeerProcess:
         command = [sys.executable, "-m", "sglang_kvcodec.cli.main", "serve", "--listen", listen, *self._arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        self.ready_line = self._process.stdout.readline().strip()
+        try:
+            self.ready_line = self._process.stdout.readline().strip()
+        except BaseException:
+            # Interrupted: nobody else knows of the process yet.
+            self.kill()
+            raise
         match = _READY.fullmatch(self.ready_line)
         if match is None:
             self.kill()

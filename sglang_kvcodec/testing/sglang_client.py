@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -31,6 +32,7 @@ class ChatReply:
     Attributes:
         ttft_s: from sending the request to the first piece of text.
         total_s: from sending the request to the end.
+        rid: what the server calls the request, in a trace too.
     """
 
     text: str
@@ -40,6 +42,7 @@ class ChatReply:
     ttft_s: float
     total_s: float
     finish_reason: str
+    rid: str = ""
 
 
 class SGLangClient:
@@ -82,10 +85,11 @@ class SGLangClient:
         pieces: list[str] = []
         usage: dict[str, Any] = {}
         cached = CachedTokens()
-        finish_reason = ""
+        finish_reason = rid = ""
         for event in self._events("/v1/chat/completions", body):
             if "error" in event:
                 raise OSError(f"{self.base_url} answered {event['error']}")
+            rid = event.get("id") or rid
             for choice in event.get("choices", ()):
                 piece = choice["delta"].get("content") or choice["delta"].get("reasoning_content")
                 if piece:
@@ -105,6 +109,7 @@ class SGLangClient:
             ttft_s=(first or ended) - started,
             total_s=ended - started,
             finish_reason=finish_reason,
+            rid=rid,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -132,16 +137,53 @@ class SGLangClient:
                     raise TimeoutError(f"{self.base_url} would not flush its cache for {timeout_s} s") from error
             time.sleep(0.1)
 
+    def forget(self, timeout_s: float = 60.0) -> None:
+        """Makes a server with kvcodec forget all KV that it holds, on the device and coded in host memory.
+
+        Raises:
+            TimeoutError: it would not for ``timeout_s``.
+        """
+        self.flush_cache()
+        deadline = time.monotonic() + timeout_s
+        request = urllib.request.Request(f"{self.base_url}/hicache/storage-backend/clear", method="POST")
+        while True:
+            try:
+                with self._opener.open(request, timeout=self._timeout_s):
+                    return
+            except OSError as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.base_url} would not clear its host cache for {timeout_s} s") from error
+            time.sleep(0.1)
+
+    def model_path(self) -> str:
+        """What model the server runs, as it was told."""
+        with self._opener.open(f"{self.base_url}/model_info", timeout=self._timeout_s) as response:
+            return str(json.load(response)["model_path"])
+
     def metrics(self) -> dict[str, float]:
         """The server's Prometheus page: the sum over all labels of every series."""
         totals: dict[str, float] = {}
+        for series, value in self._series():
+            name = series.partition("{")[0]
+            totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def metric_by(self, name: str, label: str) -> dict[str, float]:
+        """A metric by one of its labels: the sum over all others for each value of it."""
+        totals: dict[str, float] = {}
+        for series, value in self._series():
+            if series.partition("{")[0] == name and (found := re.search(rf'[{{,]{label}="([^"]*)"', series)):
+                totals[found[1]] = totals.get(found[1], 0.0) + value
+        return totals
+
+    def _series(self) -> Iterator[tuple[str, float]]:
         with self._opener.open(f"{self.base_url}/metrics", timeout=self._timeout_s) as response:
             for line in response.read().decode().splitlines():
                 if line and not line.startswith("#"):
                     series, _, value = line.rpartition(" ")
-                    name = series.partition("{")[0]
-                    totals[name] = totals.get(name, 0.0) + float(value)
-        return totals
+                    yield series, float(value)
 
     def wait_published(self, timeout_s: float = 60.0, settle_s: float = 0.5) -> bool:
         """Waits until the server has sent its peer what it had computed: nothing queued, and no page for ``settle_s``.

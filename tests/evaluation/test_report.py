@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sglang_kvcodec.evaluation import report
+from sglang_kvcodec.evaluation import report, tables
 from sglang_kvcodec.evaluation.harness import Accuracy, MethodReport, Size
 from sglang_kvcodec.evaluation.measures import Divergence, Recall
 from sglang_kvcodec.format.spec import Side
@@ -23,8 +23,8 @@ REPORTS = [make_report("bf16", 0.0, 1600), make_report("kivi@4", 1e-4, 500, Fals
 
 def test_json_and_csv_hold_what_was_found(tmp_path):
     report.write_json(tmp_path / "a.json", {"model": "m"}, REPORTS)
-    report.write_csv(tmp_path / "a.csv", [found.summary() for found in REPORTS])
-    report.write_csv(tmp_path / "l.csv", report.layer_rows(REPORTS))
+    tables.write_csv(tmp_path / "a.csv", [found.summary() for found in REPORTS])
+    tables.write_csv(tmp_path / "l.csv", report.layer_rows(REPORTS))
     document = json.loads((tmp_path / "a.json").read_text())
     assert document["settings"] == {"model": "m"}
     method = document["methods"][1]
@@ -64,7 +64,7 @@ def test_the_picture_names_every_family_and_parameter(tmp_path):
 
 def test_a_table_leaves_out_what_nobody_measured():
     rows = [{"method": "a", "x": 1.23456, "z": None}, {"method": "long-name", "x": 1e-5, "y": 3}]
-    lines = report.table(rows, {"method": "method", "x": "X", "y": "Y", "z": "Z", "w": "W"}).splitlines()
+    lines = tables.table(rows, {"method": "method", "x": "X", "y": "Y", "z": "Z", "w": "W"}).splitlines()
     assert lines[0].split() == ["method", "X", "Y"]
     assert lines[1].split() == ["a", "1.235", "-"]
     assert lines[2].split() == ["long-name", "1.00e-05", "3"]

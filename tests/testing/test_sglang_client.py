@@ -12,7 +12,7 @@ USAGE = {"prompt_tokens": 112, "total_tokens": 120, "completion_tokens": 2}
 
 
 def chunk(**fields: object) -> str:
-    return json.dumps({"object": "chat.completion.chunk", "choices": [], **fields})
+    return json.dumps({"id": "r-7", "object": "chat.completion.chunk", "choices": [], **fields})
 
 
 def choice(content: str | None, finish: str | None = None) -> dict[str, object]:
@@ -88,6 +88,7 @@ def test_a_streamed_answer(serve):
     assert (reply.text, reply.finish_reason) == ("def f\n\n", "length")
     assert (reply.prompt_tokens, reply.completion_tokens) == (112, 2)
     assert reply.cached == CachedTokens(device=64, host=0, storage=128)
+    assert reply.rid == "r-7"
     assert 0 < reply.ttft_s <= reply.total_s
     sent = json.loads(server.requests[0][1])
     assert (sent["temperature"], sent["max_tokens"], sent["seed"]) == (0, 2, 7)
@@ -114,6 +115,26 @@ def test_metrics_are_summed_over_labels(serve):
     text = '# HELP a b\na_total{x="1 {"} 2.0\na_total{x="2"} 3e2\nb 1\n'
     _, client = serve({"/metrics": [(200, text)]})
     assert client.metrics() == {"a_total": 302.0, "b": 1.0}
+
+
+def test_a_metric_by_one_of_its_labels(serve):
+    series = ['a_total{x="1",reason="p"} 2', 'a_total{reason="p",x="2"} 3', 'a_total{reason="q r"} 1']
+    _, client = serve({"/metrics": [(200, "\n".join([*series, 'ab_total{reason="p"} 9', "a_total 5", ""]))]})
+    assert client.metric_by("a_total", "reason") == {"p": 5.0, "q r": 1.0}
+
+
+def test_forgetting_clears_both_pools_as_soon_as_the_server_is_idle(serve):
+    server, client = serve(
+        {"/flush_cache": [(200, "")], "/hicache/storage-backend/clear": [(400, "busy"), (200, "cleared")]}
+    )
+    client.forget()
+    assert [path for path, _ in server.requests] == ["/flush_cache", *["/hicache/storage-backend/clear"] * 2]
+
+
+def test_a_server_that_will_not_forget_is_told(serve):
+    _, client = serve({"/flush_cache": [(200, "")], "/hicache/storage-backend/clear": [(404, "what")]})
+    with pytest.raises(TimeoutError, match="would not clear its host cache"):
+        client.forget(timeout_s=0.01)
 
 
 def test_flushing_waits_until_the_server_is_idle(serve):
