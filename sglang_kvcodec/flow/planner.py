@@ -282,9 +282,7 @@ def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Flo
         return np.zeros(len(pages))
     before = prefix.tokens_before + pages * prefix.page_tokens
     new = np.maximum(1, prefix.prompt_tokens - before)
-    passes = -(-new // prefill.pass_tokens) if prefill.pass_tokens else np.ones(len(pages))
-    seconds: Floats = passes * prefill.pass_s + new * prefill.token_s + new * (before + new / 2) * prefill.pair_s
-    return seconds
+    return prefill.seconds_of(new, before)
 
 
 def restoring_pays(

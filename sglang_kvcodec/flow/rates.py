@@ -13,10 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from sglang_kvcodec import metrics
-from sglang_kvcodec.flow.fitting import OnlineFit
+from sglang_kvcodec.flow.fitting import Floats, OnlineFit
 
 Clock = Callable[[], float]
+Ints = npt.NDArray[np.int64]
 
 SLICE_S = 0.05
 """The link is measured over slices of this length, or over a whole transfer that takes less."""
@@ -265,25 +269,41 @@ class RestoreMeter:
 @dataclasses.dataclass(frozen=True)
 class PrefillModel:
     """How long computing takes: ``pass_s`` for each forward pass, and for n tokens after p others
-    ``token_s * n + pair_s * n * (p + n / 2)``, the second being attention.
+    ``token_s * n + pair_s * n * (p + n / 2)``, the second being attention; and ``whole_s * (p + n)**2`` with a backend
+    whose attention asks for all tokens again in each pass (SGLang's ``torch_native``, ``_run_sdpa_forward_extend``).
 
     Attributes:
         pass_s: of a forward pass, whatever is in it.
         token_s: of a token.
         pair_s: of a token that looks at another.
         pass_tokens: computed by one forward pass at most; 0 for no bound.
+        whole_s: of a pair of any two tokens that a pass knows.
     """
 
     pass_s: float
     token_s: float
     pair_s: float
     pass_tokens: int = 0
+    whole_s: float = 0.0
 
     def seconds(self, new_tokens: int, prefix_tokens: int) -> float:
         """To compute ``new_tokens`` after ``prefix_tokens`` that are there."""
-        passes = -(-new_tokens // self.pass_tokens) if self.pass_tokens else min(1, new_tokens)
+        return float(self.seconds_of(np.array([new_tokens]), np.array([prefix_tokens]))[0])
+
+    def seconds_of(self, new_tokens: Ints, prefix_tokens: Ints) -> Floats:
+        """The same of each of several, int64."""
+        chunk = np.minimum(new_tokens, self.pass_tokens) if self.pass_tokens else new_tokens
+        # The passes before the last, which are full ones.
+        full = np.maximum(0, -(-new_tokens // np.maximum(1, chunk)) - 1)
         pairs = new_tokens * (prefix_tokens + new_tokens / 2)
-        return passes * self.pass_s + self.token_s * new_tokens + self.pair_s * pairs
+        # The sum of (p + i * c) ** 2 for i from 1 to the number of full passes, and the last one.
+        wholes = (prefix_tokens + new_tokens) ** 2.0
+        wholes += full * prefix_tokens**2.0 + prefix_tokens * chunk * full * (full + 1.0)
+        wholes += chunk**2.0 * full * (full + 1.0) * (2.0 * full + 1.0) / 6
+        seconds: Floats = (
+            (full + 1) * self.pass_s + self.token_s * new_tokens + self.pair_s * pairs + self.whole_s * wholes
+        )
+        return np.where(new_tokens > 0, seconds, 0.0)
 
 
 class PrefillMeter:
@@ -292,20 +312,21 @@ class PrefillMeter:
     def __init__(self, pass_tokens: int = 0) -> None:
         """Knows nothing. ``pass_tokens`` as in :class:`PrefillModel`."""
         self._pass_tokens = pass_tokens
-        self._fit = OnlineFit(3, primary=1)
+        self._fit = OnlineFit(4, primary=1)
 
     def forward_pass(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int], seconds: float) -> None:
         """A pass over one or several requests has ended: each one's new tokens, and those before them."""
         pairs = sum(new * (prefix + new / 2) for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
-        self._fit.add((1.0, sum(new_tokens), pairs), seconds)
+        wholes = sum((prefix + new) ** 2 for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
+        self._fit.add((1.0, sum(new_tokens), pairs, wholes), seconds)
 
     def model(self, refit: bool = True) -> PrefillModel | None:
         """What is known; None before the first pass. ``refit`` as of ``OnlineFit``."""
         fitted = self._fit.coefficients(refit)
         if fitted is None:
             return None
-        pass_s, token_s, pair_s = fitted
-        model = PrefillModel(pass_s, token_s, pair_s, self._pass_tokens)
+        pass_s, token_s, pair_s, whole_s = fitted
+        model = PrefillModel(pass_s, token_s, pair_s, self._pass_tokens, whole_s)
         if refit:
             metrics.PREFILL_TOKENS_PER_SECOND.set(1024 / max(1e-9, model.seconds(1024, 0)))
         return model

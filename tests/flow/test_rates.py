@@ -277,3 +277,46 @@ def test_an_old_restore_rate_is_unknown_again():
     assert meter.model() is not None
     clock.now_s += 2
     assert meter.model() is None
+
+
+REDUNDANT = PrefillModel(0.04, 1e-4, 0.0, 256, 9e-8)
+"""Of a backend whose attention asks for all tokens again in each pass."""
+
+
+def pass_s(model, new, prefix):
+    """One pass of at most ``pass_tokens``, in plain words."""
+    return (
+        model.pass_s
+        + model.token_s * new
+        + model.pair_s * new * (prefix + new / 2)
+        + model.whole_s * (prefix + new) ** 2
+    )
+
+
+@given(
+    new=st.integers(0, 5000),
+    prefix=st.integers(0, 5000),
+    pass_tokens=st.sampled_from([0, 1, 64, 256, 8192]),
+)
+def test_a_prompt_takes_as_long_as_its_passes(new, prefix, pass_tokens):
+    model = PrefillModel(0.04, 1e-4, 1e-9, pass_tokens, 9e-8)
+    expected, done = 0.0, 0
+    while done < new:
+        chunk = min(pass_tokens or new, new - done)
+        expected += pass_s(model, chunk, prefix + done)
+        done += chunk
+    assert model.seconds(new, prefix) == pytest.approx(expected)
+
+
+def test_a_backend_that_computes_attention_anew_for_all_tokens_is_learnt():
+    meter = PrefillMeter(256)
+    for prompt in (2000, 1200):
+        for prefix in range(0, prompt, 256):
+            new = min(256, prompt - prefix)
+            meter.forward_pass([new], [prefix], pass_s(REDUNDANT, new, prefix))
+        # Hits, of which little is left to compute.
+        for _ in range(5):
+            meter.forward_pass([60], [prompt], pass_s(REDUNDANT, 60, prompt))
+    learnt = meter.model()
+    for new, prefix in [(2000, 0), (60, 1984), (1000, 1000)]:
+        assert learnt.seconds(new, prefix) == pytest.approx(REDUNDANT.seconds(new, prefix), rel=0.1)
