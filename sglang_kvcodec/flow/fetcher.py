@@ -227,14 +227,14 @@ class Fetcher:
         damaged: list[PageKey] = []
         try:
             outcome = self._fetch(ticket, planned, flight, pages, damaged)
+            # Before the request goes on: what it computes would else be taken for stored already, and not be published.
+            for key in damaged:
+                self._drop_damaged(key)
         except Exception:
             # A thread's top, as above.
             logger.exception("kvcodec: a fetch failed")
         finally:
             self._over(ticket, flight, outcome, pages)
-        # Last: the request does not wait for it.
-        for key in damaged:
-            self._drop_damaged(key)
 
     def _over(self, ticket: FetchTicket, flight: Flight, outcome: str, pages: Sequence[PageObject] = ()) -> None:
         self._pacer.remove(flight)
