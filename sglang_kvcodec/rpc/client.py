@@ -135,7 +135,8 @@ class GrpcPeer:
         """Deletes pages; how many there were."""
         request = pb.DeleteRequest(namespace_digest=namespace_digest, page_hashes=b"".join(page_hashes))
         with self._translated("Delete"):
-            response = self._delete(request, **self._terms(self._timeouts.progress_s))
+            # A request may wait for it, as for a Lookup.
+            response = self._delete(request, **self._terms(self._timeouts.lookup_s))
             return int(response.deleted_pages)
 
     def stat(self) -> PeerStat:
