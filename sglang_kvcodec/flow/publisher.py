@@ -289,10 +289,11 @@ class Publisher:
         with self._queue_changed:
             # One offload larger than the bound is taken when nothing else is under way: else it never could be.
             bound_bytes = self._config.publish_queue_bytes
-            waiting_bytes = sum(page.held_bytes for page in self._to_encode.waiting())
-            fixed_bytes = self._queued_bytes - waiting_bytes
-            if fixed_bytes and fixed_bytes + size_bytes > bound_bytes:
-                return False
+            if self._queued_bytes and self._queued_bytes + size_bytes > bound_bytes:
+                # Looked at one by one only where it is full: this runs on the scheduler's thread.
+                fixed_bytes = self._queued_bytes - sum(page.held_bytes for page in self._to_encode.waiting())
+                if fixed_bytes and fixed_bytes + size_bytes > bound_bytes:
+                    return False
             while self._queued_bytes and self._queued_bytes + size_bytes > bound_bytes:
                 oldest = self._to_encode.drop_oldest()
                 if oldest is None:
