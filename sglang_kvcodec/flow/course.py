@@ -55,16 +55,18 @@ class Course:
         first, self._restart = self._restart, None
         return first
 
-    def block(self, first: int, bytes_per_s: float | None, segment_pages: int) -> int:
+    def block(self, first: int, bytes_per_s: float | None, segment_pages: int, round_trip_s: float) -> int:
         """Pages to ask for next, from ``first`` on: of one namespace, and of about equal size.
 
         Args:
             first: index of the first.
             bytes_per_s: of the link, None while that is not known.
             segment_pages: pages that are decoded in one call.
+            round_trip_s: of the peer.
         """
         end = first
         while end < self.pages and self.namespaces[end] == self.namespaces[first]:
             end += 1
         mean_bytes = sum(self.page_bytes[first:end]) / (end - first)
-        return next_block(end - first, block_pages(bytes_per_s, mean_bytes, segment_pages))
+        block = block_pages(bytes_per_s, mean_bytes, self.pages, segment_pages, round_trip_s)
+        return next_block(end - first, block)

@@ -429,15 +429,16 @@ class Fetcher:
     ) -> Iterator[tuple[int, FetchEvent]]:
         """The events of fetches of one block of pages after another, each with the index of its block's first page.
 
-        A block takes about ``BLOCK_S``: as a peer sends layer group after layer group, a transfer that ends early
-        leaves whole pages of the blocks before only. What is left of the last one is fetched with the one before.
+        A block takes ``BLOCK_S`` at most: as a peer sends layer group after layer group, a transfer that ends early
+        leaves whole pages of the blocks before only. The last one is larger.
         Where the course is switched, the next block begins at once, and the stream that was under way ends.
         """
         first = 0
         while first < len(wanted) and not stop.is_set():
             before_block(first)
             course.take_restart()
-            pages = course.block(first, self._rates.link.bytes_per_s(), SEGMENT_PAGES)
+            link = self._rates.link
+            pages = course.block(first, link.bytes_per_s(), SEGMENT_PAGES, link.round_trip_s)
             block = wanted[first : first + pages]
             transfer = self._rates.link.transfer()
             start_s, received_bytes = time.monotonic(), 0

@@ -16,7 +16,7 @@ PROGRESS = "progress"
 PERIOD_S = 0.02
 CUT_MARGIN = 0.1
 """A fetch has to be predicted slower than computing by this share."""
-PATIENCE_SHARE = 0.1
+PATIENCE_SHARE = 0.05
 """And for so long, as a share of what computing takes: a link that pauses is not one that is gone."""
 MIN_PATIENCE_S, MAX_PATIENCE_S = 0.02, 0.5
 ANSWER_SHARE = 0.25

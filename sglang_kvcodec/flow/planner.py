@@ -20,6 +20,7 @@ restore of the last segment. Waiting for other prefills is left out: it comes on
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,7 +48,15 @@ SWITCH_SHARE = 0.15
 TAKE_GAIN = 0.1
 """Where the last prefix of such a length was computed, the next is fetched if that is predicted to save this share."""
 BLOCK_S = 0.5
-"""Pages are fetched in blocks that take about so long on the link; the last one from half to one and a half of it."""
+"""Pages are fetched in blocks that take so long on the link at most, but for the last one."""
+BLOCK_SHARE = 1 / 6
+"""A shorter fetch in blocks of this share: where it is given up in the middle, most of what came is whole."""
+MIN_BLOCK_S = 0.05
+ROUND_TRIPS_OF_A_BLOCK = 20
+"""But each block costs a round trip, so it takes as long as these at least."""
+LAST_BLOCKS = 2.5
+"""So many blocks at most are fetched as one in the end: what comes layer group by layer group can be computed with
+before all of it is there."""
 FIRST_BLOCK_BYTES = 4 << 20
 """Of a block, while the link's bandwidth is not known."""
 BLIND_S = 2.0
@@ -173,13 +182,23 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         queued_s = np.maximum(known.round_trip_s, restore.queued_s)
         at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
         segment_bytes = coded_bytes * np.minimum(1.0, restore.segment_pages / np.maximum(1, pages))
-        last_block_s = fetch_s * _last_block_share(pages, prefix, known.bytes_per_s, restore.segment_pages)
+        blocks, last_share = _blocks(pages, prefix, known, restore.segment_pages)
+        # Each is asked for when the one before it has come.
+        fetch_s += known.round_trip_s * (blocks - 1)
+        last_block_s = fetch_s * last_share
         landed_s = _landed_s(fetch_s, last_block_s, segment_bytes, forward_s, restore)
         ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(landed_s, at_once_s)), ttft_s)
     return Prediction(fetch_s, restore_s, forward_s, after_s, ttft_s)
 
 
-def block_pages(bytes_per_s: float | None, page_bytes: float, segment_pages: int) -> int:
+def block_s(fetch_s: float, round_trip_s: float) -> float:
+    """How long a block of a fetch is to take on the link, and the whole fetch takes ``fetch_s``."""
+    return min(BLOCK_S, max(MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK * round_trip_s, BLOCK_SHARE * fetch_s))
+
+
+def block_pages(
+    bytes_per_s: float | None, page_bytes: float, pages: int, segment_pages: int, round_trip_s: float = 0.0
+) -> int:
     """Pages of a block: whole segments of the restorer, or of a smaller block a part that tiles one.
 
     A segment that lies across blocks could not be restored before the last of them comes.
@@ -187,26 +206,34 @@ def block_pages(bytes_per_s: float | None, page_bytes: float, segment_pages: int
     Args:
         bytes_per_s: of the link; None while that is not known.
         page_bytes: of a page.
+        pages: of the whole fetch.
         segment_pages: pages that are decoded in one call, a power of two.
+        round_trip_s: of the peer.
     """
-    block_bytes = FIRST_BLOCK_BYTES if bytes_per_s is None else bytes_per_s * BLOCK_S
-    pages = int(block_bytes / max(1.0, page_bytes))
-    if pages >= segment_pages:
-        return pages // segment_pages * segment_pages
-    return 1 << max(0, pages.bit_length() - 1)
+    block_bytes: float = FIRST_BLOCK_BYTES
+    if bytes_per_s is not None:
+        block_bytes = bytes_per_s * block_s(pages * page_bytes / max(bytes_per_s, 1e-9), round_trip_s)
+    block = int(block_bytes / max(1.0, page_bytes))
+    if block >= segment_pages:
+        return block // segment_pages * segment_pages
+    return 1 << max(0, round(math.log2(max(1, block))))
 
 
 def next_block(left_pages: int, block: int) -> int:
-    """Pages of the next block: what would be left after the last whole one is fetched with it."""
-    return left_pages if left_pages <= 1.5 * block else block
+    """Pages of the next block, or of the last one."""
+    return left_pages if left_pages <= LAST_BLOCKS * block else block
 
 
-def _last_block_share(pages: Ints, prefix: Prefix, bytes_per_s: float, segment_pages: int) -> Floats:
-    """Share of the last block in each number of pages."""
-    block = block_pages(bytes_per_s, sum(prefix.page_bytes) / max(1, len(prefix.page_bytes)), segment_pages)
-    last = pages - block * np.maximum(0, np.ceil(pages / block - 1.5))
-    share: Floats = last / np.maximum(1, pages)
-    return share
+def _blocks(pages: Ints, prefix: Prefix, known: Knowledge, segment_pages: int) -> tuple[Ints, Floats]:
+    """How many blocks each number of pages is fetched in, and the share of the pages in the last of them."""
+    assert known.bytes_per_s is not None
+    page_bytes = sum(prefix.page_bytes) / max(1, len(prefix.page_bytes))
+    block = np.array(
+        [block_pages(known.bytes_per_s, page_bytes, count, segment_pages, known.round_trip_s) for count in pages]
+    )
+    before = np.maximum(0, np.ceil(pages / block - LAST_BLOCKS)).astype(np.int64)
+    share: Floats = (pages - block * before) / np.maximum(1, pages)
+    return before + 1, share
 
 
 def _landed_s(
@@ -262,13 +289,12 @@ def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin:
     pages, coded_bytes = len(prefix.page_bytes), sum(prefix.page_bytes)
     shared_bytes = missing_bytes + sum(min(missing_bytes, other) for other in known.others_bytes)
     landing_s = shared_bytes / max(bytes_per_s, 1e-9) * (1 + margin)
-    # Each block is asked for when the one before it has come.
-    landing_s += known.round_trip_s * int(landing_s / BLOCK_S)
+    blocks, share = _blocks(np.array([pages]), prefix, known, restore.segment_pages)
+    landing_s += known.round_trip_s * int((blocks[0] - 1) * missing_bytes / coded_bytes)
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     forward_s = float(_forward_s(prefix, prefill, np.array([pages]))[0])
     groups = restore.layer_groups
     segment_bytes = np.array([coded_bytes * min(1.0, restore.segment_pages / pages)])
-    share = _last_block_share(np.array([pages]), prefix, bytes_per_s, restore.segment_pages)
     last_block_s = share * coded_bytes / max(bytes_per_s, 1e-9)
     landed_s = _landed_s(np.array([landing_s]), last_block_s, segment_bytes, np.array([forward_s]), restore)[0]
     after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)

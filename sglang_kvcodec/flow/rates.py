@@ -24,8 +24,8 @@ Ints = npt.NDArray[np.int64]
 
 SLICE_S = 0.05
 """The link is measured over slices of this length, or over a whole transfer that takes less."""
-SLICES = 9
-"""Bandwidth is the median over so many slices: it follows a change after five of them, a quarter of a second."""
+SLICES = 7
+"""Bandwidth is the median over so many slices: it follows a change after four of them, a fifth of a second."""
 WINDOW_S = 1.0
 """What was measured longer than this before the newest slice does not count."""
 MIN_SLICE_BYTES = 16 << 10
@@ -50,6 +50,8 @@ class LinkMeter:
         """Transfers of which something has arrived."""
         self._start_s = 0.0
         self._bytes = 0
+        self._has_slice = False
+        """Whether a slice has ended since something began to arrive."""
 
     def round_trip(self, seconds: float) -> None:
         """An RPC that sends next to nothing took so long."""
@@ -101,7 +103,7 @@ class LinkMeter:
             if self._running:
                 self._add(size_bytes, now_s)
             else:
-                self._start_s, self._bytes = now_s, 0
+                self._start_s, self._bytes, self._has_slice = now_s, 0, False
             self._running += 1
 
     def _received(self, size_bytes: int) -> None:
@@ -117,7 +119,9 @@ class LinkMeter:
         with self._lock:
             self._running -= 1
             now_s = self._clock()
-            if not self._running and self._bytes >= MIN_SLICE_BYTES and now_s > self._start_s:
+            # The end of a longer transfer may be a burst that had waited in some buffer.
+            is_telling = not self._has_slice or now_s - self._start_s >= SLICE_S / 2
+            if not self._running and self._bytes >= MIN_SLICE_BYTES and now_s > self._start_s and is_telling:
                 self._end_slice(now_s)
         bytes_per_s = self.bytes_per_s()
         if bytes_per_s is not None:
@@ -125,7 +129,7 @@ class LinkMeter:
 
     def _end_slice(self, now_s: float) -> None:
         self._slices.append((now_s, self._bytes / (now_s - self._start_s)))
-        self._start_s, self._bytes = now_s, 0
+        self._start_s, self._bytes, self._has_slice = now_s, 0, True
 
 
 class Transfer:

@@ -18,11 +18,13 @@ from sglang_kvcodec.flow.admission import (
 )
 from sglang_kvcodec.flow.planner import (
     BLOCK_S,
+    MIN_BLOCK_S,
     NOTHING_KNOWN,
     Bounds,
     Knowledge,
     Prefix,
     block_pages,
+    block_s,
     next_block,
     plan_fetch,
     predict_rest,
@@ -56,7 +58,7 @@ def test_the_link_may_take_as_long_as_the_restore():
     assert not is_in_time(PREFIX, 6_400_000, known())
     assert not is_in_time(PREFIX, 3_200_000, known())
     assert is_in_time(PREFIX, 2_500_000, known())
-    assert is_in_time(PREFIX, 6_400_000, known(30e6))
+    assert is_in_time(PREFIX, 6_400_000, known(50e6))
     assert not is_in_time(PREFIX, 2_500_000, known(others_bytes=[10**9]))
     # What else is to be restored gives the link time.
     assert is_in_time(PREFIX, 3_200_000, known(restore=dataclasses.replace(RESTORE, queued_s=0.2)))
@@ -91,25 +93,34 @@ def test_what_the_link_was_does_not_count_more_than_what_it_is():
     assert not burst.is_due(6_000_000, known(1e3), 5.03)
 
 
-@given(st.floats(1, 1e12), st.floats(1, 1e9))
-def test_blocks_tile_segments_or_are_tiled_by_them(bytes_per_s, page_bytes):
-    block = block_pages(bytes_per_s, page_bytes, SEGMENT_PAGES)
-    pages = bytes_per_s * BLOCK_S / page_bytes
-    assert 1 <= block <= max(1, pages)
-    assert block > pages / 2 - 1
+@given(st.floats(1, 1e12), st.floats(1, 1e9), st.integers(1, 4000), st.floats(0, 1))
+def test_blocks_tile_segments_or_are_tiled_by_them(bytes_per_s, page_bytes, pages, round_trip_s):
+    block = block_pages(bytes_per_s, page_bytes, pages, SEGMENT_PAGES, round_trip_s)
+    wanted = bytes_per_s * block_s(pages * page_bytes / bytes_per_s, round_trip_s) / page_bytes
+    assert 1 <= block <= max(1, 1.5 * wanted)
+    assert block > wanted / 2 - 1
     assert SEGMENT_PAGES % block == 0 or block % SEGMENT_PAGES == 0
+
+
+def test_a_block_is_a_share_of_the_fetch_between_bounds():
+    assert block_s(1.2, 0.001) == pytest.approx(0.2)
+    assert block_s(60.0, 0.0) == BLOCK_S
+    assert block_s(0.01, 0.0) == MIN_BLOCK_S
+    # A far peer is asked less often.
+    assert block_s(0.6, 0.02) == pytest.approx(0.4)
+    assert block_s(0.6, 0.2) == BLOCK_S
 
 
 def first_token_s(prefix, missing_bytes, known, landed=False):
     """Simulated time to the first token of a request that is admitted now; ``landed``: as if nothing were missing.
 
-    Blocks of :data:`BLOCK_S` land one after another, each layer group by layer group. A part of a segment can be
+    Blocks land one after another, each layer group by layer group. A part of a segment can be
     restored when the layer group of all its pages has landed, each by one thread. The forward pass waits for each layer
     group.
     """
     restore, groups = known.restore, known.restore.layer_groups
     pages, total = len(prefix.page_bytes), sum(prefix.page_bytes)
-    each = block_pages(known.bytes_per_s, total / pages, restore.segment_pages)
+    each = block_pages(known.bytes_per_s, total / pages, pages, restore.segment_pages, known.round_trip_s)
     lands_s = {}
     position, first = 0.0, 0
     while first < pages:
@@ -182,7 +193,7 @@ def test_less_to_come_is_never_worse(missing, link):
 
 
 def test_the_margin_is_kept():
-    rest = predict_rest(PREFIX, 10**6, known(), LANDING_MARGIN)
+    rest = predict_rest(PREFIX, 10**6, known(round_trip_s=0.0), LANDING_MARGIN)
     assert rest.landing_s == pytest.approx(0.1 * (1 + LANDING_MARGIN))
 
 

@@ -218,6 +218,7 @@ def test_a_request_does_not_wait_for_a_thread_longer_than_it_is_worth(setup, del
 
 def test_pages_are_fetched_in_blocks_so_that_what_came_before_a_cut_is_whole(setup, delta, monkeypatch):
     monkeypatch.setattr(planner, "FIRST_BLOCK_BYTES", 2 * len(setup.pages.coded(0)) + 1)
+    monkeypatch.setattr(planner, "LAST_BLOCKS", 1.5)
     ticket = setup.fetch()
     assert len(ticket.pages) == len(NAMES)
     assert setup.peer.calls.count("fetch") == 3

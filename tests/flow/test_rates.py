@@ -89,6 +89,16 @@ def test_short_transfers_over_a_fast_link_are_measured_at_their_end():
     assert link.meter.bytes_per_s() == about(1e9)
 
 
+def test_a_burst_at_the_end_of_a_transfer_is_no_rate():
+    link = Link()
+    for _ in range(4):
+        link.begin()
+        link.carry(1e7, 0.06)
+        link.carry(1e9, 0.0001)
+        link.transfer.end()
+    assert link.meter.bytes_per_s() == about(1e7)
+
+
 def test_after_a_pause_only_what_is_new_counts():
     link = Link()
     link.begin()

@@ -5,7 +5,7 @@ import pathlib
 import re
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_kvcodec.config import parse_bytes
 from sglang_kvcodec.format.exchange import PeerStat
@@ -127,6 +127,25 @@ def _texts(modules):
 def ask(server: SGLangProcess, text: str, **extra) -> ChatReply:
     """One greedy question."""
     return server.client.chat([{"role": "user", "content": text}], ANSWER_TOKENS, extra or None)
+
+
+def steady_text(plain: SGLangProcess, new_text: Callable[[], str]) -> tuple[str, str]:
+    """A text to which a server without kvcodec gives the same answer whatever it has cached, and that answer.
+
+    After others the words hang on the chunks in which they are prefilled, with any cache.
+    """
+    while True:
+        text = new_text()
+        plain.client.flush_cache()
+        answers = {ask(plain, text).text}
+        # Its beginning is cached, in parts of which each ends elsewhere, and at last all of it.
+        for part in (0.3, 0.6, 0.9, 1.0):
+            ask(plain, text[: int(part * len(text))])
+            answers.add(ask(plain, text).text)
+            if part < 1.0:
+                plain.client.flush_cache()
+        if len(answers) == 1:
+            return text, answers.pop()
 
 
 def forget(server: SGLangProcess) -> None:

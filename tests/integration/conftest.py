@@ -1,5 +1,5 @@
 import pytest
-from integration.cluster import Cluster, ask, forget, wait_up
+from integration.cluster import Cluster, ask, forget, steady_text, wait_up
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +34,7 @@ def fresh(cluster):
 @pytest.fixture
 def stored(fresh):
     """A text whose pages are stored, which neither server holds, and the answer to it."""
-    text = fresh.fresh_text()
-    answer = ask(fresh.plain, text).text
+    text, answer = steady_text(fresh.plain, fresh.fresh_text)
     assert ask(fresh.a, text).text == answer
     assert fresh.a.client.wait_published()
     forget(fresh.a)

@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
+from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, steady_text, wait_for, wait_up
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.namespace import PageKey
@@ -229,8 +229,7 @@ def test_a_stored_object_that_is_not_what_it_should_be(fresh, stored, damage):
 @pytest.fixture
 def stored_and_rated(fresh):
     """As ``stored``, of some thirty pages; the second server knows its rates, so that it admits requests early."""
-    text = "".join(fresh.other_text() for _ in range(3))
-    answer = ask(fresh.plain, text).text
+    text, answer = steady_text(fresh.plain, lambda: "".join(fresh.other_text() for _ in range(3)))
     assert ask(fresh.a, text).text == answer
     wait_up(fresh.b)
     ask(fresh.b, fresh.other_text())
