@@ -1,5 +1,5 @@
 import pytest
-from integration.cluster import Cluster, ask, forget, steady_text, wait_up
+from integration.cluster import PAGE_TOKENS, Cluster, ask, forget, steady_text, wait_up
 
 
 @pytest.fixture(scope="session")
@@ -10,7 +10,9 @@ def cluster(tmp_path_factory):
         chunked = ["--chunked-prefill-size", "256"]
         cluster.a = cluster.start_server("a", extra_args=chunked)
         cluster.b = cluster.start_server("b", extra_args=chunked)
-        cluster.plain = cluster.start_server("plain", kvcodec=False, extra_args=chunked)
+        # Whole pages are cached, as with kvcodec, so that it computes what is left of a prompt in the same chunks too.
+        paged = [*chunked, "--page-size", str(PAGE_TOKENS)]
+        cluster.plain = cluster.start_server("plain", kvcodec=False, extra_args=paged)
         for server in (cluster.a, cluster.b, cluster.plain):
             server.wait_ready()
         text = cluster.fresh_text()
