@@ -38,26 +38,27 @@ SETTLE_S = 120.0
 
 @dataclasses.dataclass
 class Usage:
-    """Of all processes of a server."""
+    """Of one process, or of all of a server."""
 
     memory_bytes: int = 0
     threads: int = 0
     file_descriptors: int = 0
 
 
+def usage_of_process(pid: int) -> Usage:
+    """What a process takes now; nothing if it has ended."""
+    try:
+        status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
+        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+        return Usage(int(status["RssAnon"].split()[0]) << 10, int(status["Threads"]), descriptors)
+    except (OSError, KeyError):
+        return Usage()
+
+
 def usage_of(server: SGLangProcess) -> Usage:
-    """What a server takes now."""
-    usage = Usage()
-    for pid in process_tree(server.pid):
-        try:
-            status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
-            usage.memory_bytes += int(status["RssAnon"].split()[0]) << 10
-            usage.threads += int(status["Threads"])
-            usage.file_descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-        except (OSError, KeyError):
-            # It has ended meanwhile.
-            continue
-    return usage
+    """What all processes of a server take now."""
+    usages = [dataclasses.astuple(usage_of_process(pid)) for pid in process_tree(server.pid)]
+    return Usage(*map(sum, zip(*usages, strict=True)))
 
 
 class Load:

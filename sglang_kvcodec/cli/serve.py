@@ -18,7 +18,7 @@ from sglang_kvcodec.cli.serve_status import add_status_argument, check_status_pa
 from sglang_kvcodec.cli.settings import Resolved, Settings
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.rpc.heap import keep_freed_memory
+from sglang_kvcodec.rpc.heap import keep_freed_memory, keep_lasting_objects
 from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.scrub import Scrubber
 from sglang_kvcodec.rpc.server import PeerServer
@@ -146,6 +146,7 @@ async def _serve(server: PeerServer, reloader: Reloader, words: str) -> None:
 
     loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
+    keep_lasting_objects()
     print(f"kvcodec peer ready on {server.address} {words}", flush=True)
     # Once more for those who collect logs.
     logger.info("ready on %s %s", server.address, words)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 BYTES = 256 << 10
 LEAST_S, MOST_S = 0.25, 5.0
 """It ends after the first of these if something was measured by then, after the second in any case."""
-PAUSE_S, MAX_PAUSE_S = 2.0, 8.0
+PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 
 
 class Explorer:

@@ -26,7 +26,7 @@ SLICE_S = 0.05
 """The link is measured over slices of this length, or over a whole transfer that takes less."""
 SLICES = 7
 """Bandwidth is the median over so many slices: it follows a change after four of them, a fifth of a second."""
-WINDOW_S = 1.0
+WINDOW_S = 0.5
 """What was measured longer than this before the newest slice does not count."""
 MIN_SLICE_BYTES = 16 << 10
 """Less at the end of a transfer says more of the machine than of the link."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 
 _PAGES_REMEMBERED = 1 << 17
@@ -19,20 +18,23 @@ class PrefixOrder:
     """Remembers for each page the one before it, of the pages that were asked for last. Thread-safe."""
 
     def __init__(self, pages: int = _PAGES_REMEMBERED) -> None:
-        """Remembers at most ``pages`` of them."""
-        self._pages = pages
+        """Remembers at most ``pages`` of them and those of one request, and at least half as many."""
+        self._half = pages // 2
         self._lock = threading.Lock()
-        self._before: OrderedDict[bytes, bytes] = OrderedDict()
+        self._newer: dict[bytes, bytes] = {}
+        self._older: dict[bytes, bytes] = {}
+        """Forgotten as a whole when as many newer ones are there."""
 
     def learn(self, keys: Sequence[bytes]) -> None:
         """Takes the keys of a request for pages, which are in prefix order."""
         with self._lock:
+            newer, older = self._newer, self._older
             for before, key in itertools.pairwise(keys):
-                # What was learned first stays: later requests leave out pages that their sender knows.
-                self._before.setdefault(key, before)
-                self._before.move_to_end(key)
-            while len(self._before) > self._pages:
-                self._before.popitem(last=False)
+                if key not in newer:
+                    # What was learned first stays: later requests leave out pages that their sender knows.
+                    newer[key] = older.get(key, before)
+            if len(newer) >= self._half:
+                self._newer, self._older = {}, newer
 
     def with_heads(self, keys: Sequence[bytes]) -> list[bytes]:
         """Pages and all that is known to come before them, each after those before it."""
@@ -45,7 +47,7 @@ class PrefixOrder:
                 # Requests may contradict each other: no page twice.
                 while at is not None and at not in ordered and at not in path and (left > 0 or at == key):
                     path[at] = None
-                    at = self._before.get(at)
+                    at = self._newer.get(at) or self._older.get(at)
                     left -= 1
                 ordered.update(dict.fromkeys(reversed(path)))
         return list(ordered)

@@ -7,7 +7,7 @@ import logging
 import pathlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from sglang_kvcodec.errors import CapacityError, StorageUnavailableError
 from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject, StoreStat
@@ -19,6 +19,12 @@ _EVICTIONS_PER_TRANSACTION = 1024
 _KEYS_PER_BATCH = 1024
 _ROOM_ATTEMPTS = 6
 """How often room is made in a full data file before giving up; each time twice as much is evicted."""
+
+_USES_AT_ONCE = 2048
+_TOUCHES_BETWEEN_RESTS = 32
+_REST_S, _MOST_REST_S, _READ_LATELY_S = 0.002, 0.2, 0.01
+"""A thread that writes uses takes the interpreter's lock from a Lookup at each of its thousand pages, which makes that
+several times slower: it lets readers go first, but puts wait for it no longer than this."""
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ class LmdbEngine(StorageEngine):
         self._max_file_bytes = max_file_bytes
         self._environment = LmdbEnvironment(directory, max_file_bytes or _file_bytes(capacity_bytes))
         self._opened_at_s = time.time()
+        self._read_at_s = 0.0
         self._write_lock = threading.Lock()
         try:
             with self._environment.reading() as store:
@@ -65,8 +72,10 @@ class LmdbEngine(StorageEngine):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """See the base class."""
         with self._environment.reading() as store:
-            found = [store.size_bytes(key) for key in keys]
-        self._uses.remember([key for key, size_bytes in zip(keys, found, strict=True) if size_bytes is not None])
+            found = store.sizes_bytes(keys)
+        self._read_at_s = time.monotonic()
+        there = keys if None not in found else [key for key, size in zip(keys, found, strict=True) if size is not None]
+        self._uses.remember(there)
         return found
 
     def get(self, key: bytes) -> bytes | None:
@@ -141,7 +150,7 @@ class LmdbEngine(StorageEngine):
         with self._write_lock:
             self._environment.allow_file(self._max_file_bytes or _file_bytes(capacity_bytes))
             self._capacity_bytes = capacity_bytes
-            self._write_uses()
+            self._write_uses(self._uses.take())
             self._evict_to_capacity()
 
     def stat(self) -> StoreStat:
@@ -155,7 +164,7 @@ class LmdbEngine(StorageEngine):
         with self._write_lock:
             if self._environment.closed:
                 return
-            self._write_uses()
+            self._write_uses(self._uses.take())
             self._environment.close()
 
     def _put_in_one_transaction(self, key: bytes, value: bytes) -> bool:
@@ -201,16 +210,25 @@ class LmdbEngine(StorageEngine):
 
     def _write_uses_alone(self) -> None:
         with self._write_lock:
-            self._write_uses()
+            self._write_uses(self._uses.take(_USES_AT_ONCE), self._let_readers_go_first)
 
-    def _write_uses(self) -> None:
-        """Writes the remembered uses; forgets them if that fails, for their loss only blurs the order of eviction."""
-        uses = self._uses.take()
+    def _let_readers_go_first(self, waited_s: float) -> float:
+        """Rests while somebody reads, and else not; the seconds of all rests, of which ``waited_s`` were before."""
+        if waited_s < _MOST_REST_S and time.monotonic() - self._read_at_s < _READ_LATELY_S:
+            time.sleep(_REST_S)
+            waited_s += _REST_S
+        return waited_s
+
+    def _write_uses(self, uses: Mapping[bytes, int], rest: Callable[[float], float] = lambda waited_s: 0.0) -> None:
+        """Writes remembered uses; forgets them if that fails, for their loss only blurs the order of eviction."""
         if not uses:
             return
+        waited_s = 0.0
         try:
             with self._environment.writing() as store:
-                for key, number in uses.items():
+                for index, (key, number) in enumerate(uses.items()):
+                    if index % _TOUCHES_BETWEEN_RESTS == 0:
+                        waited_s = rest(waited_s)
                     store.touch(key, number)
         except StorageUnavailableError as error:
             _logger.warning("the order of use of %d objects was not kept: %s", len(uses), error)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
 USES_HELD = 4096
 """Uses remembered before they are written without a put to do it."""
 MOST_USES_HELD = 4 * USES_HELD
-"""Where writing does not keep up, the oldest are forgotten: their loss only blurs the order of eviction."""
+"""About so many at most: where writing does not keep up, the older half is forgotten, which only blurs the order of
+eviction."""
 _PAUSE_FACTOR = 4.0
 """Each use dirties pages all over the file: writing them may take the disk a fifth of the time, puts have the rest."""
 
@@ -31,8 +32,13 @@ class RememberedUses:
         self._write = write
         self._changed = threading.Condition()
         self._number = last_number
-        self._held: OrderedDict[bytes, int] = OrderedDict()
-        """The oldest first."""
+        self._older: dict[bytes, int] = {}
+        self._held: dict[bytes, int] = {}
+        """What was used since the older ones were full. Where nobody writes, those are forgotten as a whole."""
+        self._fresh: list[tuple[int, Sequence[bytes]]] = []
+        """What is not among the held yet: the number before theirs, and keys, of which the first was used last. A
+        Lookup brings a thousand, and is not to go through them one by one."""
+        self._fresh_uses = 0
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -43,31 +49,54 @@ class RememberedUses:
             return self._number
 
     def remember(self, keys: Sequence[bytes]) -> None:
-        """Objects that were used together, the first one last. Never waits for the disk."""
+        """Objects that were used together, the first one last. Never waits for the disk, and keeps ``keys``."""
+        if not keys:
+            return
         with self._changed:
-            for key in reversed(keys):
-                self._number += 1
-                self._held[key] = self._number
-                self._held.move_to_end(key)
-            while len(self._held) > MOST_USES_HELD:
-                self._held.popitem(last=False)
-            if len(self._held) >= USES_HELD and not self._closed:
+            self._fresh.append((self._number, keys))
+            self._number += len(keys)
+            self._fresh_uses += len(keys)
+            if self._fresh_uses < USES_HELD:
+                return
+            self._merge()
+            if self.held_uses >= USES_HELD and not self._closed:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="kvcodec-lmdb-uses", daemon=True)
                     self._thread.start()
                 self._changed.notify_all()
 
-    def take(self) -> dict[bytes, int]:
-        """Key -> number of all that are held; they are the caller's now."""
+    @property
+    def held_uses(self) -> int:
+        """How many objects' uses wait to be written, but for the freshest."""
+        return len(self._older) + len(self._held)
+
+    def _merge(self) -> None:
+        for number, keys in self._fresh:
+            self._held.update(zip(reversed(keys), range(number + 1, number + 1 + len(keys)), strict=True))
+        self._fresh, self._fresh_uses = [], 0
+        if len(self._held) >= MOST_USES_HELD // 2:
+            self._older, self._held = self._held, {}
+
+    def take(self, most: int | None = None) -> dict[bytes, int]:
+        """Key -> number of the last use of what is held, ``most`` of the oldest or all; they are the caller's now."""
         with self._changed:
-            taken, self._held = self._held, OrderedDict()
+            self._merge()
+            if most is None or self.held_uses <= most:
+                taken = {**self._older, **self._held}
+                self._older, self._held = {}, {}
+                return taken
+            if not self._older:
+                self._older, self._held = self._held, {}
+            taken = dict(itertools.islice(self._older.items(), most))
+            for key in taken:
+                del self._older[key]
         return taken
 
-    def give_back(self, taken: dict[bytes, int]) -> None:
+    def give_back(self, taken: Mapping[bytes, int]) -> None:
         """Holds what could not be written, unless it was used again since."""
         with self._changed:
-            older = [(key, number) for key, number in taken.items() if key not in self._held]
-            self._held = OrderedDict([*older, *self._held.items()])
+            self._merge()
+            self._older = {**taken, **self._older}
 
     def close(self) -> None:
         """Ends the thread, after what it is writing. May be called twice."""
@@ -81,7 +110,7 @@ class RememberedUses:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or len(self._held) >= USES_HELD)
+                self._changed.wait_for(lambda: self._closed or self.held_uses >= USES_HELD)
                 if self._closed:
                     return
             started_s = time.monotonic()

@@ -77,10 +77,14 @@ def test_pages_that_are_there_already_stay_in_order(peer, namespace, pages, othe
 
 
 def test_what_is_forgotten():
-    order = PrefixOrder(pages=2)
-    order.learn([b"a", b"b", b"c", b"d"])
-    assert order.with_heads([b"d"]) == [b"b", b"c", b"d"]
-    assert order.with_heads([b"b"]) == [b"b"]
+    order = PrefixOrder(pages=6)
+    order.learn([b"a", b"b", b"c"])
+    order.learn([b"d", b"e"])
+    assert order.with_heads([b"c", b"e"]) == [b"a", b"b", b"c", b"d", b"e"]
+    order.learn([b"a", b"b"])
+    order.learn([b"v", b"w", b"x", b"y"])
+    # What was asked for again is there, and what was not has gone with the rest of its time.
+    assert order.with_heads([b"c", b"b", b"e", b"y"]) == [b"c", b"a", b"b", b"e", b"v", b"w", b"x", b"y"]
 
 
 def test_pages_left_out_are_known_from_before():

@@ -93,7 +93,7 @@ def test_uses_are_written_when_there_are_many_and_no_put(open_store, tmp_path, m
 def test_no_read_waits_for_a_disk_that_takes_no_writes(open_store, monkeypatch):
     """However much is used meanwhile, and what is remembered of it stays bounded."""
     monkeypatch.setattr(lmdb_uses, "USES_HELD", 3)
-    monkeypatch.setattr(lmdb_uses, "MOST_USES_HELD", 5)
+    monkeypatch.setattr(lmdb_uses, "MOST_USES_HELD", 6)
     store = open_store(1000)
     names = "abcdefghij"
     for name in names:
@@ -112,14 +112,15 @@ def test_no_read_waits_for_a_disk_that_takes_no_writes(open_store, monkeypatch):
         store.sizes([make_key(name) for name in names])
         assert stuck.wait(60)
         for _ in range(3):
-            assert store.sizes([make_key(name) for name in names]) == [30] * 10
-            assert store.get(make_key("a")) == bytes(30)
-        assert set(store._uses._held) == {make_key(name) for name in "abcde"}
+            for name in reversed(names):
+                assert store.sizes([make_key(name)]) == [30]
+                assert store.get(make_key(name)) == bytes(30)
+        assert store._uses.held_uses <= 6
     finally:
         freed.set()
     # The ones that were used last are there to be kept; the order of the others may have been forgotten.
     store.put(make_key("k"), bytes(850))
-    assert set(contents(store, names)) == set("abcde")
+    assert set(contents(store, names)) >= set("ab")
 
 
 def test_reads_commit_nothing(open_store, tmp_path):
