@@ -16,7 +16,7 @@ from sglang_kvcodec.cli.output import ProgressBar, prepare_out
 from sglang_kvcodec.cli.peer_access import access, add_access_arguments
 from sglang_kvcodec.config import Access, Timeouts
 from sglang_kvcodec.errors import ConfigurationError
-from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.rpc.connect import connect
 
 if TYPE_CHECKING:
     from sglang_kvcodec.format.calibration import Calibration
@@ -33,7 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "balanced and compact. Servers fetch it from their peer at start. A few minutes for a small model.",
     )
     parser.add_argument("--model", metavar="PATH", required=True, type=pathlib.Path, help="a directory or .gguf file")
-    parser.add_argument("--remote", metavar="URL", help="store it at this peer, grpc://HOST:PORT; grpcs: TLS")
+    parser.add_argument(
+        "--remote", metavar="URL", help="peers that are to have it, grpc://HOST:PORT[,HOST:PORT...]; grpcs: TLS"
+    )
     add_access_arguments(parser)
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write it there, one file for each rank")
     parser.add_argument(
@@ -132,6 +134,6 @@ def _keep(calibration: Calibration, out: pathlib.Path | None, remote: str | None
         path.write_bytes(calibration.encoded)
         print(f"written to {path}")
     if remote:
-        with contextlib.closing(GrpcPeer(remote, _TIMEOUTS, access=shown)) as peer:
+        with contextlib.closing(connect(remote, _TIMEOUTS, access=shown)) as peer:
             peer.put_calibration(calibration.model_digest, calibration.encoded)
         print(f"stored at {remote}")

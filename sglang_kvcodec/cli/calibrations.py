@@ -1,4 +1,4 @@
-"""``kvcodec calibrations``: lists, gets, puts and removes the calibration artifacts of a storage peer."""
+"""``kvcodec calibrations``: lists, gets, puts and removes the calibration artifacts of storage peers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sglang_kvcodec.cli.peer_access import access, add_access_arguments
 from sglang_kvcodec.config import MAX_ARTIFACT_BYTES, Timeouts
 from sglang_kvcodec.errors import ConfigurationError, NotFoundError
 from sglang_kvcodec.format.digest import artifact_digest
-from sglang_kvcodec.format.exchange import CalibrationEntry
-from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.format.exchange import CalibrationEntry, PeerTransport
+from sglang_kvcodec.rpc.connect import connect
 
 _TIMEOUTS = Timeouts(connect_s=5.0, calibration_s=3600.0)
 """Longer than a server's: somebody watches, and can end it."""
@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds ``calibrations`` to the command."""
     parser = subparsers.add_parser(
         "calibrations",
-        help="list, get, put and remove calibrations of a peer",
-        description="Lists, gets, puts and removes the calibrations of a storage peer.",
+        help="list, get, put and remove calibrations of peers",
+        description="Lists, gets, puts and removes the calibrations of storage peers: of several, of all that answer.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -55,16 +55,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    run: Callable[[argparse.Namespace, GrpcPeer], None],
+    run: Callable[[argparse.Namespace, PeerTransport], None],
     words: str,
 ) -> argparse.ArgumentParser:
     def connect_and_run(arguments: argparse.Namespace) -> int:
-        with contextlib.closing(GrpcPeer(arguments.remote, _TIMEOUTS, access=access(arguments))) as peer:
+        with contextlib.closing(connect(arguments.remote, _TIMEOUTS, access=access(arguments))) as peer:
             run(arguments, peer)
         return 0
 
     parser = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
-    parser.add_argument("--remote", metavar="URL", required=True, help="the peer, grpc://HOST:PORT; grpcs: TLS")
+    parser.add_argument("--remote", metavar="URL", required=True, help="grpc://HOST:PORT[,HOST:PORT...]; grpcs: TLS")
     add_access_arguments(parser)
     parser.set_defaults(run=connect_and_run)
     return parser
@@ -75,7 +75,7 @@ def _add_digest(parser: argparse.ArgumentParser, name: str, words: str) -> None:
     parser.add_argument(name, metavar=metavar, type=digest, help=f"{words} (64 hexadecimal digits)")
 
 
-def _list(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
+def _list(arguments: argparse.Namespace, peer: PeerTransport) -> None:
     entries = peer.list_calibrations()
     if arguments.json:
         print(json.dumps([_as_json(entry) for entry in entries], indent=2))
@@ -91,7 +91,7 @@ def _list(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
         )
 
 
-def _get(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
+def _get(arguments: argparse.Namespace, peer: PeerTransport) -> None:
     if arguments.file.exists() and not arguments.force:
         raise ConfigurationError(f"{arguments.file} exists; --force overwrites it")
     with _bar("get") as progress:
@@ -111,7 +111,7 @@ def _get(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
     print(artifact_digest(artifact).hex())
 
 
-def _put(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
+def _put(arguments: argparse.Namespace, peer: PeerTransport) -> None:
     try:
         size_bytes = arguments.file.stat().st_size
         if size_bytes > MAX_ARTIFACT_BYTES:
@@ -124,7 +124,7 @@ def _put(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
     print(digest.hex())
 
 
-def _remove(arguments: argparse.Namespace, peer: GrpcPeer) -> None:
+def _remove(arguments: argparse.Namespace, peer: PeerTransport) -> None:
     if not peer.delete_calibration(arguments.model_digest, arguments.digest):
         raise NotFoundError(
             f"{arguments.remote} has no calibration {arguments.digest.hex()} for model {arguments.model_digest.hex()}"

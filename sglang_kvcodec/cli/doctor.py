@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Looks at SGLang, the video engines and the codecs, measures for a few seconds, and says when "
         "fetching beats computing. Exit status 0 if a server would start, 1 with the reasons if not.",
     )
-    parser.add_argument("--remote", metavar="URL", help="a peer to measure the link to; objects are put and deleted")
+    parser.add_argument("--remote", metavar="URL", help="peers to measure the links to; objects are put and deleted")
     add_access_arguments(parser)
     parser.add_argument("--model", metavar="PATH", type=pathlib.Path, help="a model's directory or config.json")
     parser.add_argument("--prefill-tokens-per-s", metavar="RATE", type=float, help="of the server without kvcodec")
@@ -91,12 +91,11 @@ def as_text(findings: Mapping[str, Any]) -> str:
         lines.append(
             f"restore    {findings['restore']['values_per_s_per_thread'] / 1e6:.1f} M values/s on a thread of the host"
         )
-    if "link" in findings:
-        link = findings["link"]
-        lines.append(
-            f"link       {link['round_trip_s'] * 1e3:.2f} ms, fetch {link['fetch_bits_per_s'] / 1e9:.3f} Gbit/s,"
-            f" put {link['put_bits_per_s'] / 1e9:.3f} Gbit/s; peer {link['peer']}"
-        )
+    lines += [
+        f"link       {link['round_trip_s'] * 1e3:.2f} ms, fetch {link['fetch_bits_per_s'] / 1e9:.3f} Gbit/s,"
+        f" put {link['put_bits_per_s'] / 1e9:.3f} Gbit/s; {link['remote']} {link['peer']}"
+        for link in findings.get("links", ())
+    ]
     if "break_even" in findings:
         even = findings["break_even"]
         lines.append(

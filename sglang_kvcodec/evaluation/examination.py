@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from sglang_kvcodec import __version__
-from sglang_kvcodec.config import Access
+from sglang_kvcodec.config import Access, parse_remotes
 from sglang_kvcodec.errors import ConfigurationError, KVCodecError
 from sglang_kvcodec.evaluation import rates
 from sglang_kvcodec.evaluation.break_even import break_even, spec_of_model
@@ -134,13 +134,19 @@ def _link(
     if arguments.remote is None:
         notes.append("no link was measured without --remote")
         return None
-    try:
-        link = rates.measure_link(arguments.remote, arguments.seconds, access)
-    except ConfigurationError:
-        raise
-    except KVCodecError as error:
-        # A server starts without its peer, and waits for it in the background.
-        notes.append(f"the peer can't be used now: {error}")
+    scheme = arguments.remote.partition("://")[0]
+    links: list[tuple[str, rates.Link]] = []
+    for address in parse_remotes(arguments.remote):
+        remote = f"{scheme}://{address}"
+        try:
+            links.append((remote, rates.measure_link(remote, arguments.seconds, access)))
+        except ConfigurationError:
+            raise
+        except KVCodecError as error:
+            # A server starts without its peer, and waits for it in the background.
+            notes.append(f"the peer {address} can't be used now: {error}")
+    if not links:
         return None
-    findings["link"] = {"remote": arguments.remote} | dataclasses.asdict(link)
-    return link
+    findings["links"] = [{"remote": remote} | dataclasses.asdict(link) for remote, link in links]
+    # What several carry together is not measured: the slowest is what a server has at least.
+    return min((link for _, link in links), key=lambda link: link.fetch_bits_per_s)

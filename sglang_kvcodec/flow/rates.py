@@ -28,6 +28,10 @@ SLICES = 7
 """Bandwidth is the median over so many slices: it follows a change after four of them, a fifth of a second."""
 WINDOW_S = 0.5
 """What was measured longer than this before the newest slice does not count."""
+ONE_MOMENT_S, LONG_MOMENT_S = 0.001, 0.01
+"""What comes within the first of these is of one message, but a message takes no longer than the second."""
+FORGETTING = 0.98
+"""A large message counts that much less with each that follows."""
 MIN_SLICE_BYTES = 16 << 10
 """Less at the end of a transfer says more of the machine than of the link."""
 SLOW_FIRST_BYTE_S = 0.1
@@ -52,6 +56,9 @@ class LinkMeter:
         self._bytes = 0
         self._has_slice = False
         """Whether a slice has ended since something began to arrive."""
+        self._arrived_s = self._message_s = 0.0
+        self._message_bytes = self._largest_bytes = 0.0
+        """What arrived last at one moment, and the most of late."""
 
     def round_trip(self, seconds: float) -> None:
         """An RPC that sends next to nothing took so long."""
@@ -73,14 +80,18 @@ class LinkMeter:
     def bytes_per_s(self) -> float | None:
         """What all transfers get together; None before anything was measured.
 
-        While something is on its way, silence counts: as so many slices of what has arrived since the last one.
+        While something is on its way, silence counts: as so many slices, in all of which one message comes.
         """
         with self._lock:
             now_s = self._clock()
             slices = list(self._slices)
-            open_s = now_s - self._start_s
-            if self._running and open_s >= 2 * SLICE_S:
-                slices += [(now_s, self._bytes / open_s)] * int(open_s / SLICE_S)
+            if self._running:
+                if self._arrived_s - self._start_s >= SLICE_S:
+                    slices += self._slice()
+                silent_s = now_s - self._arrived_s
+                if silent_s >= 2 * SLICE_S:
+                    # A message that is on its way may come right now, and is then as large as others.
+                    slices += [(now_s, self._largest_bytes / silent_s)] * int(silent_s / SLICE_S)
             if not slices:
                 return None
             recent = [rate for end_s, rate in slices[-SLICES:] if end_s >= slices[-1][0] - WINDOW_S]
@@ -104,6 +115,7 @@ class LinkMeter:
                 self._add(size_bytes, now_s)
             else:
                 self._start_s, self._bytes, self._has_slice = now_s, 0, False
+                self._arrived_s = now_s
             self._running += 1
 
     def _received(self, size_bytes: int) -> None:
@@ -111,25 +123,39 @@ class LinkMeter:
             self._add(size_bytes, self._clock())
 
     def _add(self, size_bytes: int, now_s: float) -> None:
+        if now_s - self._arrived_s >= ONE_MOMENT_S or now_s - self._message_s >= LONG_MOMENT_S:
+            # What arrives at one moment is one message, and belongs to one slice.
+            self._message_s = now_s
+            if self._arrived_s - self._start_s >= SLICE_S:
+                self._end_slice()
+            self._message_bytes = 0.0
+            self._largest_bytes *= FORGETTING
         self._bytes += size_bytes
-        if now_s - self._start_s >= SLICE_S:
-            self._end_slice(now_s)
+        self._message_bytes += size_bytes
+        self._largest_bytes = max(self._largest_bytes, self._message_bytes)
+        self._arrived_s = now_s
 
     def _ended(self) -> None:
         with self._lock:
             self._running -= 1
-            now_s = self._clock()
             # The end of a longer transfer may be a burst that had waited in some buffer.
-            is_telling = not self._has_slice or now_s - self._start_s >= SLICE_S / 2
-            if not self._running and self._bytes >= MIN_SLICE_BYTES and now_s > self._start_s and is_telling:
-                self._end_slice(now_s)
+            took_s = self._arrived_s - self._start_s
+            is_telling = took_s > 0 and (not self._has_slice or took_s >= SLICE_S / 2)
+            is_enough = self._bytes >= MIN_SLICE_BYTES or took_s >= SLICE_S
+            if not self._running and is_enough and is_telling:
+                self._end_slice()
         bytes_per_s = self.bytes_per_s()
         if bytes_per_s is not None:
             metrics.LINK_BYTES_PER_SECOND.set(bytes_per_s)
 
-    def _end_slice(self, now_s: float) -> None:
-        self._slices.append((now_s, self._bytes / (now_s - self._start_s)))
-        self._start_s, self._bytes, self._has_slice = now_s, 0, True
+    def _slice(self) -> list[tuple[float, float]]:
+        """The one that ends with what has arrived last; as several where it was so long, for messages are large."""
+        took_s = self._arrived_s - self._start_s
+        return [(self._arrived_s, self._bytes / took_s)] * max(1, min(SLICES, round(took_s / SLICE_S)))
+
+    def _end_slice(self) -> None:
+        self._slices += self._slice()
+        self._start_s, self._bytes, self._has_slice = self._arrived_s, 0, True
 
 
 class Transfer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 
@@ -104,6 +104,10 @@ class CalibrationEntry:
     is_current: bool
 
 
+Progress = Callable[[int, int], None]
+"""Called with the bytes that have been transferred, and the bytes of all; maybe in another thread."""
+
+
 class PeerTransport(Protocol):
     """A storage peer as an SGLang server sees it. Thread-safe; every call blocks, so none is for a scheduler's thread.
 
@@ -136,7 +140,7 @@ class PeerTransport(Protocol):
         """The peer's account of itself."""
         ...
 
-    def put_calibration(self, model_digest: bytes, artifact: bytes) -> bytes:
+    def put_calibration(self, model_digest: bytes, artifact: bytes, progress: Progress | None = None) -> bytes:
         """Stores a calibration artifact, which becomes its model's current one; its SHA-256.
 
         Raises:
@@ -144,7 +148,9 @@ class PeerTransport(Protocol):
         """
         ...
 
-    def get_calibration(self, model_digest: bytes, digest: bytes | None = None) -> bytes | None:
+    def get_calibration(
+        self, model_digest: bytes, digest: bytes | None = None, progress: Progress | None = None
+    ) -> bytes | None:
         """A model's calibration artifact, the current one unless ``digest`` names another; None if there is none.
 
         Its bytes have the digest that was asked for or announced, and are at most ``config.MAX_ARTIFACT_BYTES``.

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from google.protobuf.message import DecodeError
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.digest import Buffer
-from sglang_kvcodec.format.exchange import CalibrationEntry
+from sglang_kvcodec.format.exchange import CalibrationEntry, Progress
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
 from sglang_kvcodec.storage.artifacts import ArtifactCheck, require_digest, require_digests, require_size
 
 _LAST_MS = 253_402_300_799_999
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes that have been transferred, and the bytes of the whole artifact."""
 
 
 def put_messages(model_digest: bytes, digest: bytes, artifact: Buffer, progress: Progress | None) -> Iterator[bytes]:

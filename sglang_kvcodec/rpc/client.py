@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -27,16 +28,18 @@ from sglang_kvcodec.format.exchange import (
     FetchEvent,
     LookupResult,
     PeerStat,
+    Progress,
     PutOutcome,
     PutResult,
 )
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.rpc import peer_pb2 as pb
-from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, Progress, calibration_entries, put_messages
+from sglang_kvcodec.rpc.calibration_messages import CalibrationReceipt, calibration_entries, put_messages
 from sglang_kvcodec.rpc.channels import Metadata, TokenSource, open_channel, tls_files_stamp
 from sglang_kvcodec.rpc.errors import peer_error
 from sglang_kvcodec.rpc.heap import keep_freed_memory
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
+from sglang_kvcodec.rpc.message_pace import MessagePace
 from sglang_kvcodec.rpc.replies import FetchChecks, lookup_result, put_results
 from sglang_kvcodec.rpc.watch import CallWatch, Verdict, WatchedCall
 from sglang_kvcodec.rpc.wire import decode_fetch, encode_chunk
@@ -61,7 +64,8 @@ class GrpcPeer:
         Args:
             remote: ``grpc://HOST:PORT``, or ``grpcs://HOST:PORT`` by TLS.
             timeouts: how long each phase may take.
-            max_message_bytes: asks for smaller or larger messages of a Fetch; 0 leaves it to the peer.
+            max_message_bytes: asks for smaller or larger messages of a Fetch; 0 leaves it to the peer, but on a slow
+                link.
             access: certificates and token; the files are read now, the token's again when it changes, and the
                 certificates' when they have changed and there is no connection.
 
@@ -74,6 +78,7 @@ class GrpcPeer:
         keep_freed_memory()
         self._timeouts = timeouts or Timeouts()
         self._max_message_bytes = max_message_bytes
+        self._pace = MessagePace(DEFAULT_MESSAGE_BYTES)
         self._closed = False
         self._answered = False
         self._watch = CallWatch()
@@ -160,14 +165,21 @@ class GrpcPeer:
         request = pb.FetchRequest(
             namespace_digest=namespace_digest,
             page_hashes=b"".join(page_hashes),
-            max_message_bytes=self._max_message_bytes,
+            max_message_bytes=self._max_message_bytes or self._pace.wanted_bytes(),
         )
         checks = FetchChecks(page_hashes)
         with self._translated("Fetch"):
             call = self._fetch(request, timeout=self._timeouts.fetch_s, metadata=self._token.metadata())
             watched = WatchedCall(call, self._timeouts.progress_s, cancelled)
             try:
+                first_s, received_bytes = 0.0, 0
                 for message in self._messages(call, watched):
+                    now_s = time.monotonic()
+                    if first_s:
+                        received_bytes += len(message)
+                        self._pace.watch(received_bytes, now_s - first_s)
+                    else:
+                        first_s = now_s
                     for event in decode_fetch(message):
                         checks.check(event)
                         yield event

@@ -20,6 +20,7 @@ from sglang_kvcodec.format.exchange import (
     LookupResult,
     PeerStat,
     PeerTransport,
+    Progress,
     PutOutcome,
     PutResult,
 )
@@ -192,18 +193,26 @@ class SeveralPeers:
             software_version=_joined(stat.software_version for stat in fitting),
         )
 
-    def put_calibration(self, model_digest: bytes, artifact: bytes) -> bytes:
-        """Stores a calibration artifact on all peers that answer: each page of it is of no use without."""
+    def put_calibration(self, model_digest: bytes, artifact: bytes, progress: Progress | None = None) -> bytes:
+        """Stores a calibration artifact on all peers that answer: each page of it is of no use without.
+
+        ``progress`` is told of the first of them.
+        """
         shares = {number: () for number in self._up()}
         digests = [
             digest
             for _, _, digest in self._ask(
-                shares, lambda member, _: member.transport.put_calibration(model_digest, artifact)
+                shares,
+                lambda member, _: member.transport.put_calibration(
+                    model_digest, artifact, progress if member is self._members[min(shares)] else None
+                ),
             )
         ]
         return digests[0]
 
-    def get_calibration(self, model_digest: bytes, digest: bytes | None = None) -> bytes | None:
+    def get_calibration(
+        self, model_digest: bytes, digest: bytes | None = None, progress: Progress | None = None
+    ) -> bytes | None:
         """The artifact that was put last on any peer, or the one that ``digest`` names, from whichever has it."""
         if digest is None:
             entries = [entry for entry in self.list_calibrations() if entry.model_digest == model_digest]
@@ -214,7 +223,7 @@ class SeveralPeers:
         for number in self._up():
             member = self._members[number]
             try:
-                artifact = member.transport.get_calibration(model_digest, digest)
+                artifact = member.transport.get_calibration(model_digest, digest, progress)
             except PeerError as error:
                 self._failed(member, error)
                 last_error = error

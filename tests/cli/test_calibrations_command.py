@@ -151,3 +151,28 @@ def test_a_large_one_shows_its_progress_on_a_terminal(run, file, tmp_path, monke
     assert "put: 100%" in err
     assert "1.00M/1.00M" in err
     assert "get: 100%" in run("get", MODEL.hex(), tmp_path / "got")[2]
+
+
+def test_several_peers(file, tmp_path, capsys):
+    """Each gets it, as each has pages of it; one that goes takes nothing away."""
+    file.write_bytes(ARTIFACT)
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(contextlib.closing(MemoryArtifactStore(2_000_000))) for _ in range(2)]
+        peers = [LocalPeer(MemoryEngine(1000), artifacts=store) for store in stores]
+        for peer in peers:
+            stack.callback(peer.stop)
+        remote = "grpc://" + ",".join(peer.address for peer in peers)
+
+        def run(command, *arguments):
+            status = main(["calibrations", command, "--remote", remote, *map(str, arguments)])
+            return status, capsys.readouterr().out
+
+        assert run("put", MODEL.hex(), file) == (0, f"{DIGEST.hex()}\n")
+        assert [store.current(MODEL) for store in stores] == [DIGEST, DIGEST]
+        assert stores[0].delete(MODEL, DIGEST)
+        got = tmp_path / "got"
+        assert run("get", MODEL.hex(), got) == (0, f"{DIGEST.hex()}\n")
+        assert got.read_bytes() == ARTIFACT
+        assert DIGEST.hex() in run("ls")[1]
+        assert run("rm", MODEL.hex(), DIGEST.hex())[0] == 0
+        assert stores[1].current(MODEL) is None

@@ -55,7 +55,7 @@ def test_a_machine_without_a_gpu(accepted, capsys):
     assert findings["restore"]["values_per_s_per_thread"] > 0
     assert findings["pictures"]["width"] % 64 == 0
     assert "break_even" not in findings
-    assert "link" not in findings
+    assert "links" not in findings
 
 
 def test_a_link_is_measured_with_objects_that_differ_in_size(peer):
@@ -75,8 +75,9 @@ def test_model_link_and_prefill_give_a_break_even(accepted, capsys, peer, monkey
     assert findings["break_even"]["values_per_token"] == 6 * 2 * 2 * 128
     assert findings["break_even"]["min_tokens"] is not None, findings["notes"]
     assert findings["break_even"]["min_tokens"] >= 1
-    assert findings["link"]["fetch_bits_per_s"] > 0
-    assert findings["link"]["round_trip_s"] > 0
+    (link,) = findings["links"]
+    assert link["fetch_bits_per_s"] > 0
+    assert link["round_trip_s"] > 0
     assert engine.stat().objects == 0
 
 
@@ -90,7 +91,15 @@ def test_text_says_the_same(accepted, capsys):
 
 def test_a_peer_that_is_away_is_no_reason_not_to_start(accepted, capsys):
     findings = findings_of(capsys, "--remote", "grpc://127.0.0.1:1")
-    assert any("the peer can't be used now" in note for note in findings["notes"])
+    assert any("the peer 127.0.0.1:1 can't be used now" in note for note in findings["notes"])
+
+
+def test_the_links_to_several_peers_are_measured(accepted, capsys, peer, monkeypatch):
+    monkeypatch.setattr(measures, "_TIMEOUTS", Timeouts(connect_s=60.0, lookup_s=60.0, progress_s=60.0))
+    address = peer[0].address
+    findings = findings_of(capsys, "--remote", f"grpc://{address},127.0.0.1:1")
+    assert [link["remote"] for link in findings["links"]] == [f"grpc://{address}"]
+    assert any("the peer 127.0.0.1:1 can't be used now" in note for note in findings["notes"])
 
 
 @pytest.mark.parametrize(

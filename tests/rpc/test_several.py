@@ -90,14 +90,14 @@ class FakePeer:
         stored_bytes = sum(map(len, self.objects.values()))
         return PeerStat(len(self.objects), stored_bytes, 1000, 1, "fake", self.format_version, "1")
 
-    def put_calibration(self, model_digest, artifact):
+    def put_calibration(self, model_digest, artifact, progress=None):
         self._called("put_calibration")
         digest = artifact[:1] * 32
         self.calibrations = [dataclasses.replace(entry, is_current=False) for entry in self.calibrations]
         self.calibrations.append(CalibrationEntry(model_digest, digest, len(artifact), len(self.calibrations), True))
         return digest
 
-    def get_calibration(self, model_digest, digest=None):
+    def get_calibration(self, model_digest, digest=None, progress=None):
         self._called("get_calibration")
         return next(
             (entry.digest[:1] * entry.size_bytes for entry in self.calibrations if entry.digest == digest), None
