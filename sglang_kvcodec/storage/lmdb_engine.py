@@ -33,8 +33,8 @@ class LmdbEngine(StorageEngine):
     """Objects in an LMDB environment.
 
     Every put is one transaction, synced before it returns, evictions included. Reads take no write transaction and wait
-    for none: what they used is remembered and written with the next put, by a thread of its own every 4096 uses, and at
-    close. A crash forgets the uses that were not written, at most 16384, never an object.
+    for none: what they used is remembered and written with the next put, by a thread of its own from 4096 uses on, and
+    at close. A crash forgets the uses that were not written, some 20 000 at most, never an object.
 
     The data file grows with what is stored and never shrinks. LMDB stores in pages of 4 KiB, so the file is larger
     than the objects: little for objects of 100 KiB, several times for objects of 100 bytes.
