@@ -86,8 +86,8 @@ class Counts:
 class Client:
     """One client's calls, on a thread of its own, until it is told to end."""
 
-    def __init__(self, remote: str, kind: str, seed: int, counts: Counts) -> None:
-        self._kind, self._counts = kind, counts
+    def __init__(self, remote: str, kind: str, seed: int, counts: Counts, damaged: Damaged) -> None:
+        self._kind, self._counts, self._damaged = kind, counts, damaged
         self._random = random.Random(seed)
         self._peer = GrpcPeer(remote, TIMEOUTS)
         self._is_over = threading.Event()
@@ -137,7 +137,7 @@ class Client:
         for index, data in pages.items():
             if bytes(data) == page_object(wanted[index]):
                 self._counts.add("pages fetched")
-            elif damaged.is_known(wanted[index]):
+            elif self._damaged.is_known(wanted[index]):
                 # The peer does not read payloads before it sends them: the client's checksums find it.
                 self._counts.add("damaged pages fetched")
                 self._peer.delete(NAMESPACE, [wanted[index]])
@@ -179,16 +179,13 @@ class Damaged:
                 self._names.add(name)
 
 
-damaged = Damaged()
-
-
 def send_garbage(address: str, source: random.Random) -> None:
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=2) as connection:
         connection.sendall(source.randbytes(source.randrange(1, 100_000)))
 
 
-def fault(peer: PeerProcess, store: str, silent: list[socket.socket], source: random.Random) -> str:
+def fault(peer: PeerProcess, store: str, silent: list[socket.socket], damaged: Damaged, source: random.Random) -> str:
     """Does something to the peer, which runs afterwards."""
     kind = source.choice(["kill", "stop", "pause", "hang up", "damage", "garbage", "silent clients"])
     if kind == "kill":
@@ -225,12 +222,13 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="print, but keep no result")
     options = parser.parse_args()
     source, counts, faults = random.Random(options.seed), Counts(), collections.Counter[str]()
+    damaged = Damaged()
     load_before, notes, silent = load_average(), list[Usage](), list[socket.socket]()
     with tempfile.TemporaryDirectory() as directory:
         store = f"lmdb:{pathlib.Path(directory) / 'store'}"
         with PeerProcess(store, str(CAPACITY_BYTES), arguments=("--log-level", "error")) as peer:
-            clients = [Client(peer.remote, "reader", seed, counts) for seed in range(READERS)]
-            clients += [Client(peer.remote, "writer", 100 + seed, counts) for seed in range(WRITERS)]
+            clients = [Client(peer.remote, "reader", seed, counts, damaged) for seed in range(READERS)]
+            clients += [Client(peer.remote, "writer", 100 + seed, counts, damaged) for seed in range(WRITERS)]
             started_s = next_note_s = time.monotonic()
             while time.monotonic() - started_s < options.minutes * 60:
                 time.sleep(options.fault_every_s * source.uniform(0.5, 1.5))
@@ -238,7 +236,7 @@ def main() -> int:
                     next_note_s += NOTE_EVERY_S
                     notes.append(usage_of_process(peer.pid))
                     print(f"{time.monotonic() - started_s:5.0f} s: {dict(counts.seen)} {notes[-1]}", flush=True)
-                faults[fault(peer, store, silent, source)] += 1
+                faults[fault(peer, store, silent, damaged, source)] += 1
                 if counts.wrong or not peer.alive:
                     break
             is_alive = peer.alive
