@@ -16,6 +16,7 @@ DECODERS = ("auto", "nvdec", "software")
 ENCODERS = ("auto", "nvenc", "x265")
 PLANS = ("auto", "always")
 ADMISSIONS = ("early", "landed")
+COMPUTE_WHILE_FETCHING = ("idle", "always", "never")
 PROFILES = ("raw", "exact", "high", "balanced", "compact")
 LOSSLESS_PROFILES = ("raw", "exact")
 """Those that restore what was in the pool, bit for bit."""
@@ -183,6 +184,9 @@ class ServerConfig:
     """``auto``: fetch what is predicted to be faster than prefill; ``always``: every stored prefix."""
     admit: str = "early"
     """``early``: admit a request when what is missing of its pages will be in time; ``landed``: when all is there."""
+    compute_while_fetching: str = "idle"
+    """When a prompt's start may be computed while the end of its stored prefix is fetched, if that is predicted to be
+    faster. ``idle``: while nothing else is computed; ``always``: while no other prompt is; ``never``."""
     trace: str = ""
     """File for a trace of every request; empty for none."""
     tls_ca: str = ""
@@ -197,7 +201,13 @@ class ServerConfig:
         parse_remotes(self.remote)
         self.access.require_fit(self.remote)
         self._check_tiers()
-        for name, known in (("decoder", DECODERS), ("encoder", ENCODERS), ("plan", PLANS), ("admit", ADMISSIONS)):
+        for name, known in (
+            ("decoder", DECODERS),
+            ("encoder", ENCODERS),
+            ("plan", PLANS),
+            ("admit", ADMISSIONS),
+            ("compute_while_fetching", COMPUTE_WHILE_FETCHING),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
         for name in (

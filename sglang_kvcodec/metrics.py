@@ -42,6 +42,10 @@ PLANS = Counter("kvcodec_plans", "Requests by what was planned for their stored 
 PLANNED_TIERS = Counter("kvcodec_planned_tiers", "Fetches by the tier that was planned", ["tier"])
 TIER_SWITCHES = Counter("kvcodec_tier_switches", "Fetches that went on with another tier, by that tier", ["tier"])
 FETCH_CUTS = Counter("kvcodec_fetch_cuts", "Fetches given up because computing became faster, by phase", ["phase"])
+MEETINGS = Counter(
+    "kvcodec_meetings", "Prefixes of which the start was computed while the end was fetched, by outcome", ["outcome"]
+)
+JOINED_TOKENS = Counter("kvcodec_joined_tokens", "Tokens that were fetched while those before them were computed")
 EXPLORATIONS = Counter("kvcodec_explorations", "Fetches that no request waited for, made to measure the link")
 TTFT_PREDICTED_SECONDS = Histogram(
     "kvcodec_ttft_predicted_seconds", "What the planner expected from queueing to the first token", ["choice"]

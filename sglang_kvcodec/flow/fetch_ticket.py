@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from sglang_kvcodec.flow.planner import FetchPlan
+from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.format.page_object import PageObject
 
 
@@ -14,10 +15,19 @@ class FetchTicket:
     """One request's fetch. Its fields may be read by any thread once :attr:`is_ready`."""
 
     def __init__(
-        self, page_hashes: Sequence[bytes], tokens_before: int = 0, prompt_tokens: int = 0, rid: str = ""
+        self,
+        page_hashes: Sequence[bytes],
+        tokens_before: int = 0,
+        prompt_tokens: int = 0,
+        rid: str = "",
+        may_compute: bool = False,
     ) -> None:
         """A fetch of ``page_hashes``, in prefix order, for a prompt with so many tokens before them and in all."""
         self.rid = rid
+        self.may_compute = may_compute
+        """Whether the model is free to compute the start of the prefix meanwhile."""
+        self.tail: Tail | None = None
+        """The end of the prefix, where that is what it does; set before the ticket is ready, and without pages."""
         self.page_hashes = tuple(page_hashes)
         self.tokens_before = tokens_before
         self.prompt_tokens = prompt_tokens
@@ -72,6 +82,8 @@ class FetchTicket:
     @property
     def most_pages(self) -> int:
         """More than these will not come."""
+        if self.tail is not None:
+            return self.tail.end
         if self.is_ready:
             return len(self.pages)
         plan = self.plan
@@ -80,6 +92,8 @@ class FetchTicket:
     def cancel(self) -> None:
         """Nobody waits for it any more."""
         self._cancelled.set()
+        if (tail := self.tail) is not None:
+            tail.close()
         with self._lock:
             if not self._is_measuring:
                 self.stop.set()
@@ -90,8 +104,11 @@ class FetchTicket:
         return self._is_kept
 
     def admitted(self) -> None:
-        """The request is in a batch: it waits no more for the fetch, but for pages that were promised."""
-        if not self._is_promised:
+        """The request is in a batch: it waits no more for the fetch, but for pages that were promised.
+
+        A tail goes on while the request is computed.
+        """
+        if not self._is_promised and self.tail is None:
             self.cancel()
 
     def promise(self, pages: Sequence[PageObject]) -> bool:

@@ -20,6 +20,7 @@ from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.exploring import Explorer
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
+from sglang_kvcodec.flow.meeting import plan_meeting
 from sglang_kvcodec.flow.pacing import FIRST_BYTE, LOOKUP, PROGRESS, Flight, Pacer, Stage
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.planner import (
@@ -32,12 +33,15 @@ from sglang_kvcodec.flow.planner import (
     plan_tiers,
 )
 from sglang_kvcodec.flow.rates import Rates
-from sglang_kvcodec.flow.receiver import Receiver, bytes_of
+from sglang_kvcodec.flow.receiver import Receiver
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.stored_prefix import PrefixLookup, StoredPrefix, Tier
 from sglang_kvcodec.flow.switching import Switcher
+from sglang_kvcodec.flow.tail import Tail
+from sglang_kvcodec.flow.tail_fetch import fetch_tail
 from sglang_kvcodec.flow.trace import Tracer
+from sglang_kvcodec.flow.transfers import Transfers
 from sglang_kvcodec.format.exchange import FetchedMissing, FetchEvent, PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject
@@ -119,6 +123,7 @@ class Fetcher:
         self._rates = rates
         self._on_done = on_done
         self._tracer = tracer or Tracer()
+        self._transfers = Transfers(peer, rates.link, self._tracer)
         self._always = config.plan == "always"
         self._admits_early = config.admit == "early"
         self._pacer = Pacer(self._known, is_watching=not self._always)
@@ -140,6 +145,7 @@ class Fetcher:
         tokens_before: int = 0,
         prompt_tokens: int | None = None,
         rid: str = "",
+        may_compute: bool = False,
     ) -> FetchTicket:
         """Begins to fetch; returns at once. The ticket may already be done.
 
@@ -149,10 +155,11 @@ class Fetcher:
             tokens_before: of the prompt before the first of them, which are there already.
             prompt_tokens: of the whole prompt; None if it ends one token after them.
             rid: of the request, for the trace.
+            may_compute: the model is free to compute the start of the prefix while the end is fetched.
         """
         if prompt_tokens is None:
             prompt_tokens = tokens_before + len(page_hashes) * self._page_tokens + 1
-        ticket = FetchTicket(page_hashes, tokens_before, prompt_tokens, rid)
+        ticket = FetchTicket(page_hashes, tokens_before, prompt_tokens, rid, may_compute)
         reason = ""
         if not self._monitor.is_up:
             reason = "peer_down"
@@ -208,7 +215,9 @@ class Fetcher:
             self._over(ticket, flight, outcome)
         if planned is None:
             return
-        if planned.plan.pages:
+        if planned.plan.first_page:
+            self._begin_tail(ticket, planned, flight)
+        elif planned.plan.pages:
             turn = turn_s(ticket.start_s, sum(planned.prefix.page_bytes), self._rates.link.bytes_per_s())
             with self._lock:
                 heapq.heappush(self._waiting, (turn, next(self._order), ticket, planned, flight))
@@ -235,6 +244,42 @@ class Fetcher:
             logger.exception("kvcodec: a fetch failed")
         finally:
             self._over(ticket, flight, outcome, pages)
+
+    def _begin_tail(self, ticket: FetchTicket, planned: _Planned, flight: Flight) -> None:
+        """Lets the request go on without a page, and fetches the end of the prefix while it is computed."""
+        flight.unwatched()
+        tail = ticket.tail = Tail(planned.prefix, planned.plan.first_page, planned.plan.pass_tokens)
+        if ticket.is_cancelled:
+            tail.close()
+        self._end(ticket, planned.plan.reason)
+        self._threads.submit(self._run_tail, ticket, tail, planned, flight)
+
+    def _run_tail(self, ticket: FetchTicket, tail: Tail, planned: _Planned, flight: Flight) -> None:
+        damaged: list[PageKey] = []
+        try:
+            damaged = fetch_tail(
+                tail,
+                planned.prefixes[planned.choice].namespaces,
+                ticket.page_hashes,
+                functools.partial(self._pacer.knowledge, flight),
+                self._transfers,
+                self._new_receiver,
+                self._settle,
+                flight,
+                ticket.rid,
+                self._deadline_s(ticket),
+            )
+        except PeerError as error:
+            self._monitor.failed("fetch", error)
+        except Exception:
+            # A thread's top: the model computes what does not come.
+            logger.exception("kvcodec: a fetch failed")
+        finally:
+            self._pacer.remove(flight)
+            with self._lock:
+                self._tickets -= 1
+        for key in damaged:
+            self._drop_damaged(key)
 
     def _over(self, ticket: FetchTicket, flight: Flight, outcome: str, pages: Sequence[PageObject] = ()) -> None:
         self._pacer.remove(flight)
@@ -264,7 +309,7 @@ class Fetcher:
         metrics.FETCHES.labels(outcome=outcome).inc()
         used = 0 if ticket.is_promised and not ticket.is_kept else len(ticket.pages)
         unused = ticket.stored_pages - used
-        if unused:
+        if unused and ticket.tail is None:
             metrics.MISSES.labels(reason=outcome).inc(unused)
         not_stored = len(ticket.page_hashes) - ticket.stored_pages
         if not_stored:
@@ -390,6 +435,8 @@ class Fetcher:
             for stored in prefixes
         ]
         choice, plan = plan_tiers(choices, bounds, was_fetching, self._always)
+        if ticket.may_compute and not self._always:
+            choice, plan = plan_meeting(choices, choice, plan, bounds)
         prefix = choices[choice].prefix
         plan = dataclasses.replace(plan, tier=prefixes[choice].profile_name)
         flight.profile_name = plan.tier if len(prefixes) > 1 else ""
@@ -406,7 +453,10 @@ class Fetcher:
 
     def _receiver(self, course: Course, wanted: Sequence[bytes]) -> Receiver:
         keys = [PageKey(*place) for place in zip(course.namespaces, wanted, strict=True)]
-        return Receiver(keys, self._transforms, self._config.host_cache_bytes, course.page_bytes)
+        return self._new_receiver(keys, course.page_bytes)
+
+    def _new_receiver(self, keys: Sequence[PageKey], page_bytes: Sequence[int]) -> Receiver:
+        return Receiver(keys, self._transforms, self._config.host_cache_bytes, page_bytes)
 
     def _settle(
         self, receiver: Receiver, wanted: Sequence[bytes], pages: Sequence[PageObject], damaged: list[PageKey]
@@ -440,29 +490,18 @@ class Fetcher:
             link = self._rates.link
             pages = course.block(first, link.bytes_per_s(), SEGMENT_PAGES, link.round_trip_s)
             block = wanted[first : first + pages]
-            transfer = self._rates.link.transfer()
-            start_s, received_bytes = time.monotonic(), 0
             restart: int | None = None
-            events = self._peer.fetch(course.namespaces[first], block, stop)
+            events = self._transfers.events(course.namespaces[first], block, stop, rid)
             try:
                 for event in events:
-                    if not isinstance(event, FetchedMissing):
-                        if flight is not None and flight.phase != PROGRESS:
-                            flight.begin(PROGRESS, time.monotonic())
-                        transfer.received(bytes_of(event))
-                        received_bytes += bytes_of(event)
+                    if flight is not None and flight.phase != PROGRESS and not isinstance(event, FetchedMissing):
+                        flight.begin(PROGRESS, time.monotonic())
                     yield first, event
                     if (restart := course.take_restart()) is not None:
                         break
             finally:
                 events.close()
-                transfer.end()
-                self._traced(rid, start_s, received_bytes, len(block))
             first = first + len(block) if restart is None else restart
-
-    def _traced(self, rid: str, start_s: float, received_bytes: int, pages: int) -> None:
-        self._tracer.span(rid, "wire", start_s, time.monotonic(), bytes=received_bytes, pages=pages)
-        self._tracer.counter("link", bytes_per_s=self._rates.link.bytes_per_s() or 0.0)
 
     def _explore(self, stored: StoredPrefix, wanted: Sequence[bytes]) -> None:
         """Fetches a little that nobody waits for, to see whether the link has become fast."""

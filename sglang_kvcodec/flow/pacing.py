@@ -71,6 +71,9 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
         return stage.since_s + allowed_s - now_s
     if known.bytes_per_s is None:
         return None
+    if stage.is_promised and known.restore is not None:
+        # What is queued is its own restore, too: counted twice, it would look slower than computing.
+        known = dataclasses.replace(known, restore=dataclasses.replace(known.restore, queued_s=0.0))
     after_s = predict(prefix, known).after_s
     missing = stage.missing_bytes if stage.fewest_bytes is None else min(stage.missing_bytes, stage.fewest_bytes)
     rest = predict_rest(prefix, missing, known) if known.overlaps else None
@@ -130,6 +133,10 @@ class Flight:
     def promised(self) -> None:
         """Its request has been admitted."""
         self._is_promised = True
+
+    def unwatched(self) -> None:
+        """It is not given up from here: nobody waits for it. It still has its share of the link."""
+        self._is_over = True
 
     def begin(self, phase: str, now_s: float, prefix: Prefix | None = None) -> None:
         """The next phase begins, with another prefix if one is given."""

@@ -39,7 +39,18 @@ LEARNING = "learning"
 CUT_TO_HOST_MEMORY = "cut_to_host_memory"
 LINK_TOO_SLOW = "link_too_slow"
 RESTORE_TOO_SLOW = "restore_too_slow"
-REASONS = (NOT_STORED, TOO_SHORT, WHOLE_PREFIX, PART, LEARNING, CUT_TO_HOST_MEMORY, LINK_TOO_SLOW, RESTORE_TOO_SLOW)
+BOTH_ENDS = "both_ends"
+REASONS = (
+    NOT_STORED,
+    TOO_SHORT,
+    WHOLE_PREFIX,
+    PART,
+    LEARNING,
+    CUT_TO_HOST_MEMORY,
+    LINK_TOO_SLOW,
+    RESTORE_TOO_SLOW,
+    BOTH_ENDS,
+)
 
 PREFER_SHARE = 0.05
 """A smaller tier has to be predicted to save this share of what the better one takes: quality that is free is kept."""
@@ -129,6 +140,8 @@ class FetchPlan:
         prefill_s: the same without a page.
         fetch_s: predicted time of the fetch.
         tier: profile of the pages, once that is known.
+        first_page: the first that is fetched; those before are computed meanwhile (``flow/meeting.py``).
+        pass_tokens: of a pass that computes them; 0 for any.
     """
 
     pages: int
@@ -138,6 +151,8 @@ class FetchPlan:
     prefill_s: float | None = None
     fetch_s: float | None = None
     tier: str = ""
+    first_page: int = 0
+    pass_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

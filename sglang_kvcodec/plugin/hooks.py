@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWei
 _SERVE_BACKENDS = "sglang.cli.serve_backends"
 _caches: list[Any] = []
 """The caches of this process; one scheduler, so one at most."""
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 
 
@@ -45,9 +47,12 @@ def register() -> None:
             register_radix_cache_backend(BACKEND_NAME, _build_radix_cache)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler._record_step_counters", _after_step, HookType.AFTER)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.run_batch", _around_run_batch, HookType.AROUND)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.handle_generate_request", _before_generate, HookType.BEFORE)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.send_abort_output", _around_abort_output, HookType.AROUND)
+        HookRegistry.register(f"{_ADDER}.add_one_req", _around_add_one_req, HookType.AROUND)
+        HookRegistry.register(f"{_ADDER}.add_chunked_req", _around_add_chunked_req, HookType.AROUND)
         HookRegistry.register(f"{_STREAMER}.stream_output", _around_stream_output, HookType.AROUND)
         for source in ("disk", "distributed", "tensor", "ipc"):
             HookRegistry.register(f"{_WEIGHTS}.update_weights_from_{source}", _before_weights, HookType.BEFORE)
@@ -153,9 +158,60 @@ def _after_step(result: object, scheduler: Any, batch: Any, *args: object, **kwa
         scheduler.tree_cache.passed(batch, scheduler.total_prefill_busy_us)
 
 
+def _around_run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _is_ours(scheduler.tree_cache):
+        return original(scheduler, batch, *args, **kwargs)
+    start_s = time.monotonic()
+    result = original(scheduler, batch, *args, **kwargs)
+    scheduler.tree_cache.ran(batch, time.monotonic() - start_s)
+    return result
+
+
 def _before_generate(scheduler: Any, tokenized: Any, *args: object, **kwargs: object) -> None:
     if _is_ours(scheduler.tree_cache):
         scheduler.tree_cache.retries.note(tokenized)
+
+
+def _around_add_one_req(
+    original: Callable[..., Any], adder: Any, req: Any, has_chunked_req: bool, *args: Any, **kwargs: Any
+) -> Any:
+    if not _is_ours(adder.tree_cache):
+        return original(adder, req, has_chunked_req, *args, **kwargs)
+    room = adder.rem_chunk_tokens
+    most = adder.tree_cache.most_tokens(req)
+    held_back = 0
+    if room is not None and has_chunked_req:
+        # SGLang follows one request in chunks at a time. One of ours whose chunk was cut short has left room that
+        # another must not begin in.
+        missing = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
+        if adder.ceil_paged_tokens(missing) > room:
+            from sglang.srt.managers.schedule_policy import AddReqResult
+
+            return AddReqResult.OTHER
+    elif room is not None and most is not None and most < room:
+        held_back = room - most
+        adder.rem_chunk_tokens = most
+    admitted = len(adder.can_run_list)
+    result = original(adder, req, has_chunked_req, *args, **kwargs)
+    is_chunked = adder.new_chunked_req is req
+    if held_back and not is_chunked:
+        adder.rem_chunk_tokens += held_back
+    if len(adder.can_run_list) > admitted:
+        adder.tree_cache.launched(req, is_last=not is_chunked)
+    return result
+
+
+def _around_add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    if not _is_ours(adder.tree_cache):
+        return original(adder, req)
+    most = adder.tree_cache.most_tokens(req)
+    if most is not None:
+        adder.chunked_req_limit = min(most, adder.chunked_req_limit or most)
+    admitted = len(adder.can_run_list)
+    still_chunked = original(adder, req)
+    if len(adder.can_run_list) > admitted:
+        adder.tree_cache.launched(req, is_last=still_chunked is None)
+    return still_chunked
 
 
 def _around_stream_output(

@@ -216,11 +216,11 @@ class KVCodecLinker(UnifiedCacheLinker):
         def on_failure(error: KVCodecError) -> None:
             counter.fail(index, error)
 
-        self._running[index] = self._restorer.start(jobs, on_layers, on_failure, self._after_forward())
+        self._running[index] = self._restorer.start(jobs, on_layers, on_failure, self.slots_ready())
         return index
 
-    def _after_forward(self) -> list[Any]:
-        """Slots freed a moment ago may still be written by the forward pass that runs."""
+    def slots_ready(self) -> list[Any]:
+        """Events to wait for: slots freed a moment ago may still be written by the forward pass that runs."""
         return self.record_offload_ready() if self.forward_stream is not None else []
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -230,12 +230,21 @@ class KVCodecLinker(UnifiedCacheLinker):
         if restore is not None and self._worst_of_ranks is not None:
             self._restored += restore.jobs
         if restore is not None and not landed:
-            for page in restore.bad_pages:
-                self._bad_pages[page.key.page_hash] = None
-            while len(self._bad_pages) > MAX_BAD_PAGES:
-                self._bad_pages.popitem(last=False)
-            self._cache.discard(page.key.page_hash for page in restore.bad_pages)
+            self.blame(restore.bad_pages)
         return landed
+
+    def blame(self, pages: Sequence[PageObject]) -> None:
+        """Pages that could not be restored are not offered again."""
+        for page in pages:
+            self._bad_pages[page.key.page_hash] = None
+        while len(self._bad_pages) > MAX_BAD_PAGES:
+            self._bad_pages.popitem(last=False)
+        self._cache.discard(page.key.page_hash for page in pages)
+
+    def note_joined(self, pages: Sequence[PageObject]) -> None:
+        """Remembers from which tiers pages were restored that a request is about to have; on all ranks at once."""
+        if self._worst_of_ranks is not None:
+            self._provenance.restored([page.key for page in pages], self._tiers(), self._worst_of_ranks)
 
     def note_restored(self) -> None:
         """Remembers from which tiers pages were restored, once that is over: until then another may take their place.

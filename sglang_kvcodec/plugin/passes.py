@@ -26,6 +26,7 @@ class PassObserver:
         self._prefill = prefill
         self._busy_us = 0
         self._waited_s: dict[int, float] = {}
+        self._ran_s: dict[int, float] = {}
         self._expected: collections.OrderedDict[str, FetchTicket] = collections.OrderedDict()
 
     def expect(self, rid: str, ticket: FetchTicket) -> None:
@@ -44,6 +45,14 @@ class PassObserver:
         if seconds > 0:
             self._waited_s[pass_number] = seconds
 
+    def ran(self, pass_number: int, seconds: float) -> None:
+        """A pass ran on the scheduler's own thread, as on a CPU, and took so long.
+
+        There SGLang's account says little of single passes: it goes by when results are looked at, and with overlap
+        scheduling that is after the next pass.
+        """
+        self._ran_s[pass_number] = seconds
+
     def ended(self, batch: Any, prefill_busy_us: int) -> None:
         """A pass has ended.
 
@@ -52,6 +61,7 @@ class PassObserver:
             prefill_busy_us: SGLang's own account of the time of all prefill passes, this one included.
         """
         took_s, self._busy_us = (prefill_busy_us - self._busy_us) / 1e6, prefill_busy_us
+        took_s = self._ran_s.pop(batch.forward_iter, took_s)
         waited_s = self._waited_s.pop(batch.forward_iter, 0.0)
         if not batch.forward_mode.is_extend():
             return

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.plugin.scheduler_time import SchedulerTime, timed
 from sglang_kvcodec.plugin.settings import server_config
+from sglang_kvcodec.plugin.tails import TailBook
 from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     _held: dict[Any, _Held]
     _runtime: Runtime | None = None
+    _tails: TailBook | None = None
     scheduler: Any = None
     """The scheduler that owns this cache; set when it is built."""
 
@@ -97,6 +99,16 @@ class KVCodecRadixCache(UnifiedRadixCache):
             # The same on all ranks, whatever calibrations they have.
             self.worst_of_ranks if len(runtime.config.tiers) > 1 else None,
         )
+        self._tails = TailBook(
+            self,
+            runtime.restorer,
+            self.page_size,
+            self._linker.slots_ready,
+            self.smallest_of_ranks,
+            self._linker.blame,
+            self._linker.note_joined,
+            runtime.tracer,
+        )
         self.init_cache_linker(self._linker)
         kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
         ctx.tp_worker.register_hicache_layer_transfer_counter(self._linker.layer_done_counter)
@@ -116,6 +128,13 @@ class KVCodecRadixCache(UnifiedRadixCache):
         worst = torch.tensor([mine], dtype=torch.int64)
         self._all_reduce_attn_groups(worst, torch.distributed.ReduceOp.MAX)
         return int(worst.item())
+
+    def smallest_of_ranks(self, mine: Sequence[int]) -> list[int]:
+        """Number by number, the smallest of what the ranks give; called by all of them at the same place."""
+        smallest = torch.tensor(mine, dtype=torch.int64)
+        self._all_reduce_attn_groups(smallest, torch.distributed.ReduceOp.MIN)
+        numbers: list[int] = smallest.tolist()
+        return numbers
 
     # ---- waiting for pages ----
 
@@ -157,9 +176,29 @@ class KVCodecRadixCache(UnifiedRadixCache):
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         wanted = self._linker.without_bad(hashes[start_page:])
         prompt_tokens = len(matched) + len(new_input_tokens) + 1
-        ticket = self._runtime.fetcher.start(tiers, wanted, start_page * self.page_size, prompt_tokens, request.rid)
+        ticket = self._runtime.fetcher.start(
+            tiers, wanted, start_page * self.page_size, prompt_tokens, request.rid, self._may_compute()
+        )
         self._held[request] = _Held(ticket, start_page, wanted)
         self._passes.expect(request.rid, ticket)
+
+    def _may_compute(self) -> bool:
+        """Whether a prompt that comes now may be computed while it is fetched: where nothing else wants the model."""
+        assert self._runtime is not None
+        scheduler, when = self.scheduler, self._runtime.config.compute_while_fetching
+        if when == "never" or not self.has_one_component or not scheduler.chunked_prefill_size:
+            return False
+        if scheduler.truncation_align_size is not None:
+            # Deterministic inference: passes end where SGLang wants them to.
+            return False
+        if self._held or scheduler.waiting_queue or scheduler.chunked_req is not None:
+            return False
+        return when == "always" or scheduler.running_batch.is_empty()
+
+    @property
+    def has_one_component(self) -> bool:
+        """Whether all of a token's KV is in one pool, so that slots are all that there is to a request's KV."""
+        return len(self._components_tuple) == 1
 
     @timed
     def check_prefetch_progress(self, request: Any) -> bool:
@@ -180,28 +219,32 @@ class KVCodecRadixCache(UnifiedRadixCache):
         super().check_hicache_events()
         if self._held:
             self._agree_on_fetches()
+        if self._tails is not None:
+            self._tails.reap()
 
     @timed
     def _agree_on_fetches(self) -> None:
-        waiting = [held for held in self._held.values() if held.agreed_pages is None]
+        assert self._tails is not None
+        waiting = [(request, held) for request, held in self._held.items() if held.agreed_pages is None]
         if not waiting:
             return
         # All ranks hold the same requests in the same order, so the rows match. Each rank plans for itself.
-        have = torch.tensor(
-            [
-                [len(held.ticket.pages) if held.ticket.is_ready else -1 for held in waiting],
-                [held.ticket.most_pages for held in waiting],
-            ],
-            dtype=torch.int64,
-        )
+        have = torch.tensor([self._have(held.ticket) for _, held in waiting], dtype=torch.int64)
         self._all_reduce_attn_groups(have, torch.distributed.ReduceOp.MIN)
-        for held, pages, most_pages in zip(waiting, *have.tolist(), strict=True):
+        for (request, held), (pages, most_pages, *offer) in zip(waiting, have.tolist(), strict=True):
             if pages >= 0:
                 held.agreed_pages = pages
+                self._tails.agreed(request.rid, held.ticket, held.start_page, offer)
             elif most_pages == 0:
                 # A rank will have none, so the others need not wait for theirs.
                 held.agreed_pages = 0
                 held.ticket.cancel()
+
+    @staticmethod
+    def _have(ticket: FetchTicket) -> list[int]:
+        """What this rank can say of a fetch; of each number the smallest of all ranks counts."""
+        pages = len(ticket.pages) if ticket.is_ready else -1
+        return [pages, ticket.most_pages, *TailBook.offer(ticket)]
 
     def rest_while_held(self) -> None:
         """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
@@ -223,11 +266,14 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """The request is in a batch."""
         super().finish_storage_prefetch_admission(request, fulfilled_tokens, reason)
         self._release(request, FetchTicket.admitted)
+        if self._tails is not None:
+            self._tails.admitted(request.rid)
 
     def release_aborted_request(self, request: Any) -> None:
         """The request is gone."""
         super().release_aborted_request(request)
         self._release(request, FetchTicket.cancel)
+        self._close_tail(request.rid)
         self._passes.forget(request.rid)
 
     def _release(self, request: Any, tell: Callable[[FetchTicket], None]) -> None:
@@ -239,6 +285,32 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._linker.forget(request.rid)
         if not self._linker.is_loading(request.rid):
             self.retries.forget(request.rid)
+
+    # ---- computing while the end is fetched ----
+
+    def most_tokens(self, req: Any) -> int | None:
+        """How much of a prompt the next pass is to compute; None for as much as SGLang likes."""
+        return None if self._tails is None else self._tails.most_tokens(req.rid, req.prefix_len + req.host_hit_length)
+
+    def launched(self, req: Any, is_last: bool) -> None:
+        """The next pass computes a request's prompt up to its ``extend_end``; ``is_last`` if that is all of it."""
+        if self._tails is not None:
+            self._tails.launched(req.rid, req.extend_end, is_last)
+
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        """Takes what a request has computed into the tree, and what is restored behind it."""
+        if self._tails is not None and not req.finished():
+            up_to = self._tails.join(req, up_to)
+        super().checkpoint(req, up_to=up_to, **kwargs)
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        """A request gives back its slots: it has ended, or is retracted."""
+        super().on_release(req, checkpointed=checkpointed)
+        self._close_tail(req.rid)
+
+    def _close_tail(self, rid: str) -> None:
+        if self._tails is not None:
+            self._tails.close(rid)
 
     # ---- failures after admission ----
 
@@ -255,6 +327,11 @@ class KVCodecRadixCache(UnifiedRadixCache):
             if rid not in lost:
                 self.retries.forget(rid)
         return failed
+
+    def ran(self, batch: Any, seconds: float) -> None:
+        """The launch of a forward pass took so long; on a CPU that is all of it."""
+        if self._runtime is not None and self._runtime.pool.device.type == "cpu":
+            self._passes.ran(batch.forward_iter, seconds)
 
     def passed(self, batch: Any, prefill_busy_us: int) -> None:
         """A forward pass has ended, and SGLang has accounted for it."""
@@ -273,7 +350,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     def has_pending_cache_operations(self) -> bool:
         """Whether slots are being read or written behind the tree's back, so that the server is not idle."""
-        return self._linker.has_pending
+        return self._linker.has_pending or (self._tails is not None and self._tails.has_pending)
 
     def clear_storage_backend(self) -> bool:
         """Forgets the page objects in host memory; what the peer keeps is shared and stays."""
@@ -290,6 +367,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         for held in self._held.values():
             held.ticket.cancel()
         self._held.clear()
+        if self._tails is not None:
+            self._tails.reset()
         super().reset()
         if self._runtime is not None:
             self._runtime.flushed()

@@ -391,3 +391,63 @@ def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkey
     gate.set()
     assert all(ticket.wait(LIMIT_S) for ticket in tickets)
     assert fetched == [5, 1, 2, 4, 6]
+
+
+def both_ends(setup):
+    """A request whose start may be computed meanwhile, on a link that is as fast as computing."""
+    setup.prefill_takes(1e-3)
+    setup.link_carries(1_700_000)
+    setup.restoring_takes(1e-10)
+    tiers, hashes = [Tier("raw", (NAMESPACE,))], [hash_of(name) for name in NAMES]
+    return setup.fetcher.start(tiers, hashes, rid="r", may_compute=True)
+
+
+def test_a_request_goes_on_at_once_where_its_start_is_computed_meanwhile(setup, delta, gate):
+    setup.peer.before = lambda call: call == "fetch" and gate.wait(LIMIT_S)
+    ticket = both_ends(setup)
+    assert ticket.wait(LIMIT_S)
+    assert ticket.plan.reason == planner.BOTH_ENDS
+    assert ticket.pages == []
+    assert ticket.most_pages == ticket.tail.end == len(NAMES)
+    assert delta("kvcodec_fetches_total", outcome=planner.BOTH_ENDS) == 1
+    # What becomes of the pages is not known yet.
+    assert delta("kvcodec_misses_total", reason=planner.BOTH_ENDS) == 0
+    ticket.admitted()
+    assert not ticket.is_cancelled
+    gate.set()
+    wait_until(lambda: not setup.fetcher._pacer._flights)
+    fetched = [name for name in NAMES if setup.cache.get(hash_of(name)) is not None]
+    assert fetched == list(NAMES[NAMES.index(fetched[0]) :])
+    assert fetched[0] >= ticket.tail.lowest_page
+
+
+def test_the_end_of_a_prefix_is_not_fetched_for_a_request_that_is_gone(setup, delta, gate):
+    setup.peer.before = lambda call: call == "fetch" and gate.wait(LIMIT_S)
+    ticket = both_ends(setup)
+    assert ticket.wait(LIMIT_S)
+    ticket.cancel()
+    assert ticket.tail.stop.is_set()
+    gate.set()
+    setup.fetcher.close()
+    assert setup.peer.calls.count("fetch") <= 1
+
+
+def test_a_peer_that_fails_leaves_the_request_to_computing(setup, delta):
+    def fail(call):
+        if call == "fetch":
+            raise PeerUnavailableError("it has gone")
+
+    setup.peer.before = fail
+    ticket = both_ends(setup)
+    assert ticket.wait(LIMIT_S)
+    setup.fetcher.close()
+    assert not any(setup.cache.get(hash_of(name)) for name in NAMES)
+    assert not setup.fetcher._pacer._flights
+
+
+def test_nothing_is_computed_meanwhile_by_a_server_that_takes_every_hit(setup):
+    setup.fetcher._always = True
+    ticket = both_ends(setup)
+    assert ticket.wait(LIMIT_S)
+    assert ticket.tail is None
+    assert len(ticket.pages) == len(NAMES)

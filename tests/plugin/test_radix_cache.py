@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import types
 
@@ -6,9 +7,11 @@ import torch
 
 from sglang_kvcodec.errors import UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
-from sglang_kvcodec.flow.planner import FetchPlan
+from sglang_kvcodec.flow.planner import FetchPlan, Prefix
+from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.plugin.radix_cache import KVCodecRadixCache, _Held, build_radix_cache
 from sglang_kvcodec.plugin.scheduler_time import SchedulerTime
+from sglang_kvcodec.plugin.tails import TailBook
 
 
 @pytest.mark.parametrize(
@@ -27,12 +30,19 @@ def test_a_model_with_layers_of_other_kinds_is_refused_by_their_names(swa, ssm, 
     assert str(caught.value) in caplog.text
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    rid: str
+
+
 class Rank:
     """What a rank's cache knows of its fetches, and what the other ranks say of theirs."""
 
     def __init__(self, *tickets):
-        self._held = {i: _Held(ticket, 0, ticket.page_hashes) for i, ticket in enumerate(tickets)}
+        self._held = {Request(str(i)): _Held(ticket, 7, ticket.page_hashes) for i, ticket in enumerate(tickets)}
         self.scheduler_time = SchedulerTime()
+        self._tails = types.SimpleNamespace(agreed=lambda *args: self.tails.append(args))
+        self.tails = []
         self.sent = None
         self.others = None
 
@@ -41,6 +51,8 @@ class Rank:
         self.sent = tensor.clone()
         if self.others is not None:
             tensor.copy_(torch.minimum(tensor, self.others))
+
+    _have = staticmethod(KVCodecRadixCache._have)
 
     def agreed(self):
         KVCodecRadixCache._agree_on_fetches(self)
@@ -57,21 +69,37 @@ def ticket(pages, planned=None, done=True):
     return made
 
 
+def of(*rows):
+    """What another rank says of its fetches, pages and most pages, where it computes none of them meanwhile."""
+    return torch.tensor([[*row, *TailBook.offer(FetchTicket([]))] for row in rows])
+
+
 def test_ranks_that_plan_differently_agree_on_what_all_have():
     # One has two requests' pages, the other still fetches for the second.
     mine, other = Rank(ticket(4), ticket(3)), Rank(ticket(1), ticket(0, planned=2, done=False))
-    mine.others, other.others = torch.tensor([[1, -1], [1, 2]]), torch.tensor([[4, 3], [4, 3]])
+    mine.others, other.others = of([1, 1], [-1, 2]), of([4, 4], [3, 3])
     assert mine.agreed() == other.agreed() == [1, None]
     assert mine.sent.tolist() == other.others.tolist()
-    assert other.sent.tolist() == [[1, -1], [1, 2]]
+    assert other.sent.tolist() == mine.others.tolist()
+
+
+def test_ranks_compute_a_start_while_they_fetch_the_end_if_all_do():
+    fetched = ticket(0)
+    fetched.tail = Tail(Prefix([1] * 5, 64, 0, 400), 2, 128)
+    rank = Rank(fetched)
+    # The other meets later, and has one page less.
+    rank.others = torch.tensor([[0, 4, -3, 4, 64]])
+    assert rank.agreed() == [0]
+    assert rank.sent.tolist() == [[0, 5, -2, 5, 128]]
+    assert rank.tails == [("0", fetched, 7, [-3, 4, 64])]
 
 
 def test_nobody_waits_for_a_fetch_of_which_a_rank_will_have_nothing():
     waiting = ticket(0, planned=5, done=False)
     rank = Rank(waiting, ticket(0, planned=4, done=False))
     # The other rank has decided to compute the first, and is not done with the second.
-    rank.others = torch.tensor([[0, -1], [0, 2]])
+    rank.others = of([0, 0], [-1, 2])
     assert rank.agreed() == [0, None]
     assert waiting.is_cancelled
-    rank.others = torch.tensor([[-1], [0]])
+    rank.others = of([-1, 0])
     assert rank.agreed() == [0, 0]

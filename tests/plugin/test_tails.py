@@ -1,0 +1,228 @@
+"""The book of tails: slots are set aside, joined once, and given back, whatever happens. The pools are stand-ins."""
+
+import types
+
+import pytest
+import torch
+from flow.flow_kit import Delta
+
+from sglang_kvcodec.flow.fetch_ticket import FetchTicket
+from sglang_kvcodec.flow.planner import BOTH_ENDS, Prefix
+from sglang_kvcodec.flow.tail import Tail
+from sglang_kvcodec.flow.trace import Tracer
+from sglang_kvcodec.plugin.tails import MAX_POOL_SHARE, NO_TAIL, TailBook
+
+PAGE = 16
+PAGES = 10
+START = 3
+"""Of the prompt, that many pages were there before."""
+GROUP = types.SimpleNamespace(index=0)
+
+
+class Allocator:
+    def __init__(self, size):
+        self.size = size
+        self.free_slots = list(range(size))
+
+    def available_size(self):
+        return len(self.free_slots)
+
+    def alloc(self, tokens):
+        if tokens > len(self.free_slots):
+            return None
+        taken, self.free_slots = self.free_slots[:tokens], self.free_slots[tokens:]
+        return torch.tensor(taken)
+
+    def free(self, slots):
+        self.free_slots += slots.tolist()
+
+
+class Cache:
+    """SGLang's tree, as far as the book asks it."""
+
+    def __init__(self, size=1000):
+        self.token_to_kv_pool_allocator = Allocator(size)
+        self.evictable = 0
+        self.written = {}
+        self.req_to_token_pool = types.SimpleNamespace(write=self._write)
+
+    def _write(self, place, slots):
+        self.written[place[1].start, place[1].stop] = slots.tolist()
+
+    def evictable_size(self):
+        return self.evictable
+
+    def evict(self, params):
+        self.evictable -= params.num_tokens
+        self.token_to_kv_pool_allocator.free_slots += range(5000, 5000 + params.num_tokens)
+
+
+class Setup:
+    def __init__(self, size=1000):
+        self.cache = Cache(size)
+        self.restores = []
+        self.bad, self.joined = [], []
+        self.others = None
+        self.book = TailBook(
+            self.cache, self, PAGE, lambda: ["event"], self.smallest, self.bad.extend, self.joined.append, Tracer()
+        )
+        self.ticket = FetchTicket([bytes(32)] * PAGES)
+        self.ticket.tail = Tail(Prefix([100] * PAGES, PAGE, START * PAGE, (START + PAGES) * PAGE + 5), 4, 2 * PAGE)
+        self.tail = self.ticket.tail
+        self.req = types.SimpleNamespace(
+            rid="r", kv=types.SimpleNamespace(req_pool_idx=7), extend_end=0, cached_tokens_storage=0
+        )
+        self.all_slots = set(self.cache.token_to_kv_pool_allocator.free_slots)
+
+    def start(self, jobs, on_layers, on_failure, after):
+        assert after == ["event"]
+        restore = types.SimpleNamespace(jobs=jobs, on_layers=on_layers, on_failure=on_failure, bad_pages=[])
+        self.restores.append(restore)
+        return restore
+
+    def smallest(self, mine):
+        return list(mine) if self.others is None else [min(pair) for pair in zip(mine, self.others, strict=True)]
+
+    def begin(self):
+        self.book.agreed("r", self.ticket, START, TailBook.offer(self.ticket))
+        self.book.admitted("r")
+
+    def land(self, first, count):
+        header = types.SimpleNamespace(group_ranges=[0])
+        self.tail.landed(first, [types.SimpleNamespace(header=header) for _ in range(count)])
+
+    def restored(self, first, count):
+        self.land(first, count)
+        self.restores[-1].on_layers(GROUP, [])
+
+    def launch(self, until_page):
+        """A pass is launched up to a page of the tail's, and then looked at."""
+        self.req.extend_end = (START + until_page) * PAGE
+        self.book.launched("r", self.req.extend_end, is_last=False)
+        return self.book.join(self.req, self.req.extend_end)
+
+    @property
+    def free(self):
+        return set(self.cache.token_to_kv_pool_allocator.free_slots)
+
+
+@pytest.fixture
+def delta():
+    return Delta()
+
+
+@pytest.fixture
+def setup():
+    return Setup()
+
+
+def test_a_request_goes_on_behind_what_is_restored(setup, delta):
+    setup.begin()
+    assert len(setup.free) == 1000 - 8 * PAGE
+    setup.restored(5, 5)
+    assert setup.launch(4) == (START + 4) * PAGE
+    end = (START + PAGES) * PAGE
+    assert setup.launch(6) == end
+    assert setup.req.extend_end == setup.req.kv.kv_allocated_len == setup.req.kv.kv_committed_len == end
+    assert setup.req.cached_tokens_storage == 4 * PAGE
+    ((place, slots),) = setup.cache.written.items()
+    assert place == ((START + 6) * PAGE, end)
+    assert len(setup.joined[0]) == 4
+    # The others are free again: two pages were computed as well, and what lies below them was not fetched.
+    assert setup.free == setup.all_slots - set(slots)
+    assert not setup.book.has_pending
+    assert delta("kvcodec_joined_tokens_total") == 4 * PAGE
+    assert delta("kvcodec_meetings_total", outcome="joined") == 1
+    assert delta("kvcodec_misses_total", reason=BOTH_ENDS) == PAGES - 4
+
+
+def test_passes_are_short_and_end_where_pages_are_about_to_land(setup):
+    assert setup.book.most_tokens("r", 0) is None
+    setup.begin()
+    assert setup.book.most_tokens("r", START * PAGE) == 2 * PAGE
+    setup.restored(5, 5)
+    setup.launch(4)
+    assert setup.book.most_tokens("r", (START + 4) * PAGE) == PAGE
+
+
+def test_all_ranks_join_at_once(setup):
+    setup.begin()
+    setup.restored(5, 5)
+    # Another rank has the last three pages only.
+    setup.others = [-7, 7]
+    assert setup.launch(6) == (START + 6) * PAGE
+    assert setup.book.most_tokens("r", (START + 6) * PAGE) == PAGE
+    assert setup.launch(7) == (START + PAGES) * PAGE
+
+
+def test_a_tail_that_not_all_ranks_have_ends(setup, delta):
+    setup.book.agreed("r", setup.ticket, START, [-NO_TAIL, 0, 0])
+    assert setup.tail.stop.is_set()
+    assert setup.book.most_tokens("r", 0) is None
+    assert delta("kvcodec_meetings_total", outcome="not_all_ranks") == 1
+    assert setup.free == setup.all_slots
+
+
+@pytest.mark.parametrize("is_restoring", [False, True])
+def test_slots_are_given_back_when_nothing_writes_to_them_any_more(setup, is_restoring, delta):
+    setup.begin()
+    if is_restoring:
+        setup.land(5, 5)
+    setup.book.close("r")
+    assert delta("kvcodec_meetings_total", outcome="gone") == 1
+    setup.book.reap()
+    assert setup.book.has_pending == is_restoring
+    if is_restoring:
+        assert setup.free != setup.all_slots
+        setup.restores[0].on_layers(GROUP, [])
+        setup.book.reap()
+    assert not setup.book.has_pending
+    assert setup.free == setup.all_slots
+
+
+def test_pages_that_can_t_be_restored_are_told_of(setup):
+    setup.begin()
+    setup.land(5, 5)
+    setup.restores[0].bad_pages = ["bad"]
+    setup.restores[0].on_failure(RuntimeError())
+    assert setup.launch(6) == (START + 6) * PAGE
+    assert setup.launch(PAGES) == (START + PAGES) * PAGE
+    assert setup.bad == ["bad"]
+    assert not setup.cache.written
+    assert setup.free == setup.all_slots
+
+
+def test_the_last_pass_ends_a_tail(setup, delta):
+    setup.begin()
+    setup.restored(5, 5)
+    setup.book.launched("r", (START + PAGES) * PAGE + 5, is_last=True)
+    assert delta("kvcodec_meetings_total", outcome="overtaken") == 1
+    assert setup.free == setup.all_slots
+
+
+@pytest.mark.parametrize(
+    ("size", "evictable", "fits"), [(250, 0, False), (250, 50, False), (290, 0, True), (270, 30, True)]
+)
+def test_the_prompt_has_room_beside_its_tail(size, evictable, fits, delta):
+    setup = Setup(size)
+    setup.cache.evictable = evictable
+    setup.begin()
+    assert delta("kvcodec_meetings_total", outcome="no_room") == (not fits)
+    assert setup.book.has_pending == fits
+
+
+def test_tails_have_a_share_of_the_pool_at_most(delta):
+    setup = Setup(size=int(8 * PAGE / MAX_POOL_SHARE) - 1)
+    setup.cache.evictable = 10_000
+    setup.begin()
+    assert delta("kvcodec_meetings_total", outcome="no_room") == 1
+    assert setup.free == setup.all_slots
+
+
+def test_a_flush_waits_for_restores_and_forgets_all(setup):
+    setup.begin()
+    setup.restored(5, 5)
+    setup.book.reset()
+    assert not setup.book.has_pending
+    assert setup.tail.stop.is_set()
+    assert setup.book.join(setup.req, 6 * PAGE) == 6 * PAGE
