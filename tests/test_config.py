@@ -106,6 +106,7 @@ def test_environment_names_are_the_fields_without_their_unit():
         "remote": "KVCODEC_REMOTE",
         "replicas": "KVCODEC_REPLICAS",
         "admit": "KVCODEC_ADMIT",
+        "compute_while_fetching": "KVCODEC_COMPUTE_WHILE_FETCHING",
         "profile": "KVCODEC_PROFILE",
         "host_cache_bytes": "KVCODEC_HOST_CACHE",
         "publish_queue_bytes": "KVCODEC_PUBLISH_QUEUE",

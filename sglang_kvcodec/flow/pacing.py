@@ -60,6 +60,9 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
 
     Zero or less means that it is to be given up. While prefill is not known there is nothing to compare with.
     """
+    if stage.is_promised and known.restore is not None:
+        # What is queued is its own restore, too: counted twice, it would look slower than computing.
+        known = dataclasses.replace(known, restore=dataclasses.replace(known.restore, queued_s=0.0))
     if known.prefill is None:
         return None
     prefix = stage.prefix
@@ -71,9 +74,6 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
         return stage.since_s + allowed_s - now_s
     if known.bytes_per_s is None:
         return None
-    if stage.is_promised and known.restore is not None:
-        # What is queued is its own restore, too: counted twice, it would look slower than computing.
-        known = dataclasses.replace(known, restore=dataclasses.replace(known.restore, queued_s=0.0))
     after_s = predict(prefix, known).after_s
     missing = stage.missing_bytes if stage.fewest_bytes is None else min(stage.missing_bytes, stage.fewest_bytes)
     rest = predict_rest(prefix, missing, known) if known.overlaps else None

@@ -88,6 +88,6 @@ class PassObserver:
         self._tracer.span(ticket.rid, "first token", ticket.start_s, now_s, prompt_tokens=ticket.prompt_tokens)
         if plan is None or plan.ttft_s is None:
             return
-        choice = "fetch" if plan.pages else "prefill"
+        choice = "both" if plan.first_page else "fetch" if plan.pages else "prefill"
         metrics.TTFT_PREDICTED_SECONDS.labels(choice=choice).observe(plan.ttft_s)
         metrics.TTFT_SECONDS.labels(choice=choice).observe(now_s - ticket.start_s)
