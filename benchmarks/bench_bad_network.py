@@ -7,7 +7,8 @@ by side. Prefill is that of a server without kvcodec.
 ``over_oracle``: TTFT over that of the better of prefill and ``exact`` in the same round, which is what one would have
 chosen who knew the shape. It could also have fetched a part: that is not counted.
 
-Prompts are computed in passes of 256 tokens, so that fetching pays on the steady link.
+Prompts are computed in passes of 256 tokens, so that fetching pays on the steady link. They are such that a server
+without kvcodec gives the same answer wherever passes end.
 
 python -m benchmarks.bench_bad_network [--rounds 7] [--prompt-tokens 2000] [--bandwidth 200Mbps]
 """
@@ -19,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.record import record
-from benchmarks.serving import ask, load_average, parse, parser_of, prompts
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts, steady_texts
 from sglang_kvcodec.config import parse_bits_per_s
 from sglang_kvcodec.latency.rows import spread
 from sglang_kvcodec.latency.samples import hit
@@ -117,6 +118,7 @@ def main() -> None:
                     way: lab.start_server(way, KVCodecArgs(link.remote, profile, plan=plan), len(WAYS) + 1)
                     for way, (profile, plan) in WAYS.items()
                 }
+                texts = steady_texts(plain, texts, ANSWER_TOKENS)
                 for number in range(options.rounds + 1):
                     text = next(texts)
                     for server in servers.values():

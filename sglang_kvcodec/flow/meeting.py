@@ -23,6 +23,8 @@ MEET_GAIN = 0.1
 """Meeting has to be predicted to save this share of what fetching or computing alone takes: it needs the model."""
 PASS_DIVISORS = (1, 2, 4, 8, 16)
 """Passes that are tried: the start in so many."""
+LEARNING_PASSES = 8
+"""All of a prefix would take so many, while it is not known how long they take."""
 BLOCKS = 8
 """Blocks that the end is fetched in, about; each costs a round trip, and the last one's restore comes on top."""
 
@@ -96,10 +98,11 @@ def plan_meeting(choices: Sequence[Choice], chosen: int, plan: FetchPlan, bounds
         bounds: what the operator allows.
 
     Returns:
-        The index of the choice, and its plan: the given ones unless meeting is better.
+        The index of the choice, and its plan: the given ones unless meeting is better. While prefill is not known both
+        ends are worked on in any case: that tells how fast either is, and takes hardly longer than the faster one.
     """
     if plan.ttft_s is None:
-        return chosen, plan
+        return chosen, _learn(choices[chosen], plan)
     best: tuple[int, Meeting, int] | None = None
     for index, choice in enumerate(choices):
         sizes = np.cumsum(np.asarray(choice.prefix.page_bytes, dtype=np.float64))
@@ -126,3 +129,12 @@ def plan_meeting(choices: Sequence[Choice], chosen: int, plan: FetchPlan, bounds
         first_page=meeting.first_page,
         pass_tokens=meeting.pass_tokens,
     )
+
+
+def _learn(choice: Choice, plan: FetchPlan) -> FetchPlan:
+    """As a plan to fetch that is made without knowing how long computing takes, but computing as well."""
+    if plan.pages < LEARNING_PASSES or choice.known.prefill is not None:
+        return plan
+    pass_tokens = plan.pages // LEARNING_PASSES * choice.prefix.page_tokens
+    words = f"{plan.words}; computed in passes of {pass_tokens} tokens meanwhile"
+    return dataclasses.replace(plan, reason=BOTH_ENDS, words=words, first_page=plan.pages // 2, pass_tokens=pass_tokens)

@@ -36,6 +36,8 @@ MIN_SLICE_BYTES = 16 << 10
 """Less at the end of a transfer says more of the machine than of the link."""
 SLOW_FIRST_BYTE_S = 0.1
 ROUND_TRIPS = 9
+LEAST_KNOWN_TOKENS = 64
+"""A pass of so many tokens has to be seen before passes count as known: a short one tells nothing of long ones."""
 RESTORE_FORGOTTEN_S = 60.0
 """After so long without a restore its rate counts as unknown, so that one that was slow gets another try."""
 
@@ -342,6 +344,7 @@ class PrefillMeter:
     def __init__(self, pass_tokens: int = 0) -> None:
         """Knows nothing. ``pass_tokens`` as in :class:`PrefillModel`."""
         self._pass_tokens = pass_tokens
+        self._most_tokens = 0
         self._fit = OnlineFit(4, primary=1)
 
     def forward_pass(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int], seconds: float) -> None:
@@ -349,9 +352,12 @@ class PrefillMeter:
         pairs = sum(new * (prefix + new / 2) for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
         wholes = sum((prefix + new) ** 2 for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
         self._fit.add((1.0, sum(new_tokens), pairs, wholes), seconds)
+        self._most_tokens = max(self._most_tokens, max(new_tokens, default=0))
 
     def model(self, refit: bool = True) -> PrefillModel | None:
-        """What is known; None before the first pass. ``refit`` as of ``OnlineFit``."""
+        """What is known; None before the first pass that tells. ``refit`` as of ``OnlineFit``."""
+        if self._most_tokens < LEAST_KNOWN_TOKENS:
+            return None
         fitted = self._fit.coefficients(refit)
         if fitted is None:
             return None

@@ -105,16 +105,21 @@ class Tail:
         """
         with self._lock:
             high, low = self._low, max(self.lowest_page, self._front)
-            if self._is_over or high <= low or known.bytes_per_s is None or known.prefill is None:
+            if self._is_over or high <= low:
                 return None
             page_bytes = max(1.0, sum(self.prefix.page_bytes[low:high]) / (high - low))
-            fetch_s = page_bytes / max(known.bytes_per_s, 1e-9)
-            page_tokens = self.prefix.page_tokens
-            before = self.prefix.tokens_before + low * page_tokens
-            compute_s = known.prefill.seconds((high - low) * page_tokens, before) / (high - low)
-            left = (high - low) * compute_s / (compute_s + fetch_s)
-            fewest = max(MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK * known.round_trip_s) / fetch_s
             most = block_pages(known.bytes_per_s, page_bytes, self.end, SEGMENT_PAGES, known.round_trip_s)
+            # As fast as each other while that is not known.
+            share, fewest = 0.5, 0.0
+            if known.bytes_per_s is not None:
+                fetch_s = page_bytes / max(known.bytes_per_s, 1e-9)
+                fewest = max(MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK * known.round_trip_s) / fetch_s
+                if known.prefill is not None:
+                    page_tokens = self.prefix.page_tokens
+                    before = self.prefix.tokens_before + low * page_tokens
+                    compute_s = known.prefill.seconds((high - low) * page_tokens, before) / (high - low)
+                    share = compute_s / (compute_s + fetch_s)
+            left = (high - low) * share
             pages = min(most, round(left / 2) if left / 2 > fewest else round(left), high - low)
             if pages < 1:
                 return None

@@ -178,7 +178,7 @@ def _around_add_one_req(
     if not _is_ours(adder.tree_cache):
         return original(adder, req, has_chunked_req, *args, **kwargs)
     room = adder.rem_chunk_tokens
-    most = adder.tree_cache.most_tokens(req)
+    most = adder.tree_cache.most_tokens(req, req.prefix_len + req.host_hit_length)
     held_back = 0
     if room is not None and has_chunked_req:
         # SGLang follows one request in chunks at a time. One of ours whose chunk was cut short has left room that
@@ -204,7 +204,7 @@ def _around_add_one_req(
 def _around_add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     if not _is_ours(adder.tree_cache):
         return original(adder, req)
-    most = adder.tree_cache.most_tokens(req)
+    most = adder.tree_cache.most_tokens(req, req.prefix_len)
     if most is not None:
         adder.chunked_req_limit = min(most, adder.chunked_req_limit or most)
     admitted = len(adder.can_run_list)

@@ -288,9 +288,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     # ---- computing while the end is fetched ----
 
-    def most_tokens(self, req: Any) -> int | None:
-        """How much of a prompt the next pass is to compute; None for as much as SGLang likes."""
-        return None if self._tails is None else self._tails.most_tokens(req.rid, req.prefix_len + req.host_hit_length)
+    def most_tokens(self, req: Any, prefix_tokens: int) -> int | None:
+        """How much of a prompt the next pass is to compute after a prefix; None for as much as SGLang likes."""
+        return None if self._tails is None else self._tails.most_tokens(req.rid, prefix_tokens)
 
     def launched(self, req: Any, is_last: bool) -> None:
         """The next pass computes a request's prompt up to its ``extend_end``; ``is_last`` if that is all of it."""

@@ -115,14 +115,16 @@ class ShapedLink:
             try:
                 pumps = (self._pump(reader, up_writer, False), self._pump(up_reader, writer, True))
                 ended = [asyncio.ensure_future(pump) for pump in pumps]
-                await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
-                for pump in ended:
-                    pump.cancel()
-                await asyncio.gather(*ended, return_exceptions=True)
+                try:
+                    await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for pump in ended:
+                        pump.cancel()
+                    await asyncio.gather(*ended, return_exceptions=True)
             finally:
                 up_writer.close()
-        except OSError:
-            # The peer is away: the client sees its connection end, as it would without a relay.
+        except (OSError, asyncio.CancelledError):
+            # The peer is away: the client sees its connection end, as it would without a relay. Or the relay ends.
             pass
         finally:
             writer.close()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sglang_kvcodec.flow.meeting import BLOCKS, MEET_GAIN, plan_meeting, predict_meeting
 from sglang_kvcodec.flow.planner import (
     BOTH_ENDS,
+    NOTHING_KNOWN,
     PREFER_SHARE,
     REASONS,
     WHOLE_PREFIX,
@@ -130,9 +131,17 @@ def test_a_link_that_is_much_faster_or_slower_works_alone(bytes_per_s):
     assert both is plan
 
 
-def test_a_plan_without_a_prediction_stays():
-    plan, both = plans(known(1e8, prefill=None))
-    assert both is plan
+def test_both_ends_are_worked_on_while_it_is_not_known_how_fast_they_are():
+    for facts in (NOTHING_KNOWN, known(1e8, prefill=None)):
+        plan, both = plans(facts)
+        assert both.reason == BOTH_ENDS
+        assert both.ttft_s is None
+        assert both.pages == plan.pages == 30
+        assert (both.first_page, both.pass_tokens) == (15, 3 * 64)
+    # Too little to share, or nothing.
+    for stored in (prefix(5), prefix(0)):
+        plan, both = plans(NOTHING_KNOWN, stored)
+        assert both is plan
 
 
 def test_no_more_is_fetched_than_the_bounds_allow():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sglang_kvcodec.flow import rates as rates_module
 from sglang_kvcodec.flow.fitting import OnlineFit
-from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, PrefillModel, RestoreMeter
+from sglang_kvcodec.flow.rates import LEAST_KNOWN_TOKENS, LinkMeter, PrefillMeter, PrefillModel, RestoreMeter
 
 
 class Clock:
@@ -234,6 +234,9 @@ def test_whatever_is_measured_a_longer_prompt_never_takes_less(samples):
     meter = PrefillMeter()
     for new, prefix, seconds in samples:
         meter.forward_pass([new], [prefix], seconds)
+    # Of short passes alone it says nothing.
+    assert (meter.model() is None) == (max(new for new, _, _ in samples) < LEAST_KNOWN_TOKENS)
+    meter.forward_pass([LEAST_KNOWN_TOKENS], [0], 1.0)
     model = meter.model()
     values = [model.seconds(new, 10) for new in (1, 10, 1000, 10**6)]
     assert values == sorted(values)

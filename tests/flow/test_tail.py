@@ -1,5 +1,6 @@
 """A tail: what of it is fetched next, when it is in the pool, and whose its slots are. No thread, no clock."""
 
+import dataclasses
 import itertools
 import types
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from sglang_kvcodec.errors import CodecError
-from sglang_kvcodec.flow.planner import Knowledge, Prefix
+from sglang_kvcodec.flow.planner import NOTHING_KNOWN, Knowledge, Prefix
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 from sglang_kvcodec.flow.tail import Tail
 
@@ -105,12 +106,18 @@ def test_no_page_is_fetched_that_computing_reaches_sooner():
     assert tail.next_block(known(1000 / PAGE_S / 100)) is None
 
 
-def test_nothing_is_fetched_of_what_is_over_or_unknown():
+def test_nothing_is_fetched_of_what_is_over():
     tail = new_tail()
-    assert tail.next_block(known(None)) is None
     tail.close()
     assert tail.next_block(EVEN) is None
     assert tail.stop.is_set()
+
+
+@pytest.mark.parametrize("facts", [NOTHING_KNOWN, known(1e5), dataclasses.replace(EVEN, prefill=None)])
+def test_what_is_not_known_is_taken_to_be_as_fast(facts):
+    tail = new_tail(first_page=2)
+    sizes = [end - first for first, end in fetch_all(tail, facts)]
+    assert 0 < sizes[0] <= PAGES / 2
 
 
 def test_a_block_of_one_namespace_leaves_the_rest_to_the_next():

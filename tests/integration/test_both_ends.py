@@ -1,0 +1,231 @@
+"""A server that computes the start of a stored prefix while its end is fetched, over a link about as fast as computing.
+
+What is asserted are words and what became of the pages, not times: how fast this machine computes, the server says.
+"""
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import threading
+
+import pytest
+from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
+from integration.test_failures import _bit_flipped, _last_page_hash, _tamper, _unrestorable
+
+from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
+from sglang_kvcodec.testing.shaped_link import ShapedLink, stalls, steady
+
+pytestmark = pytest.mark.sglang
+
+FACTORS = (1.0, 0.7, 1.5, 0.5, 2.0)
+"""Speeds of the link that are tried, as parts of that at which it takes as long as computing."""
+
+
+@pytest.fixture(scope="module")
+def link(cluster):
+    with ShapedLink(cluster.remote.removeprefix("grpc://"), steady(1e9)) as link:
+        yield link
+
+
+def start(cluster, link, name, **options):
+    extra_args = ["--chunked-prefill-size", "256", *options.pop("extra_args", ())]
+    server = SGLangProcess(
+        name,
+        MODEL,
+        cluster.work_dir / f"{name}.log",
+        KVCodecArgs(link.remote, plan="auto"),
+        extra_args=extra_args,
+        **options,
+    )
+    server.wait_ready()
+    return server
+
+
+@pytest.fixture(scope="module")
+def server(cluster, link):
+    server = start(cluster, link, "both")
+    yield server
+    server.kill()
+
+
+def steady_in_all_passes(plain, new_text):
+    """As ``steady_text``, with more beginnings cached: passes end anywhere here."""
+    while True:
+        text = new_text()
+        answers = set()
+        for part in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            plain.client.flush_cache()
+            if part:
+                ask(plain, text[: int(part * len(text))])
+            answers.add(ask(plain, text).text)
+        if len(answers) == 1:
+            return text, answers.pop()
+
+
+def leave(server, text, after_s):
+    """A client that asks and goes."""
+    body = {"model": "default", "messages": [{"role": "user", "content": text}], "max_tokens": 16, "stream": True}
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=after_s)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    with contextlib.suppress(OSError):
+        connection.getresponse()
+    connection.close()
+
+
+@dataclasses.dataclass
+class Stored:
+    """A text of some thirty pages that is stored, the answer to it, and how fast a link takes as long as computing."""
+
+    text: str
+    answer: str
+    bytes_per_s: float
+
+
+def store(fresh, server):
+    text, answer = steady_in_all_passes(fresh.plain, lambda: "".join(fresh.other_text() for _ in range(3)))
+    fresh.plain.client.flush_cache()
+    computed = ask(fresh.plain, text)
+    before = metric(server, "kvcodec_published_bytes_total")
+    assert ask(server, text).text == answer
+    assert server.client.wait_published()
+    coded_bytes = metric(server, "kvcodec_published_bytes_total") - before
+    for _ in range(3):
+        forget(server)
+        assert ask(server, text).text == answer
+    forget(server)
+    return Stored(text, answer, coded_bytes / computed.ttft_s)
+
+
+@pytest.fixture
+def stored(fresh, server, link):
+    """Stored by the server, which has forgotten it and knows its rates."""
+    link.begin(steady(1e9))
+    wait_up(server)
+    return store(fresh, server)
+
+
+def meetings(server, outcome=None):
+    return metric(server, "kvcodec_meetings_total", **({"outcome": outcome} if outcome else {}))
+
+
+def until_planned(server, link, stored, begin=lambda speed: steady(speed)):
+    """Asks until both ends are worked on at once, and gives that reply; every one has to be right."""
+    for factor in FACTORS:
+        speed = factor * stored.bytes_per_s
+        for _ in range(3):
+            forget(server)
+            before = meetings(server)
+            link.begin(begin(speed))
+            reply = ask(server, stored.text)
+            link.begin(steady(speed))
+            assert reply.text == stored.answer
+            wait_for(lambda: metric(server, "kvcodec_restore_failures_total") >= 0, "metrics")
+            if meetings(server) > before:
+                return reply
+    raise AssertionError("both ends are never worked on at once")
+
+
+def test_both_ends_meet(fresh, server, link, stored):
+    joined, tokens = meetings(server, "joined"), metric(server, "kvcodec_joined_tokens_total")
+    for _ in range(5):
+        reply = until_planned(server, link, stored)
+        if meetings(server, "joined") > joined:
+            break
+    else:
+        raise AssertionError("both ends never meet")
+    assert metric(server, "kvcodec_joined_tokens_total") - tokens == reply.cached.storage > 0
+    assert reply.cached.storage % PAGE_TOKENS == 0
+    assert metric(server, "kvcodec_ttft_seconds_count", choice="both") > 0
+    # What was restored is in the tree like what was computed, and both are used.
+    again = ask(server, stored.text)
+    assert again.text == stored.answer
+    assert again.cached.device > reply.cached.storage
+    # SGLang checks its pools when it is idle, and ends if a slot is lost.
+    assert server.client.wait_published()
+    forget(server)
+    assert server.alive
+
+
+def test_a_link_that_stops_is_not_waited_for(fresh, server, link, stored):
+    reply = until_planned(server, link, stored, lambda speed: stalls(speed, int(0.15 * speed), 20.0))
+    assert reply.text == stored.answer
+    link.begin(steady(1e9))
+    assert ask(server, stored.text).text == stored.answer
+
+
+@pytest.mark.parametrize("stop", ["kill", "pause"])
+def test_a_peer_that_goes_on_the_way(fresh, server, link, stored, stop):
+    until_planned(server, link, stored)
+    forget(server)
+    planned = metric(server, "kvcodec_plans_total")
+    replies = []
+    asking = threading.Thread(target=lambda: replies.append(ask(server, stored.text)))
+    asking.start()
+    wait_for(lambda: metric(server, "kvcodec_plans_total") > planned or not asking.is_alive(), "plan")
+    os.kill(fresh.peer.pid, signal.SIGKILL if stop == "kill" else signal.SIGSTOP)
+    asking.join()
+    assert replies[0].text == stored.answer
+    fresh.peer.kill()
+    fresh.restart_peer()
+    wait_up(server)
+    assert ask(server, stored.text).text == stored.answer
+    assert server.alive
+
+
+@pytest.mark.parametrize("damage", [_bit_flipped, _unrestorable])
+def test_a_damaged_page_is_computed_and_stored_anew(fresh, server, link, stored, damage):
+    last = _last_page_hash(stored.text)
+    assert _tamper(fresh, lambda data: damage(data) if PageObject(data).key.page_hash == last else data) > 0
+    wait_up(server)
+    reply = until_planned(server, link, stored)
+    assert reply.text == stored.answer
+    assert server.client.wait_published()
+    forget(server)
+    link.begin(steady(1e9))
+    assert ask(server, stored.text).text == stored.answer
+    fresh.restart_peer()
+
+
+def test_a_client_that_leaves_and_others_that_come(fresh, server, link, stored):
+    until_planned(server, link, stored)
+    forget(server)
+    left = meetings(server)
+    leave(server, stored.text, after_s=0.3)
+    # Another begins while a third is on its way.
+    replies = []
+    asking = [threading.Thread(target=lambda: replies.append(ask(server, stored.text).text)) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert replies == [stored.answer] * 2
+    wait_for(lambda: server.client.wait_published(), "an idle server")
+    forget(server)
+    assert server.alive
+    assert meetings(server) >= left
+
+
+def test_two_ranks_meet_at_the_same_page(fresh, link):
+    link.begin(steady(1e9))
+    server = start(fresh, link, "both-tp2", extra_args=["--tp", "2"], env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    try:
+        wait_up(server)
+        # Two ranks add up in another order than one, so its own answers count.
+        text, answer = steady_in_all_passes(server, lambda: "".join(fresh.other_text() for _ in range(3)))
+        computed = ask(server, fresh.other_text())
+        assert server.client.wait_published()
+        rank_bytes_per_token = 2 * 2 * 6 * 128
+        stored = Stored(text, answer, rank_bytes_per_token * computed.prompt_tokens / computed.ttft_s)
+        for _ in range(4):
+            reply = until_planned(server, link, stored)
+            if meetings(server, "joined"):
+                break
+        assert meetings(server, "joined") > 0
+        assert reply.cached.storage > 0
+        assert server.alive
+    finally:
+        server.kill()
