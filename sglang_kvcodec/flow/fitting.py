@@ -48,6 +48,7 @@ class OnlineFit:
         self._fitted: tuple[float, ...] | None = None
         self._is_stale = False
         self._lock = threading.Lock()
+        self._fitting = threading.Lock()
 
     def add(self, features: Sequence[float], seconds: float) -> None:
         """Takes a sample; one that took no time or had no features says nothing."""
@@ -71,15 +72,17 @@ class OnlineFit:
         """
         if not refit:
             return self._fitted
-        with self._lock:
-            if not self._is_stale:
+        # One at a time: who comes while another fits the first samples must not hear that nothing is known.
+        with self._fitting:
+            with self._lock:
+                if not self._is_stale:
+                    return self._fitted
+                samples, self._is_stale = list(self._samples), False
+            fitted = self._fit(samples)
+            with self._lock:
+                # Unless all was forgotten meanwhile.
+                self._fitted = fitted if self._samples else None
                 return self._fitted
-            samples, self._is_stale = list(self._samples), False
-        fitted = self._fit(samples)
-        with self._lock:
-            # Unless all was forgotten meanwhile.
-            self._fitted = fitted if self._samples else None
-            return self._fitted
 
     def _fit(self, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
         features = np.array([sample for sample, _ in samples])

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fitting import Floats, OnlineFit
+from sglang_kvcodec.rpc.message_pace import FIRST_BYTES
 
 Clock = Callable[[], float]
 Ints = npt.NDArray[np.int64]
@@ -93,7 +94,7 @@ class LinkMeter:
                 silent_s = now_s - self._arrived_s
                 if silent_s >= 2 * SLICE_S:
                     # A message that is on its way may come right now, and is then as large as others.
-                    slices += [(now_s, self._largest_bytes / silent_s)] * int(silent_s / SLICE_S)
+                    slices += [(now_s, self._message_to_come_bytes / silent_s)] * int(silent_s / SLICE_S)
             if not slices:
                 return None
             recent = [rate for end_s, rate in slices[-SLICES:] if end_s >= slices[-1][0] - WINDOW_S]
@@ -146,9 +147,18 @@ class LinkMeter:
             is_enough = self._bytes >= MIN_SLICE_BYTES or took_s >= SLICE_S
             if not self._running and is_enough and is_telling:
                 self._end_slice()
+            silent_s = self._clock() - self._arrived_s
+            if not self._slices and silent_s >= 2 * SLICE_S:
+                # Given up in silence, with nothing else known: else each fetch to come would be begun and given up.
+                self._slices.append((self._clock(), self._message_to_come_bytes / silent_s))
         bytes_per_s = self.bytes_per_s()
         if bytes_per_s is not None:
             metrics.LINK_BYTES_PER_SECOND.set(bytes_per_s)
+
+    @property
+    def _message_to_come_bytes(self) -> float:
+        """Before there was a large one, what a client asks for at first."""
+        return self._largest_bytes or FIRST_BYTES
 
     def _slice(self) -> list[tuple[float, float]]:
         """The one that ends with what has arrived last; as several where it was so long, for messages are large."""

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 
 import pytest
 from flow_kit import new_rates
@@ -134,6 +135,15 @@ def test_silence_counts_while_something_is_on_its_way_and_only_then():
     assert link.meter.bytes_per_s() == about(1e7)
 
 
+def test_a_link_that_was_given_up_in_silence_counts_as_slow():
+    link = Link()
+    link.begin()
+    link.transfer.received(10_000)
+    link.clock.now_s += 0.5
+    link.transfer.end()
+    assert link.meter.bytes_per_s() == about(10_000 / 0.5)
+
+
 def test_transfers_at_once_share_what_is_measured():
     link = Link()
     link.begin()
@@ -241,6 +251,29 @@ def test_whatever_is_measured_a_longer_prompt_never_takes_less(samples):
     values = [model.seconds(new, 10) for new in (1, 10, 1000, 10**6)]
     assert values == sorted(values)
     assert values[-1] > 0
+
+
+def test_who_asks_while_the_first_samples_are_fitted_waits_for_them(monkeypatch):
+    fit = OnlineFit(1, primary=0)
+    fit.add((1.0,), 2.0)
+    is_fitting, go_on, fitted = threading.Event(), threading.Event(), OnlineFit._fit
+
+    def slowly(self, samples):
+        is_fitting.set()
+        assert go_on.wait(30)
+        return fitted(self, samples)
+
+    monkeypatch.setattr(OnlineFit, "_fit", slowly)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(fit.coefficients())) for _ in range(2)]
+    threads[0].start()
+    assert is_fitting.wait(30)
+    threads[1].start()
+    threads[1].join(0.05)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert answers[0] == answers[1] == (pytest.approx(2.0),)
 
 
 def test_a_sample_that_says_nothing_is_left_out():

@@ -22,7 +22,7 @@ CAPACITY = "500MB"
 ANSWER_TOKENS = 24
 FAST_RETRY = "0.3"
 MODULES = ("argparse", "tarfile", "zipfile", "typing", "_pydecimal", "turtle", "doctest", "pydoc", "inspect")
-OTHER_MODULES = ("subprocess", "pickletools", "mailbox", "optparse", "ssl")
+OTHER_MODULES = ("subprocess", "pickletools", "mailbox", "optparse", "ssl", "difflib", "imaplib", "threading", "shutil")
 TEXT_CHARACTERS = 2200
 
 

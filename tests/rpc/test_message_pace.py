@@ -1,7 +1,7 @@
 import pytest
 
 from sglang_kvcodec.rpc.limits import DEFAULT_MESSAGE_BYTES
-from sglang_kvcodec.rpc.message_pace import LEAST_BYTES, LEAST_WATCHED_S, MESSAGE_S, MessagePace
+from sglang_kvcodec.rpc.message_pace import FIRST_BYTES, LEAST_BYTES, LEAST_WATCHED_S, MESSAGE_S, MessagePace
 
 
 @pytest.fixture
@@ -9,8 +9,12 @@ def pace():
     return MessagePace(DEFAULT_MESSAGE_BYTES)
 
 
-def test_nothing_is_asked_for_while_nothing_is_known(pace):
-    assert pace.wanted_bytes() == 0
+def test_messages_are_small_while_nothing_is_known(pace):
+    assert pace.wanted_bytes() == FIRST_BYTES
+    # Too brief to tell how fast it is.
+    pace.watch(100_000, LEAST_WATCHED_S / 2)
+    assert pace.wanted_bytes() == FIRST_BYTES
+    # But fast, whatever it is exactly.
     pace.watch(1 << 30, LEAST_WATCHED_S / 2)
     assert pace.wanted_bytes() == 0
 
