@@ -118,7 +118,8 @@ class Tail:
                     page_tokens = self.prefix.page_tokens
                     before = self.prefix.tokens_before + low * page_tokens
                     compute_s = known.prefill.seconds((high - low) * page_tokens, before) / (high - low)
-                    share = compute_s / (compute_s + fetch_s)
+                    restore_s = page_bytes * known.restore.byte_s / known.restore.threads if known.restore else 0.0
+                    share = compute_s / (compute_s + max(fetch_s, restore_s))
             left = (high - low) * share
             pages = min(most, round(left / 2) if left / 2 > fewest else round(left), high - low)
             if pages < 1:

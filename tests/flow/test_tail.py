@@ -106,6 +106,12 @@ def test_no_page_is_fetched_that_computing_reaches_sooner():
     assert tail.next_block(known(1000 / PAGE_S / 100)) is None
 
 
+def test_no_more_is_fetched_than_can_be_restored():
+    slow = dataclasses.replace(known(1e9), restore=RestoreModel(0.0, 50 * PAGE_S / 1000, 1, 32, 1, 1))
+    assert fetch_all(new_tail(), slow)[-1][0] > 30
+    assert fetch_all(new_tail(), known(1e9))[-1][0] < 15
+
+
 def test_nothing_is_fetched_of_what_is_over():
     tail = new_tail()
     tail.close()
