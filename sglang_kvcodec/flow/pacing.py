@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
 from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict, predict_rest
+
+logger = logging.getLogger(__name__)
 
 LOOKUP = "lookup"
 FIRST_BYTE = "first_byte"
@@ -82,7 +85,8 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
     else:
         shared = missing + sum(min(missing, other) for other in known.others_bytes)
         keep_s = shared / max(known.bytes_per_s, 1e-9) + float(after_s[-1])
-    cut_s = float(after_s[0 if stage.is_promised else stage.whole_pages])
+    # Its thread tells of another prefix and of what is there of it one after the other.
+    cut_s = float(after_s[0 if stage.is_promised else min(stage.whole_pages, len(after_s) - 1)])
     if keep_s <= cut_s * (1 + CUT_MARGIN):
         return None
     return min(MAX_PATIENCE_S, max(MIN_PATIENCE_S, PATIENCE_SHARE * cut_s))
@@ -154,9 +158,11 @@ class Flight:
 
     def judge(self, known: Knowledge, now_s: float) -> None:
         """Gives it up if it is due."""
+        if self._is_over:
+            return
         stage = self.stage
         left_s = patience_s(stage, known, now_s)
-        if self._is_over or left_s is None:
+        if left_s is None:
             self._bad_since_s = None
             return
         if stage.phase == PROGRESS:
@@ -229,7 +235,11 @@ class Pacer:
                 name = flight.profile_name
                 if name not in known:
                     known[name] = self._known(name)
-                flight.judge(_beside(flight, known[name], missing), time.monotonic())
+                try:
+                    flight.judge(_beside(flight, known[name], missing), time.monotonic())
+                except Exception:
+                    # A thread's top, on which all other fetches hang.
+                    logger.exception("kvcodec: a fetch can't be compared with computing")
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, timeout=PERIOD_S)
 

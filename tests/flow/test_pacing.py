@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 
 import pytest
 
@@ -102,3 +103,51 @@ def test_the_others_are_all_but_oneself():
     pacer.remove(flights[0])
     assert pacer.knowledge(flights[1]).others_bytes == []
     pacer.close()
+
+
+def test_a_fetch_that_nobody_waits_for_is_not_judged():
+    given_up = []
+    flight = Flight(progress(), given_up.append)
+    flight.unwatched()
+    # A block of its own, of which less is left than of the one before.
+    flight.progress(0, 20)
+    flight.begin(PROGRESS, 0.0, dataclasses.replace(PREFIX, page_bytes=[1000] * 2))
+    for now_s in (0.0, 100.0):
+        flight.judge(known(1.0), now_s)
+    assert not given_up
+
+
+def test_another_prefix_may_be_shorter_than_what_has_arrived_of_the_last_one():
+    stage = dataclasses.replace(progress(0, 20), prefix=dataclasses.replace(PREFIX, page_bytes=[1000] * 2))
+    assert patience_s(stage, known(1.0), 0.0) is not None
+
+
+def test_an_error_in_one_fetch_leaves_the_others_watched(caplog):
+    judged = threading.Event()
+
+    class Broken(Flight):
+        def judge(self, known, now_s):
+            raise IndexError("more than there are")
+
+    class Sound(Flight):
+        def judge(self, known, now_s):
+            judged.set()
+
+    pacer = Pacer(lambda name: known(1.0))
+    try:
+        for kind in (Broken, Sound):
+            pacer.add(kind(progress(), lambda phase: None))
+        assert judged.wait(30)
+        judged.clear()
+        assert judged.wait(30)
+    finally:
+        pacer.close()
+    assert "can't be compared" in caplog.text
+
+
+def test_what_is_queued_of_an_admitted_request_is_its_own():
+    restore = RestoreModel(0.0, 30e-6, 2, 32, 1, 1)
+    # 0.6 s to restore, and all of it is queued.
+    stage = dataclasses.replace(progress(20_000, 20), is_promised=True)
+    facts = known(1e9, restore=dataclasses.replace(restore, queued_s=0.6))
+    assert patience_s(stage, facts, 0.0) is None
