@@ -229,6 +229,8 @@ def test_a_client_that_leaves_and_others_that_come(fresh, server, link, stored):
     assert meetings(server) >= left
 
 
+# Two servers of two ranks each are started one after the other.
+@pytest.mark.timeout(900)
 def test_two_ranks_meet_at_the_same_page(fresh, link):
     options = {"extra_args": ["--tp", "2"], "env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
     # Two ranks add up in another order than one.
