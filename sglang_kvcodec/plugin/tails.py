@@ -9,7 +9,7 @@ whatever goes wrong, the request is computed, as it is anyway.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,14 +24,12 @@ from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 
-logger = logging.getLogger(__name__)
-
 MAX_POOL_SHARE = 0.5
 """Of the pool, for ends of prefixes that are being restored. They are those requests' own, but set aside early."""
 NO_TAIL = 1 << 40
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Entry:
     """A request's tail.
 
@@ -186,6 +184,8 @@ class TailBook:
         req.extend_end = end
         req.cached_tokens_storage += slots.numel()
         metrics.JOINED_TOKENS.inc(slots.numel())
+        now_s = time.monotonic()
+        self._tracer.span(req.rid, "join", now_s, now_s, tokens=slots.numel())
         self.close(req.rid, "joined")
         return end
 
@@ -205,18 +205,21 @@ class TailBook:
             metrics.MISSES.labels(reason=BOTH_ENDS).inc(computed)
 
     def reap(self) -> None:
-        """Gives back the slots of tails that are over and written no more."""
-        self._closing = [entry for entry in self._closing if not self._reaped(entry)]
+        """Gives back the slots of tails that are over and written no more, on any rank: all have the same room."""
+        if not self._closing:
+            return
+        idle = self._smallest_of_ranks([int(entry.tail.is_idle) for entry in self._closing])
+        over = [entry for entry, is_idle in zip(self._closing, idle, strict=True) if is_idle]
+        self._closing = [entry for entry in self._closing if entry not in over]
+        for entry in over:
+            self._give_back(entry)
 
-    def _reaped(self, entry: _Entry) -> bool:
-        if not entry.tail.is_idle:
-            return False
+    def _give_back(self, entry: _Entry) -> None:
         slots = entry.tail.leftover()
         if slots is not None:
             self._cache.token_to_kv_pool_allocator.free(slots)
         if bad_pages := entry.tail.bad_pages:
             self._on_bad_pages(bad_pages)
-        return True
 
     @property
     def has_pending(self) -> bool:

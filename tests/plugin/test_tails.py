@@ -63,6 +63,7 @@ class Setup:
         self.restores = []
         self.bad, self.joined = [], []
         self.others = None
+        self.others_idle = 1
         self.book = TailBook(
             self.cache, self, PAGE, lambda: ["event"], self.smallest, self.bad.extend, self.joined.append, Tracer()
         )
@@ -81,6 +82,9 @@ class Setup:
         return restore
 
     def smallest(self, mine):
+        if len(mine) == 1:
+            # Asked whether slots are written no more.
+            return [min(mine[0], self.others_idle)]
         return list(mine) if self.others is None else [min(pair) for pair in zip(mine, self.others, strict=True)]
 
     def begin(self):
@@ -226,3 +230,16 @@ def test_a_flush_waits_for_restores_and_forgets_all(setup):
     assert not setup.book.has_pending
     assert setup.tail.stop.is_set()
     assert setup.book.join(setup.req, 6 * PAGE) == 6 * PAGE
+
+
+def test_all_ranks_give_slots_back_at_once(setup):
+    setup.begin()
+    setup.others_idle = 0
+    setup.book.close("r")
+    setup.book.reap()
+    assert setup.free != setup.all_slots
+    assert setup.book.has_pending
+    setup.others_idle = 1
+    setup.book.reap()
+    assert setup.free == setup.all_slots
+    assert not setup.book.has_pending
