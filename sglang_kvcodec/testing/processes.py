@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -53,12 +54,31 @@ class ProcessError(RuntimeError):
     """A process ended, or was not ready in time. The message holds the end of its log."""
 
 
+_LOWEST_PORT = 10240
+_PORT_RANGE_FILE = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nothing listens on now, and none that it gave before.
+
+    It is below those that the kernel gives to connections and to servers that ask for any (``ip_local_port_range``): a
+    server that takes ten seconds to load would find one of these taken now and then. Where there are none below, one
+    of these it is.
+    """
+    first_ephemeral = 0
+    with contextlib.suppress(OSError):
+        first_ephemeral = int(_PORT_RANGE_FILE.read_text().split()[0])
+    for _ in range(100):
+        # SGLang takes another port up to 1000 above its own: those at random are seldom neighbours.
+        port = random.randrange(_LOWEST_PORT, first_ephemeral) if first_ephemeral > _LOWEST_PORT else 0
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            port = probe.getsockname()[1]
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
+    raise ProcessError("no free port on 127.0.0.1")
 
 
 class ManagedProcess:

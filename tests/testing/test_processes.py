@@ -4,11 +4,13 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 
 import pytest
 
+from sglang_kvcodec.testing import processes
 from sglang_kvcodec.testing.processes import KVCodecArgs, ManagedProcess, ProcessError, SGLangProcess, free_port
 
 SLEEP = "import time; time.sleep(600)"
@@ -98,8 +100,18 @@ def test_a_server_that_never_answers_is_an_error(tmp_path):
         server.wait_ready(30)
 
 
-def test_free_ports_can_be_bound():
-    assert 1024 < free_port() < 65536
+def test_free_ports_are_none_that_the_kernel_gives_to_others():
+    first_ephemeral = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port() for _ in range(500)]
+    assert len(set(ports)) == len(ports)
+    assert all(1024 < port < first_ephemeral for port in ports)
+
+
+def test_where_the_kernel_gives_all_ports_a_free_port_is_one_of_these(tmp_path, monkeypatch):
+    (tmp_path / "range").write_text("1024\t65535\n")
+    monkeypatch.setattr(processes, "_PORT_RANGE_FILE", tmp_path / "range")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
 
 
 def test_kvcodec_flags():
