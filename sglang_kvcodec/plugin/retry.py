@@ -30,6 +30,8 @@ class RetryBook:
         """Remembers nothing."""
         self._inputs: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._restarted: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._due: set[str] = set()
+        """Requests that have failed and were not started again yet."""
 
     def note(self, tokenized: Any) -> None:
         """Remembers the input of a request that arrives, if it can be started twice.
@@ -51,9 +53,13 @@ class RetryBook:
         return rid in self._inputs
 
     def forget(self, rid: str) -> None:
-        """The request needs no second start any more."""
-        self._inputs.pop(rid, None)
-        self._restarted.pop(rid, None)
+        """The request needs no second start any more, unless that is due.
+
+        SGLang lets go of a request between two of its chunks before it says that it has ended.
+        """
+        if rid not in self._due:
+            self._inputs.pop(rid, None)
+            self._restarted.pop(rid, None)
 
     def was_restarted(self, rid: str) -> bool:
         """Whether this is the request's second start."""
@@ -63,10 +69,12 @@ class RetryBook:
         """Gives requests that SGLang is about to answer with 503 an end that is not sent."""
         for req in reqs:
             if req.rid in self._inputs:
+                self._due.add(req.rid)
                 req.discard_output_reason = RestoreFailed("kvcodec: restore failed; computed instead")
 
     def restart(self, req: Any, scheduler: Any) -> None:
         """Hands the request's input to the scheduler once more."""
+        self._due.discard(req.rid)
         tokenized = self._inputs.get(req.rid)
         if tokenized is not None and not getattr(req, "_kvcodec_restarted", False):
             req._kvcodec_restarted = True

@@ -74,7 +74,7 @@ def free_port() -> int:
         port = random.randrange(_LOWEST_PORT, first_ephemeral) if first_ephemeral > _LOWEST_PORT else 0
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            port = probe.getsockname()[1]
+            port = int(probe.getsockname()[1])
             if port not in _given_ports:
                 _given_ports.add(port)
                 return port

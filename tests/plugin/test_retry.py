@@ -31,6 +31,18 @@ def test_a_request_is_started_once_more_with_its_own_input():
     assert scheduler.started == [given]
 
 
+def test_what_is_due_to_start_again_is_not_forgotten():
+    # SGLang gives back what a chunked request holds before it says that it has ended.
+    book, scheduler, given, req = RetryBook(), Scheduler(), tokenized(), request()
+    book.note(given)
+    book.mark_failed([req])
+    book.forget("r")
+    book.restart(req, scheduler)
+    assert scheduler.started == [given]
+    book.forget("r")
+    assert "r" not in book
+
+
 def test_what_can_not_be_started_twice_is_not_remembered():
     book = RetryBook()
     book.note(tokenized("image", mm_inputs=object()))
