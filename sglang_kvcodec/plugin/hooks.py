@@ -48,6 +48,7 @@ def register() -> None:
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler._record_step_counters", _after_step, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.run_batch", _around_run_batch, HookType.AROUND)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.process_batch_result", _before_result, HookType.BEFORE)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.handle_generate_request", _before_generate, HookType.BEFORE)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.send_abort_output", _around_abort_output, HookType.AROUND)
@@ -165,6 +166,11 @@ def _around_run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, 
     result = original(scheduler, batch, *args, **kwargs)
     scheduler.tree_cache.ran(batch, time.monotonic() - start_s)
     return result
+
+
+def _before_result(scheduler: Any, batch: Any, *args: object, **kwargs: object) -> None:
+    if _is_ours(scheduler.tree_cache):
+        scheduler.tree_cache.result_comes(batch)
 
 
 def _before_generate(scheduler: Any, tokenized: Any, *args: object, **kwargs: object) -> None:

@@ -78,6 +78,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         restoring_pays: Callable[[int, int], bool] = lambda pages, coded_bytes: True,
         scheduler_time: SchedulerTime | None = None,
         worst_of_ranks: Callable[[int], int] | None = None,
+        uses_cache: bool = True,
     ) -> None:
         """Links the tree of one rank.
 
@@ -96,6 +97,8 @@ class KVCodecLinker(UnifiedCacheLinker):
             restoring_pays: whether pages in host memory, so many of so many bytes, are restored sooner than computed.
             scheduler_time: told what all this takes of the scheduler's thread.
             worst_of_ranks: where pages of several tiers are around: the largest of what all ranks give it at once.
+            uses_cache: whether a look-up finds whatever is in host memory; if not, then only what ``pages_of`` gives:
+                all stages of a pipeline have agreed how much that is.
         """
         self.scheduler_time = scheduler_time or SchedulerTime()
         self.pools = {PoolName.KV: pool}
@@ -109,6 +112,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._pages_of = pages_of
         self._restoring_pays = restoring_pays
         self._worst_of_ranks = worst_of_ranks
+        self._uses_cache = uses_cache
         self._matched: dict[str, list[PageObject]] = {}
         self._computed: collections.OrderedDict[str, None] = collections.OrderedDict()
         """Requests whose pages in host memory are not used, so that every look-up says the same."""
@@ -135,7 +139,11 @@ class KVCodecLinker(UnifiedCacheLinker):
             return []
         pages: list[PageObject] = []
         for key in self._keys(transfers):
-            page = None if key in self._bad_pages else held.get(key) or before.get(key) or self._cache.get(key)
+            if self._uses_cache:
+                page = None if key in self._bad_pages else held.get(key) or before.get(key) or self._cache.get(key)
+            else:
+                # One that turned out bad meanwhile is bad here and not at other stages: the load will fail.
+                page = held.get(key)
             # A thread may have put a page of old weights into the cache after it was cleared.
             if page is None or page.key.namespace_digest not in digests:
                 break
@@ -162,6 +170,21 @@ class KVCodecLinker(UnifiedCacheLinker):
             while len(self._computed) > MAX_COMPUTED:
                 self._computed.popitem(last=False)
         return False
+
+    def kept(self, page_hashes: Sequence[bytes]) -> tuple[PageObject, ...]:
+        """The first of these pages, as far as they are in host memory and worth restoring."""
+        digests = self._usable_digests()
+        pages: list[PageObject] = []
+        for page_hash in page_hashes:
+            page = self._cache.get(page_hash)
+            if page is None or page.key.namespace_digest not in digests:
+                break
+            pages.append(page)
+        if pages and not self._restoring_pays(len(pages), sum(map(len, pages))):
+            metrics.PLANS.labels(reason="host_restore_too_slow").inc()
+            return ()
+        self._cache.mark_used([page.key.page_hash for page in pages])
+        return tuple(pages)
 
     def forget(self, rid: str) -> None:
         """The request is admitted or gone."""
@@ -316,12 +339,18 @@ class KVCodecLinker(UnifiedCacheLinker):
 
     def num_completed_offloads(self) -> int:
         """Offloads whose slots are free again, counted from the oldest without a gap."""
-        count = 0
+        return len(self.completed_offloads())
+
+    def completed_offloads(self) -> list[bool]:
+        """Whether they have succeeded, the oldest first."""
+        results: list[bool] = []
         for offload in self._offloads:
-            if offload.succeeded is None:
+            # Read once: another thread sets it.
+            succeeded = offload.succeeded
+            if succeeded is None:
                 break
-            count += 1
-        return count
+            results.append(succeeded)
+        return results
 
     def pop_completed_offload(self) -> bool:
         """The result of the oldest one."""

@@ -12,9 +12,11 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -29,12 +31,14 @@ from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.layer_kinds import check_built_kinds
 from sglang_kvcodec.plugin.linker import KVCodecLinker
 from sglang_kvcodec.plugin.passes import PassObserver
+from sglang_kvcodec.plugin.pipeline import NOT_YET, Fetch, PipelineAgreement, UnjudgedLoads
 from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.plugin.scheduler_time import SchedulerTime, timed
 from sglang_kvcodec.plugin.settings import server_config
+from sglang_kvcodec.plugin.stage_link import StageLink
 from sglang_kvcodec.plugin.tails import TailBook
 from sglang_kvcodec.transform import PageTransforms
 
@@ -52,13 +56,23 @@ class _Held:
         ticket: the fetch.
         start_page: index in the prompt of the first page asked for.
         hashes: of those pages.
+        number: of the request, the same at all stages of a pipeline.
+        kept: the first of those pages, as far as they are in host memory; the fetch is of the others. In a pipeline
+            only: elsewhere SGLang asks for them when it looks a prompt up.
         agreed_pages: how many of them every rank has; None until all ranks are done.
     """
 
     ticket: FetchTicket
     start_page: int
     hashes: tuple[bytes, ...]
+    number: int
+    kept: tuple[PageObject, ...] = ()
     agreed_pages: int | None = None
+
+    @property
+    def pages(self) -> list[PageObject]:
+        """Those that are here or on their way."""
+        return [*self.kept, *self.ticket.pages]
 
 
 class KVCodecRadixCache(UnifiedRadixCache):
@@ -67,6 +81,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
     _held: dict[Any, _Held]
     _runtime: Runtime | None = None
     _tails: TailBook | None = None
+    _pipeline: PipelineAgreement | None = None
+    """With the other stages of a pipeline; None without."""
+    _unjudged: UnjudgedLoads | None = None
+    _held_number = 0
+    _news_count = 0
+    _settled_offloads = 0
     scheduler: Any = None
     """The scheduler that owns this cache; set when it is built."""
 
@@ -98,6 +118,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self.scheduler_time,
             # The same on all ranks, whatever calibrations they have.
             self.worst_of_ranks if len(runtime.config.tiers) > 1 else None,
+            uses_cache=self.pp_size == 1,
         )
         self._tails = TailBook(
             self,
@@ -109,6 +130,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self._linker.note_joined,
             runtime.tracer,
         )
+        if self.pp_size > 1:
+            self._pipeline = PipelineAgreement(StageLink(self.pp_group), self.smallest_of_ranks, runtime.news.tell)
+            self._unjudged = UnjudgedLoads(self._pipeline)
         self.init_cache_linker(self._linker)
         kv_cache.register_layer_transfer_counter(self._linker.layer_done_counter)
         ctx.tp_worker.register_hicache_layer_transfer_counter(self._linker.layer_done_counter)
@@ -166,7 +190,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
             is_bigram=self.tree_core.is_eagle,
             cache_salt=cache_salt,
         ).page_aligned(self.page_size)
-        if not tiers or request.rid not in self.retries or request in self._held:
+        if request.rid not in self.retries or request in self._held:
+            return
+        if not tiers and self._pipeline is None:
             return
         if self.retries.was_restarted(request.rid):
             # Its pages did not all come. What did is in host memory, and it has waited once.
@@ -176,10 +202,21 @@ class KVCodecRadixCache(UnifiedRadixCache):
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         wanted = self._linker.without_bad(hashes[start_page:])
         prompt_tokens = len(matched) + len(new_input_tokens) + 1
-        ticket = self._runtime.fetcher.start(
-            tiers, wanted, start_page * self.page_size, prompt_tokens, request.rid, self._may_compute()
-        )
-        self._held[request] = _Held(ticket, start_page, wanted)
+        kept = self._linker.kept(wanted) if self._pipeline is not None else ()
+        missing, tokens_before = wanted[len(kept) :], (start_page + len(kept)) * self.page_size
+        if self._pipeline is None or (tiers and missing):
+            ticket = self._runtime.fetcher.start(
+                tiers, missing, tokens_before, prompt_tokens, request.rid, self._may_compute()
+            )
+        else:
+            # All stages of a pipeline hold the same requests, whatever each has to do for them.
+            ticket = FetchTicket((), tokens_before, prompt_tokens, request.rid)
+            ticket.settle(())
+            ticket.finish()
+        self._held[request] = _Held(ticket, start_page, wanted, self._held_number, kept)
+        self._held_number += 1
+        # It may have come to its end before this knows of it.
+        self._news_count = -1
         self._passes.expect(request.rid, ticket)
 
     def _may_compute(self) -> bool:
@@ -187,6 +224,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
         assert self._runtime is not None
         scheduler, when = self.scheduler, self._runtime.config.compute_while_fetching
         if when == "never" or not self.has_one_component or not scheduler.chunked_prefill_size:
+            return False
+        if self._pipeline is not None:
+            # Where a stage joins both ends, those before it have launched the next pass.
             return False
         if scheduler.truncation_align_size is not None:
             # Deterministic inference: passes end where SGLang wants them to.
@@ -208,19 +248,56 @@ class KVCodecRadixCache(UnifiedRadixCache):
             return True
         if held.agreed_pages is None:
             return False
-        if held.agreed_pages:
-            self.prefetch_loaded_tokens_by_reqid[request] = held.agreed_pages * self.page_size
-            self.prefetch_loaded_storage_start_by_reqid[request] = held.start_page * self.page_size
+        kept = len(held.kept)
+        if held.agreed_pages > kept:
+            self.prefetch_loaded_tokens_by_reqid[request] = (held.agreed_pages - kept) * self.page_size
+            self.prefetch_loaded_storage_start_by_reqid[request] = (held.start_page + kept) * self.page_size
         return True
 
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
         self.scheduler_time.next_pass()
+        if self._pipeline is not None:
+            self._agree_in_pipeline(self._pipeline)
+            return
         super().check_hicache_events()
-        if self._held:
+        if self._held and (self._has_other_ranks or self._has_news()):
             self._agree_on_fetches()
         if self._tails is not None:
             self._tails.reap()
+
+    @property
+    def _has_other_ranks(self) -> bool:
+        groups = (self.attn_cp_group, self.attn_tp_group)
+        sizes = [torch.distributed.get_world_size(group=group) for group in groups if group is not None]
+        return max([self.tp_world_size, *sizes]) > 1
+
+    def _has_news(self) -> bool:
+        """Whether any fetch has come to its end since this was last asked; many may wait, for many passes."""
+        assert self._runtime is not None
+        count = self._runtime.news.count
+        is_new, self._news_count = count != self._news_count, count
+        return is_new
+
+    def _agree_in_pipeline(self, pipeline: PipelineAgreement) -> None:
+        waiting = [held for held in self._held.values() if held.agreed_pages is None]
+        if not waiting and not self.linker.pending_offloads:
+            return
+        fetches = []
+        for held in waiting:
+            ticket, kept = held.ticket, len(held.kept)
+            pages = kept + len(ticket.pages) if ticket.is_ready else NOT_YET
+            fetches.append(Fetch(held.number, pages, kept + ticket.most_pages))
+        agreed, successes = pipeline.agree(fetches, self._settled_offloads, self._linker.completed_offloads())
+        for held, pages in zip(waiting, agreed, strict=True):
+            if pages == NOT_YET:
+                continue
+            held.agreed_pages = pages
+            if not held.ticket.is_ready:
+                held.ticket.cancel()
+        self.linker.take_completed_offloads(len(successes))
+        self.linker.commit_completed_offloads(successes)
+        self._settled_offloads += len(successes)
 
     @timed
     def _agree_on_fetches(self) -> None:
@@ -250,8 +327,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
         if self._runtime is None or not any(held.agreed_pages is None for held in self._held.values()):
             return
-        self._runtime.progress.wait(REST_S)
-        self._runtime.progress.clear()
+        self._runtime.news.wait(REST_S)
 
     def _pages_of(self, rid: str) -> dict[bytes, PageObject] | None:
         """Pages fetched for a request that waits; None for a request that must be computed."""
@@ -259,7 +335,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             return None
         for request, held in self._held.items():
             if request.rid == rid and held.agreed_pages:
-                return dict(zip(held.hashes, held.ticket.pages[: held.agreed_pages], strict=False))
+                return dict(zip(held.hashes, held.pages[: held.agreed_pages], strict=False))
         return {}
 
     def finish_storage_prefetch_admission(self, request: Any, fulfilled_tokens: int, reason: str | None) -> None:
@@ -316,17 +392,47 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     def finish_external_linker_loads(self, reqs: Any) -> Any:
         """After the forward pass: requests whose pages did not all land are computed instead."""
+        if self._unjudged is not None:
+            return self._finish_loads_of_stage(reqs, self._unjudged)
         loading = [req.rid for req in reqs if self._linker.is_loading(req.rid)]
         failed = super().finish_external_linker_loads(reqs)
+        self._after_loads()
+        self._judged(loading, failed)
+        return failed
+
+    def _finish_loads_of_stage(self, reqs: Any, unjudged: UnjudgedLoads) -> list[Any]:
+        """The same at one stage of a pipeline: what becomes of the requests is not known before all have come to it."""
+        loading = set(self.linker.inflight_load_rids)
+        failed = self.linker.finish_loads()
+        self._after_loads()
+        if loading:
+            unjudged.launched([req for req in reqs if req.rid in loading], not failed)
+        return []
+
+    def _after_loads(self) -> None:
         self._linker.note_restored()
         self._passes.waited(self.scheduler.forward_ct, self._linker.take_waited_s())
+
+    def _judged(self, loading: Sequence[str], failed: Sequence[Any]) -> None:
         self.retries.mark_failed(failed)
         lost = {req.rid for req in failed}
         for rid in loading:
             self._linker.loaded(rid)
             if rid not in lost:
                 self.retries.forget(rid)
-        return failed
+
+    def result_comes(self, batch: Any) -> None:
+        """A pass's output is about to be looked at; in a pipeline it has been through all stages."""
+        if not self._unjudged:
+            return
+        reqs, landed = self._unjudged.judge(batch.reqs)
+        failed = [] if landed else reqs
+        for req in failed:
+            # As SGLang does where a load fails that it knows of at once.
+            req.discard_output_reason = FINISH_ABORT("kvcodec: restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+            if self.scheduler.chunked_req is req:
+                self.scheduler._pending_chunked_abort_req = req
+        self._judged([req.rid for req in reqs], failed)
 
     def ran(self, batch: Any, seconds: float) -> None:
         """The launch of a forward pass took so long; on a CPU that is all of it."""
@@ -350,7 +456,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     def has_pending_cache_operations(self) -> bool:
         """Whether slots are being read or written behind the tree's back, so that the server is not idle."""
-        return self._linker.has_pending or (self._tails is not None and self._tails.has_pending)
+        if self._linker.has_pending or self.linker.pending_offloads or self._unjudged:
+            return True
+        return self._tails is not None and self._tails.has_pending
 
     def clear_storage_backend(self) -> bool:
         """Forgets the page objects in host memory; what the peer keeps is shared and stays."""
@@ -369,6 +477,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._held.clear()
         if self._tails is not None:
             self._tails.reset()
+        if self.linker is not None:
+            # They end here without another word.
+            self._settled_offloads += len(self.linker.pending_offloads)
         super().reset()
         if self._runtime is not None:
             self._runtime.flushed()
@@ -408,7 +519,7 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
             lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated),
             auto_calibration(ctx, config, transforms) if calibration is None else None,
             max(0, ctx.params.chunked_prefill_size or 0),
-            (get_parallel().dp_rank or 0) * ctx.tp_size + ctx.tp_rank,
+            ((get_parallel().dp_rank or 0) * ctx.params.pp_size + ctx.params.pp_rank) * ctx.tp_size + ctx.tp_rank,
         )
     except ConfigurationError as error:
         logger.error("sglang-kvcodec: %s", error)

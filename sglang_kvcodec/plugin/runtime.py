@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.news import News
 from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
@@ -111,7 +111,8 @@ class Runtime:
                 raise
         self._decoders, self._encoders = decoders, encoders
         self.tracer = open_tracer(config.trace, f"sglang-kvcodec rank {rank}", rank)
-        self.progress = threading.Event()
+        self.news = News()
+        """Of fetches."""
         self.cache = BitstreamCache(config.host_cache_bytes)
         self._peer = connect(config.remote, config.timeouts, config.replicas, config.access)
         decode_threads = decoders.threads if decoders is not None else config.decode_threads
@@ -130,7 +131,7 @@ class Runtime:
             transforms,
             config,
             self.rates,
-            on_done=self.progress.set,
+            on_done=self.news.tell,
             tracer=self.tracer,
         )
 

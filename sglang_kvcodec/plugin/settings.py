@@ -131,5 +131,5 @@ def _check_conflicts(server_args: Any) -> None:
         raise UnsupportedError("kvcodec does not work together with --disaggregation-mode")
     if (getattr(server_args, "dcp_size", 1) or 1) > 1:
         raise UnsupportedError("kvcodec does not work with decode context parallelism")
-    if (getattr(server_args, "pp_size", 1) or 1) > 1:
-        raise UnsupportedError("kvcodec does not work with pipeline parallelism")
+    if (getattr(server_args, "pp_size", 1) or 1) > 1 and len(server_config(server_args).tiers) > 1:
+        raise UnsupportedError("kvcodec keeps one profile with pipeline parallelism, not several")

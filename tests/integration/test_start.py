@@ -43,7 +43,7 @@ _CASES = {
     "page size": ([*_FULL, "--page-size", "1"], "page size of 16 to 256"),
     "no radix cache": ([*_FULL, "--disable-radix-cache"], "--disable-radix-cache"),
     "hierarchical cache": ([*_FULL, "--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
-    "pipeline": ([*_FULL, "--pp-size", "2"], "pipeline parallelism"),
+    "pipeline": ([*_FULL, "--kvcodec-profile", "high,balanced", "--pp-size", "2"], "pipeline parallelism"),
     "other version": (["sglang-version", "0.5.24", *_FULL], "works with SGLang 0.5.23, and this is 0.5.24"),
 }
 

@@ -7,6 +7,7 @@ import torch
 
 from sglang_kvcodec.errors import UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
+from sglang_kvcodec.flow.news import News
 from sglang_kvcodec.flow.planner import FetchPlan, Prefix
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.plugin.radix_cache import KVCodecRadixCache, _Held, build_radix_cache
@@ -39,7 +40,7 @@ class Rank:
     """What a rank's cache knows of its fetches, and what the other ranks say of theirs."""
 
     def __init__(self, *tickets):
-        self._held = {Request(str(i)): _Held(ticket, 7, ticket.page_hashes) for i, ticket in enumerate(tickets)}
+        self._held = {Request(str(i)): _Held(ticket, 7, ticket.page_hashes, i) for i, ticket in enumerate(tickets)}
         self.scheduler_time = SchedulerTime()
         self._tails = types.SimpleNamespace(agreed=lambda *args: self.tails.append(args))
         self.tails = []
@@ -103,3 +104,45 @@ def test_nobody_waits_for_a_fetch_of_which_a_rank_will_have_nothing():
     assert waiting.is_cancelled
     rank.others = of([-1, 0])
     assert rank.agreed() == [0, 0]
+
+
+class Cache:
+    """A cache as far as it looks after its fetches."""
+
+    _has_other_ranks = KVCodecRadixCache._has_other_ranks
+    _has_news = KVCodecRadixCache._has_news
+
+    def __init__(self, group_sizes=(), monkeypatch=None):
+        self.tp_world_size = 1
+        self.attn_cp_group, self.attn_tp_group = group_sizes or (None, None)
+        self._runtime = types.SimpleNamespace(news=News())
+        self._news_count = 0
+        if monkeypatch is not None:
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: group)
+
+
+def test_those_who_wait_are_looked_at_when_something_has_happened():
+    cache = Cache()
+    assert not cache._has_news()
+    cache._runtime.news.tell()
+    cache._runtime.news.tell()
+    assert cache._has_news()
+    assert not cache._has_news()
+
+
+@pytest.mark.parametrize(("sizes", "others"), [((), False), ((1, 1), False), ((1, 2), True), ((2, 1), True)])
+def test_other_ranks_are_asked_in_every_pass(sizes, others, monkeypatch):
+    # They come to the collective whether there is news here or not.
+    assert Cache(sizes, monkeypatch)._has_other_ranks == others
+
+
+def test_ranks_of_tensor_parallelism_alone():
+    cache = Cache()
+    cache.tp_world_size = 2
+    assert cache._has_other_ranks
+
+
+def test_pages_in_host_memory_come_before_those_that_are_fetched():
+    fetched = ticket(2)
+    kept = (object(), object())
+    assert _Held(fetched, 0, fetched.page_hashes, 0, kept).pages == [*kept, *fetched.pages]

@@ -93,6 +93,14 @@ def test_the_page_size_is_set_unless_it_was_chosen(given, becomes):
     assert args.page_size == becomes
 
 
+def test_a_pipeline_keeps_one_profile():
+    prepare(server_args("--enable-kvcodec", "--kvcodec-remote", REMOTE, "--kvcodec-profile", "high", pp_size=2))
+    args = server_args("--enable-kvcodec", "--kvcodec-remote", REMOTE, "--kvcodec-profile", "high,balanced", pp_size=2)
+    with pytest.raises(UnsupportedError, match="one profile with pipeline parallelism") as caught:
+        prepare(args)
+    assert one_sentence(str(caught.value))
+
+
 @pytest.mark.parametrize("page_size", [0, 1, 15, 257])
 def test_a_page_size_out_of_bounds_is_refused(page_size):
     args = server_args("--enable-kvcodec", "--kvcodec-remote", REMOTE)
@@ -113,7 +121,6 @@ def test_a_page_size_out_of_bounds_is_refused(page_size):
         ("hicache_storage_backend", "file", "--hicache-storage-backend"),
         ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
         ("disaggregation_mode", "prefill", "--disaggregation-mode"),
-        ("pp_size", 2, "pipeline parallelism"),
         ("dcp_size", 2, "decode context parallelism"),
     ],
 )

@@ -1,0 +1,145 @@
+"""Two stages of a pipeline, each with the KV of its own layers: they schedule alike, whatever comes to one of them."""
+
+import concurrent.futures
+import threading
+
+import pytest
+from integration.cluster import ask, forget, metric, steady_text, wait_for, wait_up
+from integration.test_both_ends import leave
+from integration.test_failures import _all_keys, _bit_flipped, _tamper, _unrestorable
+
+from sglang_kvcodec.format.namespace import PageKey
+from sglang_kvcodec.format.page_object import PageObject
+
+pytestmark = pytest.mark.sglang
+
+STAGES = 2
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+CHUNKED = ("--chunked-prefill-size", "256")
+
+
+@pytest.fixture(scope="module")
+def server(cluster):
+    """Its pool is for four of the texts."""
+    few = ("--max-total-tokens", "4096")
+    server = cluster.start_server("pp2", extra_args=[*CHUNKED, *few, "--pp-size", str(STAGES)], env=CORES)
+    server.wait_ready()
+    yield server
+    assert server.alive
+    server.kill()
+
+
+@pytest.fixture
+def stored(fresh, server):
+    """A text whose pages are stored and not in the server, and the answer to it."""
+    wait_up(server)
+    text, answer = steady_text(fresh.plain, fresh.other_text)
+    assert ask(server, text).text == answer
+    assert server.client.wait_published()
+    forget(server)
+    return text, answer
+
+
+def test_a_prefix_comes_back_to_all_stages(fresh, server, stored):
+    text, answer = stored
+    reply = ask(server, text)
+    assert reply.text == answer
+    assert reply.cached.storage >= reply.prompt_tokens // 64 * 64 - 64
+    again = ask(server, text)
+    assert again.text == answer
+    assert again.cached.device >= reply.cached.storage
+
+
+def test_each_stage_stores_its_layers(fresh, server):
+    wait_up(server)
+    before = fresh.stat().objects
+    reply = ask(server, fresh.other_text())
+    assert server.client.wait_published()
+    assert fresh.stat().objects - before >= STAGES * (reply.prompt_tokens // 64)
+
+
+def test_pages_come_back_from_host_memory_with_the_network_cut(fresh, server, stored):
+    text, answer = stored
+    first = ask(server, text)
+    server.client.flush_cache()
+    fresh.stop_peer()
+    wait_for(lambda: metric(server, "kvcodec_peer_up") == 0, "sign of the loss")
+    fetched = metric(server, "kvcodec_fetched_bytes_total")
+    again = ask(server, text)
+    assert again.text == answer
+    assert again.cached.host == first.cached.storage
+    assert metric(server, "kvcodec_fetched_bytes_total") == fetched
+    fresh.start_peer()
+
+
+def test_many_at_once_with_more_than_the_pool_holds(fresh, server):
+    wait_up(server)
+    asked = [steady_text(fresh.plain, fresh.other_text) for _ in range(8)]
+    for text, answer in asked[::2]:
+        assert ask(server, text).text == answer
+    assert server.client.wait_published()
+    forget(server)
+    leaver = threading.Thread(target=leave, args=(server, fresh.other_text(), 0.05))
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        leaver.start()
+        fetched = list(pool.map(lambda each: ask(server, each[0]), asked))
+        # By now the pool has lost most of them, and host memory has not.
+        kept = list(pool.map(lambda each: ask(server, each[0]), asked))
+    leaver.join()
+    for replies in (fetched, kept):
+        assert [reply.text for reply in replies] == [answer for _, answer in asked]
+    assert sum(reply.cached.storage for reply in fetched) > 0
+    assert sum(reply.cached.host for reply in kept) > 0
+    wait_for(server.client.wait_published, "an idle server")
+    forget(server)
+
+
+@pytest.mark.parametrize("stage", range(STAGES))
+@pytest.mark.parametrize(
+    ("damage", "is_longer"),
+    [(_bit_flipped, False), (_unrestorable, False), (_unrestorable, True)],
+    ids=["bit flipped", "unrestorable", "unrestorable start of a longer prompt"],
+)
+def test_what_is_bad_at_one_stage_is_computed_at_all(fresh, server, stored, stage, damage, is_longer):
+    text, answer = stored
+    if is_longer:
+        # Other chunks of the prompt are on their way through the stages when the load turns out to have failed.
+        def longer():
+            return text + fresh.other_text() + fresh.other_text()
+
+        text, answer = steady_text(fresh.plain, longer)
+    with fresh.store():
+        namespaces = {PageKey.from_bytes(key).namespace_digest for key in _all_keys(fresh)}
+    mine = sorted(digest for digest in namespaces if digest in of_server(server))
+    assert len(mine) == STAGES
+
+    def at_one_stage(data):
+        return damage(data) if PageObject(data).key.namespace_digest == mine[stage] else data
+
+    assert _tamper(fresh, at_one_stage) > 0
+    wait_up(server)
+    missed, failed = metric(server, "kvcodec_misses_total"), metric(server, "kvcodec_restore_failures_total")
+    reply = ask(server, text)
+    assert reply.text == answer
+    if damage is _bit_flipped:
+        assert metric(server, "kvcodec_misses_total") > missed
+    else:
+        assert reply.cached.storage == 0
+        assert metric(server, "kvcodec_restore_failures_total") == failed + 1
+    # Nothing leaked, and it heals.
+    assert server.client.wait_published()
+    forget(server)
+    if damage is _bit_flipped:
+        healed = ask(server, text)
+        assert healed.text == answer
+        assert healed.cached.storage > 0
+
+
+def of_server(server):
+    """Namespaces of a server, by what its log says of them."""
+
+    class Digests:
+        def __contains__(self, digest):
+            return f"namespace {digest.hex()[:16]}" in server.log_text()
+
+    return Digests()
