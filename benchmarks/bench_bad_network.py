@@ -10,7 +10,7 @@ chosen who knew the shape. It could also have fetched a part: that is not counte
 Prompts are computed in passes of 256 tokens, so that fetching pays on the steady link. They are such that a server
 without kvcodec gives the same answer wherever passes end.
 
-python -m benchmarks.bench_bad_network [--rounds 7] [--prompt-tokens 2000] [--bandwidth 200Mbps]
+python -m benchmarks.bench_bad_network [--rounds 7] [--bandwidth 200Mbps] [--round-trip-ms 30] [--shapes steady]
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def main() -> None:
     parser = parser_of(__doc__, rounds=7)
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--bandwidth", default="200Mbps", help="of the link while it is steady")
+    parser.add_argument("--round-trip-ms", type=float, default=0.0, help="of the link, beside what loopback takes")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--settle", type=int, default=2, help="requests on the steady link before each measured one")
     options = parse(parser)
     bytes_per_s = parse_bits_per_s(options.bandwidth) / 8
@@ -112,7 +114,8 @@ def main() -> None:
         peer = ShapedPeer(lab.work_dir / "store")
         peer.start("unlimited")
         try:
-            with ShapedLink(peer.remote.removeprefix("grpc://"), steady(bytes_per_s)) as link:
+            upstream, round_trip_s = peer.remote.removeprefix("grpc://"), options.round_trip_ms / 1e3
+            with ShapedLink(upstream, steady(bytes_per_s), round_trip_s) as link:
                 plain = lab.start_server("plain", None, len(WAYS) + 1)
                 servers = {
                     way: lab.start_server(way, KVCodecArgs(link.remote, profile, plan=plan), len(WAYS) + 1)
@@ -130,7 +133,7 @@ def main() -> None:
                     whole = hit(servers["exact"].client, [{"role": "user", "content": text}], ANSWER_TOKENS)
                     fetched_bytes = whole.fetched_bytes
                     # The first round warms up, and is not kept.
-                    for shape in rotated(SHAPES, number) if number else SHAPES[:1]:
+                    for shape in rotated(options.shapes, number) if number else options.shapes[:1]:
                         sample = {}
                         for way in rotated(["prefill", *WAYS], number):
                             if way == "prefill":
@@ -156,6 +159,7 @@ def main() -> None:
     common = {
         "model": options.model.rpartition("/")[2],
         "bandwidth": options.bandwidth,
+        "round_trip_ms": options.round_trip_ms,
         "answer_tokens": ANSWER_TOKENS,
         "shaping": "relay with a token bucket",
         "load_average_before": load_before,

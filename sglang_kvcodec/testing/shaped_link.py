@@ -1,7 +1,7 @@
 """A link between a peer and its clients whose speed is a function of time: one that falls, jitters or stalls.
 
 A TCP relay on loopback. What the peer sends passes at the rate that the shape gives at that moment; what clients send
-passes at once.
+passes at once. Both may take some time on their way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ Shape = Callable[[float, int], float]
 """Bytes per second, given the seconds and the bytes that have passed since :meth:`ShapedLink.begin`; 0 for a stall."""
 
 _CHUNK_BYTES = 16 << 10
+_MOST_ON_WAY = 1024
+"""Chunks: what a link of 1 Gbit/s has under way in 130 ms."""
 _STALL_POLL_S = 0.005
 _LEAST_SLEEP_S = 0.001
 
@@ -58,13 +60,15 @@ def stalls(bytes_per_s: float, after_bytes: int, stall_s: float = 1.0) -> Shape:
 class ShapedLink:
     """Relays connections to a peer; a context manager that ends them all."""
 
-    def __init__(self, upstream: str, shape: Shape) -> None:
+    def __init__(self, upstream: str, shape: Shape, round_trip_s: float = 0.0) -> None:
         """Listens on a free port of loopback.
 
         Args:
             upstream: ``HOST:PORT`` of the peer, which may come and go.
             shape: of what the peer sends, all connections together.
+            round_trip_s: how long what is sent is on its way, both ways together.
         """
+        self._delay_s = round_trip_s / 2
         self._host, _, port = upstream.rpartition(":")
         self._port = int(port)
         self._begin(shape)
@@ -131,12 +135,30 @@ class ShapedLink:
             self._tasks.discard(task)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_shaped: bool) -> None:
-        while chunk := await reader.read(_CHUNK_BYTES):
-            if is_shaped:
-                async with self._turn:
-                    await self._wait(len(chunk))
+        on_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MOST_ON_WAY)
+        deliverer = asyncio.ensure_future(self._deliver(on_way, writer))
+        try:
+            while chunk := await reader.read(_CHUNK_BYTES):
+                if is_shaped:
+                    async with self._turn:
+                        await self._wait(len(chunk))
+                await on_way.put((time.monotonic() + self._delay_s, chunk))
+                if deliverer.done():
+                    deliverer.result()
+            await on_way.join()
+        finally:
+            deliverer.cancel()
+            await asyncio.gather(deliverer, return_exceptions=True)
+
+    @staticmethod
+    async def _deliver(on_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+        while True:
+            due_s, chunk = await on_way.get()
+            if (early_s := due_s - time.monotonic()) > 0:
+                await asyncio.sleep(early_s)
             writer.write(chunk)
             await writer.drain()
+            on_way.task_done()
 
     async def _wait(self, size_bytes: int) -> None:
         """Until so many bytes may pass."""

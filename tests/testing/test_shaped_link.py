@@ -1,6 +1,7 @@
 import contextlib
 import socket
 import threading
+import time
 
 import pytest
 
@@ -65,6 +66,14 @@ def test_what_is_sent_arrives_whole_whatever_the_shape(peer, shape):
         for connection in (first, second):
             assert received(connection, len(DATA)) == DATA
         assert link.passed_bytes == 2 * len(DATA)
+
+
+def test_what_is_sent_is_on_its_way_for_a_while(peer):
+    with ShapedLink(peer.address, steady(1e9), round_trip_s=0.2) as link, connect(link) as connection:
+        started_s = time.monotonic()
+        connection.sendall(b"x")
+        assert received(connection, len(DATA)) == DATA
+        assert time.monotonic() - started_s >= 0.2
 
 
 def test_nothing_passes_while_it_stalls(peer):
