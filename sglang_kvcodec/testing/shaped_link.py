@@ -21,6 +21,8 @@ _MOST_ON_WAY = 1024
 """Chunks: what a link of 1 Gbit/s has under way in 130 ms."""
 _STALL_POLL_S = 0.005
 _LEAST_SLEEP_S = 0.001
+_CREDIT_S = 0.005
+"""Time that may be made up for: sleeps are too long by a millisecond or two."""
 
 
 def steady(bytes_per_s: float) -> Shape:
@@ -168,7 +170,7 @@ class ShapedLink:
             if rate > 0:
                 break
             await asyncio.sleep(_STALL_POLL_S)
-        self._next_s = max(now_s, self._next_s) + size_bytes / rate
+        self._next_s = max(now_s - _CREDIT_S, self._next_s) + size_bytes / rate
         self._passed_bytes += size_bytes
         if self._next_s - now_s > _LEAST_SLEEP_S:
             await asyncio.sleep(self._next_s - now_s)
