@@ -94,6 +94,24 @@ def test_many_at_once_with_more_than_the_pool_holds(fresh, server):
     forget(server)
 
 
+def test_two_stages_of_two_ranks(fresh):
+    options = ["--pp-size", "2", "--tp", "2"]
+    server = fresh.start_server("pp2-tp2", extra_args=options, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1"})
+    try:
+        server.wait_ready()
+        wait_up(server)
+        text = fresh.other_text()
+        first = ask(server, text)
+        assert server.client.wait_published()
+        forget(server)
+        second = ask(server, text)
+        assert second.text == first.text
+        assert second.cached.storage >= second.prompt_tokens // 64 * 64 - 64
+        assert ask(server, text).cached.device >= second.cached.storage
+    finally:
+        server.kill()
+
+
 @pytest.mark.parametrize("stage", range(STAGES))
 @pytest.mark.parametrize(
     ("damage", "is_longer"),
