@@ -48,6 +48,7 @@ def register() -> None:
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _after_scheduler_init, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler._record_step_counters", _after_step, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.run_batch", _around_run_batch, HookType.AROUND)
+        HookRegistry.register(f"{_SCHEDULER}.Scheduler.get_new_batch_prefill", _around_new_batch, HookType.AROUND)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.process_batch_result", _before_result, HookType.BEFORE)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.on_idle", _after_on_idle, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.Scheduler.handle_generate_request", _before_generate, HookType.BEFORE)
@@ -166,6 +167,12 @@ def _around_run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, 
     result = original(scheduler, batch, *args, **kwargs)
     scheduler.tree_cache.ran(batch, time.monotonic() - start_s)
     return result
+
+
+def _around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _is_ours(scheduler.tree_cache):
+        return original(scheduler, *args, **kwargs)
+    return scheduler.tree_cache.look_past_held(lambda: original(scheduler, *args, **kwargs))
 
 
 def _before_result(scheduler: Any, batch: Any, *args: object, **kwargs: object) -> None:

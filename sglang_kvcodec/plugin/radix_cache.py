@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.common import touch_waiting_prefix
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -27,6 +28,7 @@ from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
+from sglang_kvcodec.plugin.held_back import HeldBack
 from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.layer_kinds import check_built_kinds
 from sglang_kvcodec.plugin.linker import KVCodecLinker
@@ -79,6 +81,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     """One rank's cache. All methods run on the scheduler's thread."""
 
     _held: dict[Any, _Held]
+    _waiting_rids: set[str]
+    """Of those of them whose pages were not agreed on."""
     _runtime: Runtime | None = None
     _tails: TailBook | None = None
     _pipeline: PipelineAgreement | None = None
@@ -93,8 +97,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         # Before super(): it calls reset().
         self._held = {}
+        self._waiting_rids = set()
         self.retries = RetryBook()
         self.scheduler_time = SchedulerTime()
+        self._held_back = HeldBack(lambda req: touch_waiting_prefix(req, self), self.scheduler_time)
         super().__init__(params)
 
     def attach(self, runtime: Runtime, ctx: Any) -> None:
@@ -215,6 +221,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             ticket.finish()
         self._held[request] = _Held(ticket, start_page, wanted, self._held_number, kept)
         self._held_number += 1
+        self._waiting_rids.add(request.rid)
         # It may have come to its end before this knows of it.
         self._news_count = -1
         self._passes.expect(request.rid, ticket)
@@ -254,6 +261,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self.prefetch_loaded_storage_start_by_reqid[request] = (held.start_page + kept) * self.page_size
         return True
 
+    def look_past_held(self, look: Callable[[], Any]) -> Any:
+        """SGLang looks for a batch; those that can't be in it are not in its queue meanwhile."""
+        return self._held_back.around(self.scheduler, self._waiting_rids, look) if self._waiting_rids else look()
+
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
         self.scheduler_time.next_pass()
@@ -280,19 +291,19 @@ class KVCodecRadixCache(UnifiedRadixCache):
         return is_new
 
     def _agree_in_pipeline(self, pipeline: PipelineAgreement) -> None:
-        waiting = [held for held in self._held.values() if held.agreed_pages is None]
+        waiting = [(request, held) for request, held in self._held.items() if held.agreed_pages is None]
         if not waiting and not self.linker.pending_offloads:
             return
         fetches = []
-        for held in waiting:
+        for _, held in waiting:
             ticket, kept = held.ticket, len(held.kept)
             pages = kept + len(ticket.pages) if ticket.is_ready else NOT_YET
             fetches.append(Fetch(held.number, pages, kept + ticket.most_pages))
         agreed, successes = pipeline.agree(fetches, self._settled_offloads, self._linker.completed_offloads())
-        for held, pages in zip(waiting, agreed, strict=True):
+        for (request, held), pages in zip(waiting, agreed, strict=True):
             if pages == NOT_YET:
                 continue
-            held.agreed_pages = pages
+            self._settle(request, held, pages)
             if not held.ticket.is_ready:
                 held.ticket.cancel()
         self.linker.take_completed_offloads(len(successes))
@@ -310,12 +321,16 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._all_reduce_attn_groups(have, torch.distributed.ReduceOp.MIN)
         for (request, held), (pages, most_pages, *offer) in zip(waiting, have.tolist(), strict=True):
             if pages >= 0:
-                held.agreed_pages = pages
+                self._settle(request, held, pages)
                 self._tails.agreed(request.rid, held.ticket, held.start_page, offer)
             elif most_pages == 0:
                 # A rank will have none, so the others need not wait for theirs.
-                held.agreed_pages = 0
+                self._settle(request, held, 0)
                 held.ticket.cancel()
+
+    def _settle(self, request: Any, held: _Held, pages: int) -> None:
+        held.agreed_pages = pages
+        self._waiting_rids.discard(request.rid)
 
     @staticmethod
     def _have(ticket: FetchTicket) -> list[int]:
@@ -355,6 +370,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def _release(self, request: Any, tell: Callable[[FetchTicket], None]) -> None:
         held = self._held.pop(request, None)
         if held is not None:
+            self._waiting_rids.discard(request.rid)
             tell(held.ticket)
             if self._runtime is not None:
                 self._runtime.tracer.span(request.rid, "held", held.ticket.start_s, time.monotonic())
@@ -475,6 +491,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         for held in self._held.values():
             held.ticket.cancel()
         self._held.clear()
+        self._waiting_rids.clear()
         if self._tails is not None:
             self._tails.reset()
         if self.linker is not None:

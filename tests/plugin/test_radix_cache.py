@@ -42,6 +42,7 @@ class Rank:
     def __init__(self, *tickets):
         self._held = {Request(str(i)): _Held(ticket, 7, ticket.page_hashes, i) for i, ticket in enumerate(tickets)}
         self.scheduler_time = SchedulerTime()
+        self._waiting_rids = {request.rid for request in self._held}
         self._tails = types.SimpleNamespace(agreed=lambda *args: self.tails.append(args))
         self.tails = []
         self.sent = None
@@ -54,6 +55,7 @@ class Rank:
             tensor.copy_(torch.minimum(tensor, self.others))
 
     _have = staticmethod(KVCodecRadixCache._have)
+    _settle = KVCodecRadixCache._settle
 
     def agreed(self):
         KVCodecRadixCache._agree_on_fetches(self)
@@ -80,6 +82,7 @@ def test_ranks_that_plan_differently_agree_on_what_all_have():
     mine, other = Rank(ticket(4), ticket(3)), Rank(ticket(1), ticket(0, planned=2, done=False))
     mine.others, other.others = of([1, 1], [-1, 2]), of([4, 4], [3, 3])
     assert mine.agreed() == other.agreed() == [1, None]
+    assert mine._waiting_rids == other._waiting_rids == {"1"}
     assert mine.sent.tolist() == other.others.tolist()
     assert other.sent.tolist() == mine.others.tolist()
 
