@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import PeerError
-from sglang_kvcodec.flow.admission import Admission
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.course import Course
+from sglang_kvcodec.flow.early_admission import EarlyAdmission
 from sglang_kvcodec.flow.exploring import Explorer
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.meeting import plan_meeting
@@ -406,7 +406,9 @@ class Fetcher:
             return OVERTAKEN
         return receiver.failure or ("cancelled" if ticket.is_cancelled else outcome)
 
-    def _promise_if_due(self, ticket: FetchTicket, receiver: Receiver, flight: Flight, admission: Admission) -> None:
+    def _promise_if_due(
+        self, ticket: FetchTicket, receiver: Receiver, flight: Flight, admission: EarlyAdmission
+    ) -> None:
         """Lets the request be admitted as soon as what is missing will be in time."""
         if not self._admits_early or ticket.is_promised or receiver.failure:
             return

@@ -8,7 +8,7 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
-from sglang_kvcodec.flow import admission, exploring, planner
+from sglang_kvcodec.flow import early_admission, exploring, planner
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher, turn_s
@@ -250,8 +250,8 @@ def held(setup, monkeypatch):
 
     So much longer that how busy this machine is, which a fetch sees as its link, is no matter.
     """
-    monkeypatch.setattr(admission, "PERIOD_S", 0.0)
-    monkeypatch.setattr(admission, "WATCH_S", 0.0)
+    monkeypatch.setattr(early_admission, "PERIOD_S", 0.0)
+    monkeypatch.setattr(early_admission, "WATCH_S", 0.0)
     setup.peer.inner._max_message_bytes = 8 << 10
     setup.prefill_takes(20)
     setup.link_carries(1e8)
