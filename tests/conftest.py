@@ -1,7 +1,9 @@
-"""Tests of a GPU run where there is one, and never pass without one when KVCODEC_REQUIRE_GPU is set."""
+"""Tests of a GPU run where there is one, and never pass without one when KVCODEC_REQUIRE_GPU is set; small disks."""
 
+import contextlib
 import ctypes
 import os
+import subprocess
 import sys
 
 import pytest
@@ -40,6 +42,26 @@ def pytest_runtest_makereport():
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():
     return refuse_skip((yield))
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Mounts a disk of so many MiB in memory until the test ends; skips the test where that can't be done."""
+    with contextlib.ExitStack() as mounted:
+
+        def mount(mib):
+            if os.geteuid() != 0:
+                pytest.skip("mounting a small disk needs root; test_a_file_that_may_not_grow covers most of it")
+            disk = tmp_path / "disk"
+            disk.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", disk]
+            answer = subprocess.run(command, capture_output=True, text=True, check=False)
+            if answer.returncode:
+                pytest.skip(f"this machine can't mount a small disk: {answer.stderr.strip()}")
+            mounted.callback(subprocess.run, ["umount", "--lazy", disk], check=True)
+            return disk
+
+        yield mount
 
 
 def pytest_unconfigure():

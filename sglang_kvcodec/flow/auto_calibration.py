@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from sglang_kvcodec.calibration.by_noise import Run, calibrate_by_noise, tokens_
 from sglang_kvcodec.calibration.statistics import KVStatistics
 from sglang_kvcodec.errors import CalibrationError, KVCodecError, PeerError, PeerRejectedError
 from sglang_kvcodec.flow.calibrations import NOT_STORED, USED, search_calibration
+from sglang_kvcodec.flow.niceness import be_nice
 from sglang_kvcodec.format.calibration import Calibration
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.spec import Side
@@ -33,6 +33,7 @@ SAMPLE_PAGES = 12
 QUEUE_PAGES = 8
 """Pages that wait to be added; what does not fit is left out, there are always more."""
 NICENESS = 19
+"""The lowest priority there is."""
 MADE = "made"
 _UNANSWERED = {"peer_unavailable", "peer_timeout"}
 _REPLACEABLE = {NOT_STORED, "format", "truncated", "checksum"}
@@ -108,7 +109,7 @@ class AutoCalibration:
     # ---- the thread ----
 
     def _run(self, statistics: KVStatistics) -> None:
-        _be_nice()
+        be_nice(NICENESS)
         try:
             sample = self._gather(statistics)
             if not self._is_over.is_set():
@@ -205,12 +206,3 @@ class AutoCalibration:
             len(calibration.encoded),
         )
         self._on_calibration(calibration)
-
-
-def _be_nice() -> None:
-    """The lowest priority, where a thread can have one of its own."""
-    if hasattr(os, "setpriority"):
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        except OSError as error:
-            logger.debug("kvcodec: calibrating keeps its priority: %s", error)

@@ -8,7 +8,7 @@ that have landed in host memory this takes
 
 where ``forward(k)`` computes what is left of the prompt, and ``ttft(0)`` is the prefill. Where a request is admitted
 when all has landed, ``ttft(k) = fetch(k) + after(k)``. Where it is admitted so that nobody has to wait for the network
-(``flow/admission.py``), all of it overlaps but for the ends:
+(``flow/early_admission.py``), all of it overlaps but for the ends:
 
     ttft(k) = max(landed(k), round trip + after(k))
 

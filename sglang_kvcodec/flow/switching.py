@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from sglang_kvcodec import metrics
-from sglang_kvcodec.flow.admission import Admission
 from sglang_kvcodec.flow.course import Course
+from sglang_kvcodec.flow.early_admission import EarlyAdmission
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.pacing import PROGRESS, Flight
 from sglang_kvcodec.flow.planner import Choice, Knowledge, Prefix, choose_rest
@@ -50,7 +50,7 @@ class Switcher:
             prefix: the pages that were planned.
             tracer: told of switches.
         """
-        self.admission = Admission(prefix)
+        self.admission = EarlyAdmission(prefix)
         """Of what is being fetched; another one after a switch."""
         self._known, self._ticket, self._flight = known, ticket, flight
         self._course, self._receiver, self._prefix, self._tracer = course, receiver, prefix, tracer
@@ -107,7 +107,7 @@ class Switcher:
         flight.profile_name = new
         flight.begin(PROGRESS, now_s, whole)
         flight.progress(receiver.received_bytes, receiver.whole_pages)
-        self.admission = Admission(whole)
+        self.admission = EarlyAdmission(whole)
         metrics.TIER_SWITCHES.labels(tier=new).inc()
         self._tracer.span(self._ticket.rid, "switch", now_s, now_s, tier=new, first_page=first)
 

@@ -19,7 +19,8 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
-from sglang_kvcodec.flow.publisher import Offload, Publisher, Target
+from sglang_kvcodec.flow.offload import Offload, Target
+from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
 from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.flow.streams import DeviceEvent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Sequence
 
-from sglang_kvcodec.flow.publisher import Target
+from sglang_kvcodec.flow.offload import Target
 from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.format.namespace import PageKey
 

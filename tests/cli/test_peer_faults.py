@@ -1,7 +1,6 @@
 """What a real ``kvcodec serve`` makes of garbage, of objects that are not what they say, and of a disk that is full."""
 
 import contextlib
-import os
 import pathlib
 import random
 import resource
@@ -286,18 +285,8 @@ def test_a_file_that_may_not_grow(tmp_path, connect):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root; test_a_file_that_may_not_grow covers most of it")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "none", disk], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"this machine can't mount a small disk: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+def small_disk(mount_disk):
+    return mount_disk(6)
 
 
 def test_a_disk_that_gets_full(small_disk, connect):

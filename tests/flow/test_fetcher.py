@@ -5,6 +5,7 @@ import pytest
 from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, new_rates
 
 from sglang_kvcodec.errors import StorageUnavailableError
+from sglang_kvcodec.flow import fetch_queue
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
@@ -364,7 +365,7 @@ def test_a_peer_that_dies_unseen_costs_one_failed_call(engine, local_peer, set_u
 
 
 def test_more_requests_than_may_wait_are_computed(engine, local_peer, set_up, pages, delta, gate, monkeypatch):
-    monkeypatch.setattr(fetcher_module, "MAX_TICKETS", 3)
+    monkeypatch.setattr(fetch_queue, "MAX_TICKETS", 3)
     monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 2)
     store(engine, pages)
     setup = set_up(local_peer)

@@ -6,6 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planning_kit import PLENTY, PREFILL, RESTORE, known, link_s, prefix, restore_s
 
 from sglang_kvcodec.flow.meeting import BLOCKS, MEET_GAIN, plan_meeting, predict_meeting
 from sglang_kvcodec.flow.planner import (
@@ -16,35 +17,19 @@ from sglang_kvcodec.flow.planner import (
     WHOLE_PREFIX,
     Bounds,
     Choice,
-    Knowledge,
-    Prefix,
     plan_fetch,
 )
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
-
-PLENTY = Bounds(1, 1 << 60)
-PREFILL = PrefillModel(0.002, 1e-4, 1e-9)
-RESTORE = RestoreModel(1e-4, 1e-10, 10, 32, 2, 5)
-
-
-def prefix(pages, page_bytes=100_000, before=0, rest=17):
-    return Prefix([page_bytes] * pages, 64, before, before + pages * 64 + rest)
-
-
-def known(bytes_per_s, round_trip_s=0.001, others=(), restore=RESTORE, prefill=PREFILL):
-    return Knowledge(round_trip_s, bytes_per_s, others, restore, prefill)
+from sglang_kvcodec.flow.rates import PrefillModel
 
 
 def reference(prefix, known, first, pages, pass_tokens):
     """Predicted TTFT, in plain words, where pages from ``first`` to ``pages`` are fetched."""
     fetched = prefix.page_bytes[first:pages]
     blocks = min(len(fetched), BLOCKS)
-    fetch_s = known.round_trip_s * blocks
-    fetch_s += (sum(fetched) + sum(min(sum(fetched), other) for other in known.others_bytes)) / known.bytes_per_s
-    r = known.restore
-    work_s = (math.ceil(len(fetched) / r.segment_pages) * r.parts * r.part_s + sum(fetched) * r.byte_s) / r.threads
-    last_s = (r.parts * r.part_s + sum(fetched) / blocks * r.byte_s) / r.threads
-    ready_s = max(fetch_s, r.queued_s + work_s) + last_s
+    fetch_s = known.round_trip_s * blocks + link_s(known, sum(fetched))
+    work_s = restore_s(known.restore, len(fetched), sum(fetched))
+    last_s = restore_s(known.restore, 1, sum(fetched) / blocks)
+    ready_s = max(fetch_s, known.restore.queued_s + work_s) + last_s
     tokens = first * prefix.page_tokens
     compute_s = sum(
         known.prefill.seconds(min(pass_tokens, tokens - done), prefix.tokens_before + done)

@@ -8,14 +8,15 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
-from sglang_kvcodec.flow import admission, exploring, planner
+from sglang_kvcodec.flow import early_admission, exploring, planner
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
-from sglang_kvcodec.flow.fetcher import Fetcher, turn_s
+from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.planner import LINK_TOO_SLOW
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.flow.trace import FileTracer
+from sglang_kvcodec.flow.transfers import Transfers
 from sglang_kvcodec.format.exchange import FetchedFragment
 from sglang_kvcodec.testing.pages import Pages, hash_of
 from sglang_kvcodec.transform import PageTransforms
@@ -250,8 +251,8 @@ def held(setup, monkeypatch):
 
     So much longer that how busy this machine is, which a fetch sees as its link, is no matter.
     """
-    monkeypatch.setattr(admission, "PERIOD_S", 0.0)
-    monkeypatch.setattr(admission, "WATCH_S", 0.0)
+    monkeypatch.setattr(early_admission, "PERIOD_S", 0.0)
+    monkeypatch.setattr(early_admission, "WATCH_S", 0.0)
     setup.peer.inner._max_message_bytes = 8 << 10
     setup.prefill_takes(20)
     setup.link_carries(1e8)
@@ -344,13 +345,6 @@ def test_an_aborted_request_ends_its_fetch_although_it_was_promised(setup, held)
     assert not all(page.is_whole for page in ticket.pages)
 
 
-def test_the_shortest_that_waits_is_next_but_none_for_ever():
-    assert turn_s(100.0, 10e6, 1e6) == 110.0
-    assert turn_s(109.0, 0.5e6, 1e6) < turn_s(100.0, 10e6, 1e6) < turn_s(110.0, 0.5e6, 1e6)
-    assert turn_s(100.0, 10e6, None) < turn_s(100.1, 0.0, None)
-    assert turn_s(100.0, 10e6, 0.0) > 1e6
-
-
 def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkeypatch):
     monkeypatch.setattr(fetcher_module, "FETCH_THREADS", 1)
     setup.fetcher.close()
@@ -367,11 +361,11 @@ def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkey
             gate.wait(LIMIT_S)
 
     setup.peer.before = before
-    events = setup.fetcher._events
+    along = Transfers.along
     monkeypatch.setattr(
-        setup.fetcher,
-        "_events",
-        lambda course, wanted, *args: fetched.append(len(wanted)) or events(course, wanted, *args),
+        Transfers,
+        "along",
+        lambda self, course, wanted, *args: fetched.append(len(wanted)) or along(self, course, wanted, *args),
     )
 
     def start(pages):
@@ -381,7 +375,7 @@ def test_fetches_that_wait_for_a_thread_take_turns_by_length(setup, gate, monkey
     assert begun.wait(LIMIT_S)
     tickets += [start(6), start(2), start(4), start(1)]
     # All but the first have been looked up, and know how much there is.
-    wait_until(lambda: len(setup.fetcher._waiting) == 4)
+    wait_until(lambda: len(setup.fetcher._queue) == 4)
     assert [ticket.stored_pages for ticket in tickets] == [5, 6, 2, 4, 1]
     # Somebody of whom nothing is stored waits for none of them.
     stranger = setup.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of("stranger")])
@@ -446,7 +440,9 @@ def test_a_peer_that_fails_leaves_the_request_to_computing(setup, delta):
 
 
 def test_nothing_is_computed_meanwhile_by_a_server_that_takes_every_hit(setup):
-    setup.fetcher._always = True
+    setup.fetcher.close()
+    setup._config = dataclasses.replace(setup._config, plan="always")
+    setup.fetcher = setup.new_fetcher()
     ticket = both_ends(setup)
     assert ticket.wait(LIMIT_S)
     assert ticket.tail is None

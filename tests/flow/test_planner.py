@@ -1,9 +1,9 @@
 import dataclasses
-import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planning_kit import PLENTY, PREFILL, RESTORE, known, link_s, prefix, restore_s
 
 from sglang_kvcodec.flow.planner import (
     BLIND_S,
@@ -32,18 +32,6 @@ from sglang_kvcodec.flow.planner import (
 )
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 
-PLENTY = Bounds(1, 1 << 60)
-PREFILL = PrefillModel(0.005, 1e-4, 1e-9)
-RESTORE = RestoreModel(1e-4, 1e-9, 10, 32, 2, 5)
-
-
-def prefix(pages, page_bytes=100_000, before=0, rest=17):
-    return Prefix([page_bytes] * pages, 64, before, before + pages * 64 + rest)
-
-
-def known(bytes_per_s=1e9, round_trip_s=0.001, others=(), restore=RESTORE, prefill=PREFILL):
-    return Knowledge(round_trip_s, bytes_per_s, others, restore, prefill)
-
 
 def reference(prefix, known, pages):
     """Predicted TTFT, in plain words of one number of pages."""
@@ -53,12 +41,10 @@ def reference(prefix, known, pages):
     if not pages:
         return forward_s
     size = sum(prefix.page_bytes[:pages])
-    fetch_s = known.round_trip_s + (size + sum(min(size, other) for other in known.others_bytes)) / known.bytes_per_s
-    r = known.restore
-    restore_s = (math.ceil(pages / r.segment_pages) * r.parts * r.part_s + size * r.byte_s) / r.threads
-    restore_s += max(0, r.queued_s - fetch_s)
-    first_group = min(restore_s, forward_s) / r.layer_groups
-    return fetch_s + max(restore_s, forward_s) + first_group
+    fetch_s = known.round_trip_s + link_s(known, size)
+    ready_s = restore_s(known.restore, pages, size) + max(0, known.restore.queued_s - fetch_s)
+    first_group = min(ready_s, forward_s) / known.restore.layer_groups
+    return fetch_s + max(ready_s, forward_s) + first_group
 
 
 # ---- examples ----

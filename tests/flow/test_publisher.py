@@ -7,8 +7,9 @@ import pytest
 from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, TIMEOUTS, counted, wait_until
 
 from sglang_kvcodec.errors import CodecError, PeerRejectedError, PeerUnavailableError
+from sglang_kvcodec.flow.offload import Target
 from sglang_kvcodec.flow.page_codec import PageEncoder
-from sglang_kvcodec.flow.publisher import Publisher, Target
+from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import PutOutcome, PutResult
 from sglang_kvcodec.format.page_object import PageObject
@@ -250,14 +251,14 @@ def holding(set_up, local_peer, gate, pages, **changes):
     )
     assert setup.offload(range(pages)).wait(LIMIT_S)
     assert begun.wait(LIMIT_S)
-    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == pages - 1)
+    wait_until(lambda: len(setup.publisher._pages.waiting()) == pages - 1)
     return setup
 
 
 def test_where_there_is_no_room_what_has_waited_longest_is_dropped_and_counted(engine, local_peer, set_up, delta, gate):
     setup = holding(set_up, local_peer, gate, 3)
     assert setup.offload([3]).wait(LIMIT_S)
-    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == 2)
+    wait_until(lambda: len(setup.publisher._pages.waiting()) == 2)
     assert delta("kvcodec_publish_drops_total", reason="queue_full") == 1
     assert counted("kvcodec_publish_queue_bytes") == 3 * SMALL.page_bytes
     gate.set()
@@ -327,7 +328,7 @@ def away(set_up, local_peer, engine, closing):
         second = LocalPeer(engine, local_peer.address)
         closing.callback(second.stop)
         assert setup.monitor.wait_until_up(LIMIT_S)
-        wait_until(lambda: not len(setup.publisher._write_back))
+        wait_until(lambda: not setup.publisher._sending.kept_pages)
 
     return setup, bring_back
 
@@ -545,7 +546,7 @@ def test_pages_at_the_start_of_a_prompt_are_coded_before_later_ones_of_others(en
     late = setup.offload([1], first_position=3_600_000)
     assert late.wait(LIMIT_S)
     assert setup.offload([2, 3]).wait(LIMIT_S)
-    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == 3)
+    wait_until(lambda: len(setup.publisher._pages.waiting()) == 3)
     gate.set()
     assert setup.publisher.wait_until_empty(LIMIT_S)
     assert setup.encoded == [hash_of(page) for page in (0, 2, 3, 1)]
@@ -563,7 +564,7 @@ def test_pages_of_several_tiers_are_copied_once_and_the_best_ones_coded_first(en
     setup.stored.update(OTHER_NAMESPACE, [hash_of(3)], [True])
     offload = setup.offload_to([Target(NAMESPACE, [0, 2]), Target(OTHER_NAMESPACE, [0, 1, 3])])
     assert offload.wait(LIMIT_S)
-    wait_until(lambda: len(setup.publisher._to_encode.waiting()) == 3)
+    wait_until(lambda: len(setup.publisher._pages.waiting()) == 3)
     assert counted("kvcodec_publish_queue_bytes") == 4 * SMALL.page_bytes
     gate.set()
     assert setup.publisher.wait_until_empty(LIMIT_S)

@@ -6,7 +6,7 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import PeerUnavailableError
-from sglang_kvcodec.flow import admission, planner, switching
+from sglang_kvcodec.flow import early_admission, planner, switching
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.stored_pages import StoredPages
@@ -189,8 +189,8 @@ def test_pages_that_were_promised_are_not_replaced_in_the_middle(
     engine, local_peer, connect, config, closing, monkeypatch
 ):
     monkeypatch.setattr(switching, "PERIOD_S", 0.0)
-    monkeypatch.setattr(admission, "PERIOD_S", 0.0)
-    monkeypatch.setattr(admission, "WATCH_S", 0.0)
+    monkeypatch.setattr(early_admission, "PERIOD_S", 0.0)
+    monkeypatch.setattr(early_admission, "WATCH_S", 0.0)
     setup = Setup(engine, connect(local_peer.remote), dataclasses.replace(config, plan="auto"))
     closing.callback(setup.fetcher.close)
     setup.peer.inner._max_message_bytes = 4 << 10

@@ -11,10 +11,11 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig, Timeouts
 from sglang_kvcodec.flow import page_packer
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.offload import Target
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import PagePacker
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.publisher import Publisher, Target
+from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject

@@ -8,8 +8,9 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang_kvcodec.config import ServerConfig, Timeouts
 from sglang_kvcodec.errors import CodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
+from sglang_kvcodec.flow.offload import Offload
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.publisher import Offload, Publisher
+from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.stored_prefix import Tier

@@ -287,18 +287,8 @@ def test_a_file_that_may_not_grow(open_store, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root; test_a_file_that_may_not_grow covers most of it")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"this machine can't mount a small disk: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+def small_disk(mount_disk):
+    return mount_disk(3)
 
 
 def test_a_full_disk(open_store, small_disk):

@@ -33,7 +33,7 @@ def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge) -> bool:
     return rest is not None and rest.stall_s <= max(STALL_S, STALL_SHARE * rest.after_s)
 
 
-class Admission:
+class EarlyAdmission:
     """Asks that for one fetch, now and then.
 
     What is known of the link may be old, and the link another one by now. So it is taken to be no faster than it has

@@ -1,4 +1,4 @@
-"""Admission before all has landed, against a simulation of link, restore threads and forward pass."""
+"""EarlyAdmission before all has landed, against a simulation of link, restore threads and forward pass."""
 
 import dataclasses
 import heapq
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_kvcodec.flow.admission import (
+from sglang_kvcodec.flow.early_admission import (
     LANDING_MARGIN,
     PERIOD_S,
     STALL_S,
     STALL_SHARE,
     WATCH_S,
-    Admission,
+    EarlyAdmission,
     is_in_time,
 )
 from sglang_kvcodec.flow.planner import (
@@ -65,7 +65,7 @@ def test_the_link_may_take_as_long_as_the_restore():
 
 
 def test_it_is_asked_now_and_then():
-    admission = Admission(PREFIX)
+    admission = EarlyAdmission(PREFIX)
     assert not admission.is_due(6_000_000, known(), 5.0)
     assert not admission.is_worth_asking(0, 5.0)
     assert not admission.is_worth_asking(1_000_000, 5.0 + WATCH_S / 2)
@@ -80,15 +80,15 @@ def test_it_is_asked_now_and_then():
 
 
 def test_what_the_link_was_does_not_count_more_than_what_it_is():
-    admission = Admission(PREFIX)
+    admission = EarlyAdmission(PREFIX)
     assert not admission.is_worth_asking(100_000, 5.0)
     # 1 MB/s, where it was 1 GB/s.
     assert not admission.is_due(200_000, known(1e9), 5.1)
     assert not admission.is_due(5_000_000, known(1e9), 9.9)
     assert admission.is_due(6_200_000, known(1e9), 11.1)
     # And one that was slow, and seems to be fast for a moment, is slow.
-    assert not Admission(PREFIX).is_due(6_000_000, known(1e3), 5.1)
-    burst = Admission(PREFIX)
+    assert not EarlyAdmission(PREFIX).is_due(6_000_000, known(1e3), 5.1)
+    burst = EarlyAdmission(PREFIX)
     assert not burst.is_worth_asking(0, 5.0)
     assert not burst.is_due(6_000_000, known(1e3), 5.03)
 
