@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from sglang_kvcodec import peer_metrics
@@ -22,6 +23,8 @@ from sglang_kvcodec.storage.base import RangeReader, StorageEngine
 
 logger = logging.getLogger(__name__)
 
+AT_HAND_S = 1.0
+"""What was read within that time is taken to be in memory still, see ``StorageEngine.ranges_now``."""
 _FIRST_READ_BYTES = 4096
 """Holds most headers whole."""
 
@@ -128,11 +131,20 @@ class FetchMessage:
 class PayloadReader:
     """Reads the messages of one Fetch in order; for one thread at a time."""
 
-    def __init__(self, engine: StorageEngine, keys: Sequence[bytes]) -> None:
+    def __init__(
+        self, engine: StorageEngine, keys: Sequence[bytes], clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
         """Reads objects of ``engine``; ``keys`` by page index."""
         self._engine = engine
         self._keys = keys
+        self._clock_s = clock_s
         self._lost: set[int] = set()
+        self._read_at_s: dict[int, float] = {}
+        """When a thread that may wait has last read some of a page."""
+
+    def was_read(self, page_indexes: Iterable[int]) -> None:
+        """A thread that may wait has read some of these pages now."""
+        self._read_at_s.update(dict.fromkeys(page_indexes, self._clock_s()))
 
     def read(self, plans: Sequence[Sequence[Slice]]) -> list[FetchMessage]:
         """Reads each plan's slices into a message.
@@ -141,7 +153,24 @@ class PayloadReader:
             StorageError: the engine failed.
         """
         with self._engine.ranges() as get_range:
-            return [self._read_one(get_range, slices) for slices in plans]
+            messages = [self._read_one(get_range, slices) for slices in plans]
+        self.was_read(page_index for slices in plans for page_index, _, _ in slices)
+        return messages
+
+    def read_now(self, slices: Sequence[Slice]) -> FetchMessage | None:
+        """The message of one plan; None where to read it may wait, so that it belongs into a thread.
+
+        To copy what is in memory takes an event loop less time than to hand it over: both threads want the
+        interpreter's lock, at each slice.
+
+        Raises:
+            StorageError: the engine failed.
+        """
+        since_s = self._clock_s() - AT_HAND_S
+        if any(self._read_at_s.get(page_index, since_s) <= since_s for page_index, _, _ in slices):
+            return None
+        with self._engine.ranges_now() as get_range:
+            return None if get_range is None else self._read_one(get_range, slices)
 
     def _read_one(self, get_range: RangeReader, slices: Sequence[Slice]) -> FetchMessage:
         fragments: list[tuple[int, int, Buffer]] = []

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 _PAGES_REMEMBERED = 1 << 17
 _MOST_ANCESTORS = 1 << 14
+_FREED_FOR_EACH_LEARNED = 2
+"""So that what was forgotten is free long before there is as much again."""
 
 
 class PrefixOrder:
@@ -24,6 +26,8 @@ class PrefixOrder:
         self._newer: dict[bytes, bytes] = {}
         self._older: dict[bytes, bytes] = {}
         """Forgotten as a whole when as many newer ones are there."""
+        self._forgotten: dict[bytes, bytes] = {}
+        """What is of no use any more and still takes memory: to free all of it at once takes milliseconds."""
 
     def learn(self, keys: Sequence[bytes]) -> None:
         """Takes the keys of a request for pages, which are in prefix order."""
@@ -33,8 +37,10 @@ class PrefixOrder:
                 if key not in newer:
                     # What was learned first stays: later requests leave out pages that their sender knows.
                     newer[key] = older.get(key, before)
+            for _ in range(min(len(self._forgotten), _FREED_FOR_EACH_LEARNED * len(keys))):
+                self._forgotten.popitem()
             if len(newer) >= self._half:
-                self._newer, self._older = {}, newer
+                self._newer, self._older, self._forgotten = {}, newer, older
 
     def with_heads(self, keys: Sequence[bytes]) -> list[bytes]:
         """Pages and all that is known to come before them, each after those before it."""

@@ -16,6 +16,8 @@ from sglang_kvcodec.format.exchange import (
 from sglang_kvcodec.rpc import peer_pb2 as pb
 from sglang_kvcodec.rpc.putting import OUTCOMES_BACK
 
+_STORED = b"\1"
+
 
 def lookup_result(response: pb.LookupResponse, pages: int) -> LookupResult:
     """The answer to a Lookup of ``pages`` pages.
@@ -24,11 +26,11 @@ def lookup_result(response: pb.LookupResponse, pages: int) -> LookupResult:
         FormatError: it contradicts the question or itself.
     """
     covered = response.covered_pages
-    has_all = len(response.present) == pages
-    present = tuple(byte == 1 for byte in response.present) if has_all else ()
-    if not has_all or covered > pages or not all(present[:covered]) or any(present[covered : covered + 1]):
-        raise FormatError(f"{covered} pages covered, {len(response.present)} answered of {pages} asked")
-    return LookupResult(covered, present, response.covered_bytes)
+    said: bytes = response.present
+    # The first byte that says something else than "stored" ends the prefix.
+    if len(said) != pages or covered != pages - len(said.lstrip(_STORED)):
+        raise FormatError(f"{covered} pages covered, {len(said)} answered of {pages} asked")
+    return LookupResult(covered, tuple(map(_STORED[0].__eq__, said)), response.covered_bytes)
 
 
 def put_results(response: pb.PutResponse, objects: int) -> list[PutResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -43,10 +44,8 @@ def storage_keys(namespace_digest: bytes, page_hashes: bytes) -> list[bytes]:
     pages = len(page_hashes) // PAGE_HASH_BYTES
     if pages > MAX_PAGES_PER_REQUEST:
         raise FormatError(f"{pages} pages are more than the {MAX_PAGES_PER_REQUEST} of one request")
-    return [
-        namespace_digest + page_hashes[start : start + PAGE_HASH_BYTES]
-        for start in range(0, len(page_hashes), PAGE_HASH_BYTES)
-    ]
+    # Cut in one go: a Lookup brings a thousand.
+    return [namespace_digest + page_hash for page_hash in struct.unpack(f"{PAGE_HASH_BYTES}s" * pages, page_hashes)]
 
 
 def announced_object(begin: pb.PutBegin) -> tuple[PageKey, int]:

@@ -32,6 +32,7 @@ from sglang_kvcodec.rpc.calls import Call, Calls
 from sglang_kvcodec.rpc.fetching import FetchMessage, PageLayout, PayloadReader, plan_messages, read_page
 from sglang_kvcodec.rpc.hot_prefixes import HotPrefixes
 from sglang_kvcodec.rpc.limits import MAX_MESSAGE_BYTES, MAX_PAGES_PER_REQUEST, message_bytes
+from sglang_kvcodec.rpc.lookups import found_pages
 from sglang_kvcodec.rpc.peer_limits import PeerLimits
 from sglang_kvcodec.rpc.prefix_order import PrefixOrder
 from sglang_kvcodec.rpc.putting import OUTCOMES, IncomingObject, store_object
@@ -90,18 +91,15 @@ class PeerServicer:
             request = await call.request(pb.LookupRequest)
             keys = storage_keys(request.namespace_digest, request.page_hashes)
             engine = self._views.of(call.caller)
-            stored_keys = _stored_keys(engine, keys)
-            self._order.learn(stored_keys)
             sizes = await self._read(engine.sizes, keys)
-            covered = next((index for index, size in enumerate(sizes) if size is None), len(sizes))
-            if covered:
-                self.prefixes.note(stored_keys[covered - 1], covered)
+            found = found_pages(sizes)
+            stored_keys = _stored_keys(engine, keys)
+            if found.covered_pages:
+                self.prefixes.note(stored_keys[found.covered_pages - 1], found.covered_pages)
             _count_asked("Lookup", sizes)
-            return pb.LookupResponse(
-                covered_pages=covered,
-                present=bytes(size is not None for size in sizes),
-                covered_bytes=sum(size for size in sizes[:covered] if size is not None),
-            )
+            # Next, when the answer is on its way: it takes a good part of the time of a Lookup.
+            asyncio.get_running_loop().call_soon(self._order.learn, stored_keys)
+            return found
 
     async def Fetch(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """See ``protos/``."""
@@ -114,8 +112,9 @@ class PeerServicer:
             stored = [(index, size) for index, size in enumerate(sizes) if size is not None]
             _count_asked("Fetch", sizes)
             with engine.reading_ahead([(keys[index], size) for index, size in stored]):
-                layouts = await self._send_headers(engine, keys, stored, size_bytes, call)
-                await self._send_payload(engine, keys, layouts, size_bytes, call)
+                reader = PayloadReader(engine, keys)
+                layouts = await self._send_headers(reader, engine, keys, stored, size_bytes, call)
+                await self._send_payload(reader, layouts, size_bytes, call)
 
     async def Put(self, _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutResponse:
         """See ``protos/``."""
@@ -183,6 +182,7 @@ class PeerServicer:
 
     async def _send_headers(
         self,
+        reader: PayloadReader,
         engine: StorageEngine,
         keys: Sequence[bytes],
         stored: Sequence[tuple[int, int]],
@@ -201,6 +201,7 @@ class PeerServicer:
             batch = stored[first : first + _HEADERS_PER_READ]
             named = [(keys[index], size) for index, size in batch]
             pages = await self._read(_read_pages, engine, named, call.caller.token is not None)
+            reader.was_read(index for index, _ in batch)
             for (index, object_bytes), page in zip(batch, pages, strict=True):
                 if page is None:
                     response.missing.append(index)
@@ -215,26 +216,23 @@ class PeerServicer:
         return layouts
 
     async def _send_payload(
-        self,
-        engine: StorageEngine,
-        keys: Sequence[bytes],
-        layouts: dict[int, PageLayout],
-        size_bytes: int,
-        call: Call,
+        self, reader: PayloadReader, layouts: dict[int, PageLayout], size_bytes: int, call: Call
     ) -> None:
         """Sends the payload; where reads may wait, the next few messages are read while the last few leave."""
-        reader = PayloadReader(engine, keys)
         plan = plan_messages(layouts, size_bytes)
-        if not self._engine.reads_wait:
-            for message in plan:
-                await self._send_all(reader.read([message]), call)
-            return
         at_once = max(1, _READ_AHEAD_BYTES // size_bytes)
         pending: asyncio.Task[list[FetchMessage]] | None = None
         try:
-            while slices := list(itertools.islice(plan, at_once)):
+            for slices in plan:
                 messages = [] if pending is None else await pending
-                pending = asyncio.create_task(self._read(reader.read, slices))
+                pending = None
+                if not self._engine.reads_wait:
+                    messages = reader.read([slices])
+                elif (message := reader.read_now(slices)) is not None:
+                    messages.append(message)
+                else:
+                    more = [slices, *itertools.islice(plan, at_once - 1)]
+                    pending = asyncio.create_task(self._read(reader.read, more))
                 await self._send_all(messages, call)
             if pending is not None:
                 await self._send_all(await pending, call)

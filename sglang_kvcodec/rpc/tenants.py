@@ -64,7 +64,16 @@ class TenantEngine(EngineWrapper):
     def ranges(self) -> Iterator[RangeReader]:
         """See the base class."""
         with super().ranges() as get_range:
-            yield lambda key, start, stop: get_range(self.stored_key(key), start, stop)
+            yield self._by_stored_key(get_range)
+
+    @contextlib.contextmanager
+    def ranges_now(self) -> Iterator[RangeReader | None]:
+        """See the base class."""
+        with super().ranges_now() as get_range:
+            yield None if get_range is None else self._by_stored_key(get_range)
+
+    def _by_stored_key(self, get_range: RangeReader) -> RangeReader:
+        return lambda key, start, stop: get_range(self.stored_key(key), start, stop)
 
     @contextlib.contextmanager
     def reading_ahead(self, objects: Sequence[tuple[bytes, int]]) -> Iterator[None]:

@@ -84,6 +84,15 @@ class StorageEngine(abc.ABC):
         yield self.get_range
 
     @contextlib.contextmanager
+    def ranges_now(self) -> Iterator[RangeReader | None]:
+        """The same for a thread that must not wait, as an event loop's: it may read what was read a moment ago.
+
+        Gives None where to enter the block, or to read in it what :meth:`get_range` gave within the last second, may
+        wait for more than memory.
+        """
+        yield None
+
+    @contextlib.contextmanager
     def reading_ahead(self, objects: Sequence[tuple[bytes, int]]) -> Iterator[None]:
         """Tells that the parts of these objects, given with their sizes in bytes, are about to be read in the block.
 

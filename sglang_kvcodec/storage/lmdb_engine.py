@@ -71,7 +71,7 @@ class LmdbEngine(StorageEngine):
 
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """See the base class."""
-        with self._environment.reading() as store:
+        with self._environment.reading(views=False) as store:
             found = store.sizes_bytes(keys)
         self._read_at_s = time.monotonic()
         there = keys if None not in found else [key for key, size in zip(keys, found, strict=True) if size is not None]
@@ -96,6 +96,15 @@ class LmdbEngine(StorageEngine):
         """See the base class: one snapshot, nothing copied."""
         with self._environment.reading() as store:
             yield store.view_range
+
+    @contextlib.contextmanager
+    def ranges_now(self) -> Iterator[RangeReader | None]:
+        """See the base class. What a thread has just read is in the kernel's page cache: LMDB's binding touches it all.
+
+        It would wait while the data file grows, or is opened anew after a failure.
+        """
+        with self._environment.reading_now() as store:
+            yield None if store is None else store.view_range
 
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""

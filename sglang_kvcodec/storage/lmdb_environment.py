@@ -65,14 +65,48 @@ class LmdbEnvironment:
             undo.pop_all()
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[StoreTransaction]:
+    def reading(self, *, views: bool = True) -> Iterator[StoreTransaction]:
         """A snapshot; never waits for a writer.
+
+        Args:
+            views: what is read is a view into the map, so that a part of an object is copied without the rest. Records
+                are read faster as bytes.
 
         Raises:
             StorageUnavailableError: closed, or LMDB failed.
         """
-        # Buffers: what is read is a view into the map, so that a part of an object is copied without the rest.
-        with self._using(), self._errors_in_our_words(), self._environment.begin(buffers=True) as transaction:
+        with self._using(), self._snapshot(views) as store:
+            yield store
+
+    @contextlib.contextmanager
+    def reading_now(self) -> Iterator[StoreTransaction | None]:
+        """A snapshot of views; None where to enter it would wait.
+
+        Raises:
+            StorageUnavailableError: LMDB failed.
+        """
+        if not self._entered_now():
+            yield None
+            return
+        try:
+            with self._snapshot(views=True) as store:
+                yield store
+        finally:
+            self._leave()
+
+    def _entered_now(self) -> bool:
+        if not self._state.acquire(blocking=False):
+            return False
+        try:
+            is_open = not (self._growing or self._broken or self._closed)
+            self._users += is_open
+            return is_open
+        finally:
+            self._state.release()
+
+    @contextlib.contextmanager
+    def _snapshot(self, views: bool) -> Iterator[StoreTransaction]:
+        with self._errors_in_our_words(), self._environment.begin(buffers=views) as transaction:
             yield StoreTransaction(transaction, self._tables)
 
     @contextlib.contextmanager
@@ -197,9 +231,12 @@ class LmdbEnvironment:
         try:
             yield
         finally:
-            with self._state:
-                self._users -= 1
-                self._state.notify_all()
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._state:
+            self._users -= 1
+            self._state.notify_all()
 
     @contextlib.contextmanager
     def _errors_in_our_words(self) -> Iterator[None]:

@@ -27,6 +27,8 @@ _META = struct.Struct(">QQQ")
 _META_1 = struct.Struct(">QQ")
 _SIZE_IN_META = slice(8, 16)
 """Of either."""
+_SIZE_OF_META = struct.Struct(">8xQ8x")
+"""The same of a record of this format."""
 _SEQUENCE = struct.Struct(">Q")
 
 
@@ -66,11 +68,10 @@ class StoreTransaction:
     def sizes_bytes(self, keys: Sequence[bytes]) -> list[int | None]:
         """The same of several; a Lookup asks for a thousand, so that each step of this counts."""
         get, meta = self._transaction.get, self._tables.meta
-        # Each record is let go at once: a thousand views would make the garbage collector go through the process.
-        return [
-            None if (record := get(key, None, meta)) is None else int.from_bytes(record[_SIZE_IN_META], "big")
-            for key in keys
-        ]
+        records = list(map(get, keys, itertools.repeat(None), itertools.repeat(meta)))
+        if None not in records and len(encoded := b"".join(records)) == _META.size * len(records):
+            return [size for (size,) in _SIZE_OF_META.iter_unpack(encoded)]
+        return [None if record is None else int.from_bytes(record[_SIZE_IN_META], "big") for record in records]
 
     def size_and_time(self, key: bytes) -> tuple[int, int] | None:
         """Size of an object and when it was put, in ms of Unix time, 0 if unknown; None where there is none."""

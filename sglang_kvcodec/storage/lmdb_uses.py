@@ -58,8 +58,10 @@ class RememberedUses:
             self._fresh_uses += len(keys)
             if self._fresh_uses < USES_HELD:
                 return
-            self._merge()
-            if self.held_uses >= USES_HELD and not self._closed:
+            if self._fresh_uses >= USES_HELD + USES_HELD // 4:
+                # The thread, whose task this is, is writing.
+                self._merge()
+            if not self._closed:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="kvcodec-lmdb-uses", daemon=True)
                     self._thread.start()
@@ -108,17 +110,21 @@ class RememberedUses:
             thread.join()
 
     def _run(self) -> None:
+        pause_until_s = 0.0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self.held_uses >= USES_HELD)
+                if self._fresh_uses >= USES_HELD:
+                    self._merge()
                 if self._closed:
                     return
+                pause_s = pause_until_s - time.monotonic()
+                if self.held_uses < USES_HELD or pause_s > 0:
+                    self._changed.wait(pause_s if pause_s > 0 else None)
+                    continue
             started_s = time.monotonic()
             try:
                 self._write()
             except Exception:
                 # A thread's top: whatever it is, the order blurs and the store goes on.
                 logger.exception("the order of use was not kept")
-            pause_s = _PAUSE_FACTOR * (time.monotonic() - started_s)
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed, pause_s)
+            pause_until_s = time.monotonic() + _PAUSE_FACTOR * (time.monotonic() - started_s)

@@ -40,6 +40,12 @@ class EngineWrapper(StorageEngine):
             yield get_range
 
     @contextlib.contextmanager
+    def ranges_now(self) -> Iterator[RangeReader | None]:
+        """See the base class."""
+        with self._engine.ranges_now() as get_range:
+            yield get_range
+
+    @contextlib.contextmanager
     def reading_ahead(self, objects: Sequence[tuple[bytes, int]]) -> Iterator[None]:
         """See the base class."""
         with self._engine.reading_ahead(objects):
@@ -167,6 +173,12 @@ class MeteredEngine(EngineWrapper):
         with self._metered("ranges"), super().ranges() as get_range:
             yield get_range
 
+    @contextlib.contextmanager
+    def ranges_now(self) -> Iterator[RangeReader | None]:
+        """See the base class; counted as ``ranges``."""
+        with self._metered("ranges"), super().ranges_now() as get_range:
+            yield get_range
+
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""
         with self._metered("put"):
@@ -234,6 +246,11 @@ class FaultyEngine(EngineWrapper):
     def ranges(self) -> Iterator[RangeReader]:
         """See the base class: each read of its own, so that each may fail."""
         yield self.get_range
+
+    @contextlib.contextmanager
+    def ranges_now(self) -> Iterator[RangeReader | None]:
+        """See the base class: any read may wait."""
+        yield None
 
     def put(self, key: bytes, value: bytes) -> bool:
         """See the base class."""

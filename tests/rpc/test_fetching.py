@@ -1,10 +1,22 @@
 """What a Fetch plans, reads and never holds."""
 
+import contextlib
+
 import pytest
 
 from sglang_kvcodec.format.page_object import read_header
-from sglang_kvcodec.rpc.fetching import PageLayout, PayloadReader, Slice, plan_messages, read_page
+from sglang_kvcodec.rpc.fetching import (
+    AT_HAND_S,
+    FetchMessage,
+    PageLayout,
+    PayloadReader,
+    Slice,
+    plan_messages,
+    read_page,
+)
 from sglang_kvcodec.rpc.wire import decode_fetch
+from sglang_kvcodec.storage.lmdb_engine import LmdbEngine
+from sglang_kvcodec.storage.wrappers import FaultyEngine
 
 
 def test_messages_are_group_major_and_full():
@@ -88,3 +100,39 @@ def test_an_object_that_went_or_changed_is_lost(engine, namespace, page):
 
 def test_read_page_of_nothing(engine):
     assert read_page(engine, bytes(64), 10) is None
+
+
+def test_what_was_read_a_moment_ago_is_read_by_the_event_loop_itself(tmp_path, namespace, page):
+    now_s = 100.0
+    keys, pages = [], []
+    with contextlib.closing(LmdbEngine(tmp_path / "store", 1 << 20)) as store:
+        for name in "ab":
+            page_hash, data = page(name)
+            keys.append(namespace + page_hash)
+            pages.append(data)
+            store.put(keys[-1], data)
+        reader = PayloadReader(store, keys, clock_s=lambda: now_s)
+        both, one = [Slice(0, 5, 9), Slice(1, 7, 8)], [Slice(1, 8, 9)]
+        assert reader.read_now(both) is None
+        reader.was_read([0])
+        assert reader.read_now(both) is None
+        (read,) = reader.read([both])
+        assert reader.read_now(both) == read
+        assert [bytes(event.data) for event in decode_fetch(read.encoded)] == [pages[0][5:9], pages[1][7:8]]
+        now_s += AT_HAND_S / 2
+        reader.read([one])
+        now_s += AT_HAND_S / 2
+        assert reader.read_now(both) is None
+        assert reader.read_now(one) == reader.read([one])[0]
+        store.delete(keys[1])
+        assert reader.read_now(one).lost == (1,)
+        assert reader.read_now(one) == FetchMessage(b"", 0, ())
+
+
+def test_an_engine_whose_reads_may_wait_is_read_in_threads(engine, namespace, page):
+    page_hash, data = page("a")
+    engine.put(namespace + page_hash, data)
+    wrapped = FaultyEngine(engine)
+    reader = PayloadReader(wrapped, [namespace + page_hash])
+    assert reader.read([[Slice(0, 0, 9)]])[0].payload_bytes == 9
+    assert reader.read_now([Slice(0, 0, 9)]) is None

@@ -87,6 +87,18 @@ def test_what_is_forgotten():
     assert order.with_heads([b"c", b"b", b"e", b"y"]) == [b"c", b"a", b"b", b"e", b"v", b"w", b"x", b"y"]
 
 
+def test_what_is_forgotten_is_freed_bit_by_bit_and_no_longer_known():
+    order = PrefixOrder(pages=16)
+    chain = [bytes([number]) for number in range(100)]
+    held = []
+    for first in range(0, 96, 3):
+        order.learn(chain[first : first + 4])
+        held.append(sum(map(len, (order._newer, order._older, order._forgotten))))
+    assert max(held) <= 8 + 3 + 16
+    assert order.with_heads([b"\x09"]) == [b"\x09"]
+    assert order.with_heads([chain[96]])[-9:] == chain[88:97]
+
+
 def test_pages_left_out_are_known_from_before():
     order = PrefixOrder()
     order.learn([b"a", b"b", b"c", b"d"])

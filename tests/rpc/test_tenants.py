@@ -1,5 +1,6 @@
 """Tenants in one engine: each has all that an engine promises, and nothing of the others."""
 
+import contextlib
 import hashlib
 
 import pytest
@@ -12,8 +13,9 @@ from sglang_kvcodec.rpc import tenants
 from sglang_kvcodec.rpc.server import PeerSecurity
 from sglang_kvcodec.rpc.tenants import TenantEngine
 from sglang_kvcodec.rpc.tokens import TokenEntry, TokenFile, append_entry
+from sglang_kvcodec.storage.lmdb_engine import LmdbEngine
 from sglang_kvcodec.storage.memory import MemoryEngine
-from sglang_kvcodec.storage.wrappers import ExpiringEngine
+from sglang_kvcodec.storage.wrappers import ExpiringEngine, MeteredEngine
 from sglang_kvcodec.testing.storage import StorageEngineContract, make_key
 
 SECRET = bytes(range(32))
@@ -75,6 +77,21 @@ def test_a_tenant_finds_nothing_of_another_by_any_call():
     assert one.stored_at_s([key]) != [None]
     assert one.peek([key])[0].size_bytes == len(b"value")
     assert engine.stat().objects == 3
+
+
+def test_a_tenant_finds_nothing_of_another_by_a_read_that_must_not_wait(tmp_path):
+    with contextlib.closing(LmdbEngine(tmp_path / "store", 1 << 20)) as lmdb:
+        engine = MeteredEngine(ExpiringEngine(lmdb, 1000))
+        one, other = (TenantEngine(engine, name, SECRET) for name in ("one", "other"))
+        key = make_key("page")
+        assert one.put(key, b"value")
+        with one.ranges_now() as get_range:
+            assert bytes(get_range(key, 1, 3)) == b"al"
+        for stranger in (other, engine):
+            with stranger.ranges_now() as get_range:
+                assert get_range(key, 0, 5) is None
+    with TenantEngine(MemoryEngine(100), "one", SECRET).ranges_now() as get_range:
+        assert get_range is None
 
 
 def test_a_tenant_lists_its_own_pages_by_its_own_names(page):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import lmdb_child
@@ -225,6 +226,47 @@ def test_a_crash_before_the_first_transaction_leaves_a_usable_directory(open_sto
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "owner.lock").touch()
     assert open_store().put(make_key("a"), b"value") is True
+
+
+def test_a_read_that_must_not_wait(open_store):
+    """It is refused while the data file grows and when the store is closed, and keeps nobody from either."""
+    store = open_store(1000)
+    store.put(make_key("a"), b"value")
+    environment = store._environment
+    with store.ranges_now() as get_range:
+        assert bytes(get_range(make_key("a"), 1, 3)) == b"al"
+        grower = threading.Thread(target=environment.allow_file, args=(1 << 30,))
+        grower.start()
+        while not environment._growing:
+            time.sleep(0.001)
+        with store.ranges_now() as other:
+            assert other is None
+    grower.join()
+    with store.ranges_now() as get_range:
+        assert bytes(get_range(make_key("a"), 0, 9)) == b"value"
+    with environment._state, ThreadPoolExecutor(1) as threads:
+        # Another thread is about to change something: who must not wait does not wait for that.
+        assert threads.submit(lambda: store.ranges_now().__enter__()).result() is None
+    store.close()
+    with store.ranges_now() as get_range:
+        assert get_range is None
+
+
+def test_sizes_of_records_of_both_formats(open_store):
+    store = open_store(10_000)
+    keys = [make_key(name) for name in "abcd"]
+    for size, key in enumerate(keys):
+        store.put(key, bytes(size))
+    assert store.sizes(keys) == [0, 1, 2, 3]
+    with store._environment.writing() as transaction:
+        meta = transaction._tables.meta
+        for key in keys[1::2]:
+            # As format 1 wrote it: without the time.
+            transaction._transaction.put(key, transaction._transaction.get(key, db=meta)[:16], db=meta)
+    assert store.sizes(keys) == [0, 1, 2, 3]
+    assert store.sizes(keys[1::2]) == [1, 3]
+    assert store.sizes([*keys, make_key("e")]) == [0, 1, 2, 3, None]
+    assert store.sizes([]) == []
 
 
 def test_lmdb_giving_up_is_survived(open_store, monkeypatch):
