@@ -86,6 +86,8 @@ class SendLoop:
                 count_dropped(len(batch), "send_failed")
             finally:
                 self._pages.release(sum(page.held_bytes for page in batch))
+                # Their room is given back: nor are they kept until the next ones come.
+                batch = []
 
     def _next_batch(self) -> tuple[list[CodedPage], _PeerIsBack | None]:
         """Waits for a page and takes what else is there; and what ended the batch, None if nothing comes after it."""

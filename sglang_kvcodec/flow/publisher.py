@@ -1,8 +1,8 @@
 """Copies new pages out of the pool, codes them and stores them at the peer, in the background.
 
-Two threads and two bounded hand-overs: the copier takes pages out of the pool as soon as it can, so that their slots
-are free again, then the encoders code them and the sender stores them. Where that has no room for new pages, those that
-have waited longest are dropped and counted.
+A copier takes pages out of the pool as soon as it can, so that their slots are free again, then encoders code them and
+a sender stores them; what is between them is bounded. Where that has no room for new pages, those that have waited
+longest are dropped and counted.
 
 What was coded and can't be stored because the peer is away is kept in host memory, as far as that has room, and stored
 when the peer is back.
