@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+KEY_BYTES = 64
 RangeReader = Callable[[bytes, int, int], bytes | memoryview | None]
 """A function with the arguments and the result of :meth:`StorageEngine.get_range`."""
 

@@ -14,6 +14,7 @@ from sglang_kvcodec.storage.base import RangeReader, StorageEngine, StoredObject
 from sglang_kvcodec.storage.lmdb_environment import FileFullError, LmdbEnvironment
 from sglang_kvcodec.storage.lmdb_tables import StoreTransaction
 from sglang_kvcodec.storage.lmdb_uses import RememberedUses
+from sglang_kvcodec.storage.size_index import Batch, SizeIndex
 
 _EVICTIONS_PER_TRANSACTION = 1024
 _KEYS_PER_BATCH = 1024
@@ -34,7 +35,8 @@ class LmdbEngine(StorageEngine):
 
     Every put is one transaction, synced before it returns, evictions included. Reads take no write transaction and wait
     for none: what they used is remembered and written with the next put, by a thread of its own from 4096 uses on, and
-    at close. A crash forgets the uses that were not written, some 20 000 at most, never an object.
+    at close. A crash forgets the uses that were not written, some 20 000 at most, never an object. Sizes are in memory,
+    16 bytes for each object, from some seconds after the start on; until then they are read.
 
     The data file grows with what is stored and never shrinks. LMDB stores in pages of 4 KiB, so the file is larger
     than the objects: little for objects of 100 KiB, several times for objects of 100 bytes.
@@ -60,6 +62,7 @@ class LmdbEngine(StorageEngine):
         self._environment = LmdbEnvironment(directory, max_file_bytes or _file_bytes(capacity_bytes))
         self._opened_at_s = time.time()
         self._read_at_s = 0.0
+        self._index: SizeIndex | None = None
         self._write_lock = threading.Lock()
         try:
             with self._environment.reading() as store:
@@ -68,11 +71,15 @@ class LmdbEngine(StorageEngine):
         except StorageUnavailableError:
             self._environment.close()
             raise
+        self._index = SizeIndex(self._size_batches)
 
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """See the base class."""
-        with self._environment.reading(views=False) as store:
-            found = store.sizes_bytes(keys)
+        with self._environment.in_use():
+            found = self._index.sizes(keys) if self._index is not None else None
+        if found is None:
+            with self._environment.reading(views=False) as store:
+                found = store.sizes_bytes(keys)
         self._read_at_s = time.monotonic()
         there = keys if None not in found else [key for key, size in zip(keys, found, strict=True) if size is not None]
         self._uses.remember(there)
@@ -131,7 +138,7 @@ class LmdbEngine(StorageEngine):
         with self._environment.reading() as store:
             if store.size_bytes(key) is None:
                 return False
-        with self._write_lock, self._environment.writing() as store:
+        with self._write_lock, self._writing() as store:
             return store.remove(key)
 
     def peek(self, keys: Sequence[bytes]) -> list[StoredObject | None]:
@@ -170,16 +177,36 @@ class LmdbEngine(StorageEngine):
     def close(self) -> None:
         """See the base class."""
         self._uses.close()
+        if self._index is not None:
+            self._index.close()
         with self._write_lock:
             if self._environment.closed:
                 return
             self._write_uses(self._uses.take())
             self._environment.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[StoreTransaction]:
+        """A transaction that changes what is stored; the index hears of it when it is on the disk."""
+        with self._environment.writing() as store:
+            yield store
+        if self._index is not None:
+            self._index.change(store.changes)
+
+    def _size_batches(self) -> Iterator[Batch]:
+        last = b""
+        while not self._environment.closed:
+            with self._environment.reading(views=False) as store:
+                keys, sizes_bytes = store.sizes_after(last, _KEYS_PER_BATCH)
+            if not keys:
+                return
+            yield keys, sizes_bytes
+            last = keys[-1]
+
     def _put_in_one_transaction(self, key: bytes, value: bytes) -> bool:
         uses = self._uses.take()
         try:
-            with self._environment.writing() as store:
+            with self._writing() as store:
                 for used, number in uses.items():
                     store.touch(used, number)
                 if store.size_bytes(key) is not None:
@@ -195,7 +222,7 @@ class LmdbEngine(StorageEngine):
 
     def _make_room_in_file(self, room_bytes: int) -> None:
         """Evicts at least ``room_bytes`` and makes their place in the file usable."""
-        with self._environment.writing() as store:
+        with self._writing() as store:
             goal_bytes = store.stored_bytes - room_bytes
             while store.stored_bytes > goal_bytes and store.evict_oldest():
                 pass
@@ -209,7 +236,7 @@ class LmdbEngine(StorageEngine):
             with self._environment.reading() as store:
                 is_over = store.stored_bytes > self._capacity_bytes
             if is_over:
-                with self._environment.writing() as store:
+                with self._writing() as store:
                     self._evict_some(store)
 
     def _evict_some(self, store: StoreTransaction) -> None:

@@ -79,6 +79,16 @@ class LmdbEnvironment:
             yield store
 
     @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Stays open meanwhile; for what is known of it without a look into it.
+
+        Raises:
+            StorageUnavailableError: closed, or LMDB failed.
+        """
+        with self._using():
+            yield
+
+    @contextlib.contextmanager
     def reading_now(self) -> Iterator[StoreTransaction | None]:
         """A snapshot of views; None where to enter it would wait.
 

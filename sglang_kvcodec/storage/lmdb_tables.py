@@ -53,6 +53,8 @@ class StoreTransaction:
     def __init__(self, transaction: Any, tables: Tables) -> None:
         self._transaction = transaction
         self._tables = tables
+        self.changes: dict[bytes, int | None] = {}
+        """Sizes in bytes of the objects that this adds, None of those that it removes."""
         self.stored_bytes, self.evicted_objects = _COUNTS.unpack(transaction.get(_COUNTS_KEY, bytes(_COUNTS.size)))
 
     # ---- reading ----
@@ -85,6 +87,14 @@ class StoreTransaction:
                 return []
             return [bytes(found) for found in itertools.islice(cursor.iternext(keys=True, values=False), most)]
 
+    def sizes_after(self, key: bytes, most: int) -> tuple[list[bytes], list[int]]:
+        """The same with the sizes of their objects in bytes."""
+        with self._transaction.cursor(self._tables.meta) as cursor:
+            if not (cursor.set_range(key + b"\0") if key else cursor.first()):
+                return [], []
+            records = list(itertools.islice(cursor.iternext(), most))
+        return [bytes(found) for found, _ in records], [_read_meta(record)[1] for _, record in records]
+
     def read(self, key: bytes) -> bytes | None:
         """A copy of an object, None where there is none."""
         value = self._transaction.get(key, db=self._tables.objects)
@@ -111,6 +121,7 @@ class StoreTransaction:
         self._transaction.put(key, value, db=self._tables.objects)
         self._place(key, sequence, len(value), time.time_ns() // 10**6)
         self.stored_bytes += len(value)
+        self.changes[key] = len(value)
 
     def touch(self, key: bytes, sequence: int) -> None:
         """Records a use, unless the object has gone or was used later."""
@@ -131,6 +142,7 @@ class StoreTransaction:
         self._transaction.delete(_SEQUENCE.pack(sequence), db=self._tables.order)
         self._transaction.delete(key, db=self._tables.objects)
         self.stored_bytes -= size_bytes
+        self.changes[key] = None
         return True
 
     def evict_oldest(self) -> bool:

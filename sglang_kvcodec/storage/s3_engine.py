@@ -12,15 +12,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from sglang_kvcodec.errors import StorageUnavailableError
-from sglang_kvcodec.storage.base import StorageEngine, StoredObject, StoreStat
+from sglang_kvcodec.storage.base import KEY_BYTES, StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.lru_index import LruIndex
 from sglang_kvcodec.storage.s3_bucket import S3Address, S3Bucket
 
 _OBJECTS = "objects"
 _OWNER = "owner"
 _ORDER = "order"
-_KEY_BYTES = 64
-_NAME = re.compile(rf"{_OBJECTS}/([0-9a-f]{{{2 * _KEY_BYTES}}})")
+_NAME = re.compile(rf"{_OBJECTS}/([0-9a-f]{{{2 * KEY_BYTES}}})")
 _ORDER_MARK = b"kvcodec-order-1\n"
 _EVICTED = struct.Struct(">Q")
 _OWNER_CHECK_S = 10.0
@@ -197,10 +196,10 @@ class S3Engine(StorageEngine):
         """Evictions so far, and keys, the least recently used first. What makes no sense is as good as nothing."""
         data = self._bucket.get(_ORDER) or b""
         body = data.removeprefix(_ORDER_MARK)
-        if len(body) == len(data) or (len(body) - _EVICTED.size) % _KEY_BYTES or len(body) < _EVICTED.size:
+        if len(body) == len(data) or (len(body) - _EVICTED.size) % KEY_BYTES or len(body) < _EVICTED.size:
             return 0, []
         (evicted_objects,) = _EVICTED.unpack_from(body)
-        keys = dict.fromkeys(body[at : at + _KEY_BYTES] for at in range(_EVICTED.size, len(body), _KEY_BYTES))
+        keys = dict.fromkeys(body[at : at + KEY_BYTES] for at in range(_EVICTED.size, len(body), KEY_BYTES))
         return evicted_objects, keys
 
     def _write_order(self) -> None:
