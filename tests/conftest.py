@@ -10,6 +10,14 @@ import pytest
 
 pytest.register_assert_rewrite("sglang_kvcodec.testing.storage", "sglang_kvcodec.testing.artifacts")
 
+with contextlib.suppress(ImportError):
+    # Not on a machine that is there for its GPU alone.
+    import hypothesis
+
+    # How long an example takes says nothing: machines are busy.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
+
 GPU_IS_REQUIRED = os.environ.get("KVCODEC_REQUIRE_GPU") == "1"
 
 

@@ -68,7 +68,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert counted("kvcodec_host_cache_bytes") == sum(len(page) for _, page in self.model)
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestCache = CacheMachine.TestCase
 
 

@@ -25,7 +25,7 @@ def test_gather_gives_pages_from_anywhere_bit_for_bit(dtype, kv_heads, head_dim)
     assert pool.others_are(before, [])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     spec=st.builds(
         KVSpec,

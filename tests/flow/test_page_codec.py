@@ -72,7 +72,7 @@ def specs(draw):
     return KVSpec(layers, kv_heads, head_dim, page_tokens, draw(st.sampled_from(KVDtype)), sides)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(spec=specs(), profile=st.sampled_from(["raw", "exact", "high"]), seed=st.integers(0, 1000))
 @hypothesis.example(KVSpec(1, 32, 256, 16, KVDtype.BFLOAT16), "exact", 0)
 @hypothesis.example(KVSpec(1, 1, 64, 16, KVDtype.BFLOAT16), "high", 0)

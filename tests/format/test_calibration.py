@@ -28,7 +28,7 @@ def rewritten(change, data=CALIBRATION.encoded):
     return safetensors.numpy.save(tensors, metadata={"kvcodec": text})
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     layers=st.integers(1, 7),
     per_block=st.sampled_from([1, 3]),
@@ -163,14 +163,14 @@ def test_a_truncated_artifact_is_refused(size):
         Calibration.from_bytes(CALIBRATION.encoded[:size])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(data):
     with pytest.raises(FormatError):
         Calibration.from_bytes(data)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(position=st.integers(0, len(CALIBRATION.encoded) - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_another_artifact(position, bit):
     """Numbers may change into other numbers: that is why an artifact is asked for by its digest."""

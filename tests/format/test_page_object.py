@@ -122,21 +122,21 @@ def test_every_flipped_bit_is_refused(profile):
             PageObject(bytes(damaged))
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(garbage=st.binary(max_size=200), head=st.sampled_from([b"", MAGIC, MAGIC + b"\1\0\0\0"]))
 def test_garbage_is_refused(garbage, head):
     with pytest.raises(FormatError):
         PageObject(head + garbage)
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(encoded=st.binary(max_size=300))
 def test_any_bytes_for_a_manifest_are_a_format_error(encoded):
     with pytest.raises(FormatError):
         PageObject(with_header(encoded, b"payload"))
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(data=st.data())
 def test_a_manifest_changed_under_a_good_checksum_never_reads_outside_the_object(data):
     sound = built(profile="high")

@@ -29,9 +29,7 @@ def test_no_rpc_is_left_out():
 def test_calls_of_every_rpc(peer):
     """The peer lives, answers in typed words and keeps what it has, whatever is sent."""
 
-    @settings(
-        max_examples=1500, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=1500, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(calls(peer.known, peer.tokens))
     def make(call):
         peer.make(call)
@@ -67,7 +65,7 @@ def test_a_status_that_no_client_should_see_is_found(peer, monkeypatch):
         peer.make(call)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_what_deletes_is_never_told_what_must_stay(data):
     known = Known.golden()

@@ -11,7 +11,7 @@ from sglang_kvcodec.kernels.exact_pack import ExactPack
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(
     profile=st.sampled_from(["high", "exact"]),
     spec=st.builds(
@@ -30,7 +30,7 @@ def test_any_small_shape(profile, spec, pages, data, device):
     assert_restores(profile, spec, pages, layers, device, seed=data.draw(st.integers(0, 99)))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(
     spec=st.builds(
         KVSpec,

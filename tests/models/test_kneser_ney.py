@@ -22,7 +22,7 @@ def counting_text(tokens: int, seed: int) -> np.ndarray:
     return np.concatenate(runs)[:tokens].astype(np.uint16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(streams, st.integers(1, 5), st.lists(st.integers(0, VOCABULARY - 1), max_size=6))
 def test_probabilities_after_any_context_sum_to_one(stream, order, context):
     probabilities = distribution(KneserNey(stream, order, VOCABULARY), context)

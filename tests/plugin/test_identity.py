@@ -45,7 +45,7 @@ def test_equal_weights_have_equal_digests(dtype, shape):
     assert digest_of(w=tensor_of(dtype, *shape)) == digest_of(w=tensor_of(dtype, *shape))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     dtype=st.sampled_from(DTYPES[:-1]),
     elements=st.integers(1, 40),
@@ -66,7 +66,7 @@ def test_any_bit_of_any_parameter_counts(dtype, elements, which, chunk_words, da
     assert digest_of(**tensors) == before
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     values=st.lists(st.integers(-128, 127), min_size=2, max_size=64),
     dtype=st.sampled_from([torch.int8, torch.int32, torch.float32, torch.bfloat16]),

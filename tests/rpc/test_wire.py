@@ -2,7 +2,7 @@
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_kvcodec.errors import FormatError
@@ -12,14 +12,11 @@ from sglang_kvcodec.rpc import wire
 from sglang_kvcodec.rpc.limits import MAX_PAGES_PER_REQUEST
 from sglang_kvcodec.rpc.wire import decode_fetch, decode_put, encode_chunk, encode_fragments
 
-no_deadline = settings(deadline=None)
-
 fragments = st.lists(
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**63), st.binary(max_size=300)).map(tuple), max_size=5
 )
 
 
-@no_deadline
 @given(fragments)
 def test_protobuf_reads_our_fragments(wanted):
     response = pb.FetchResponse.FromString(encode_fragments(wanted))
@@ -28,7 +25,6 @@ def test_protobuf_reads_our_fragments(wanted):
     assert not response.missing
 
 
-@no_deadline
 @given(fragments)
 def test_we_read_our_own_and_protobufs_fragments(wanted):
     expected = [FetchedFragment(*fragment) for fragment in wanted]
@@ -51,7 +47,6 @@ def test_headers_and_missing_pages():
     ]
 
 
-@no_deadline
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_as_protobuf_reads_them_or_refused(data):
     try:
@@ -66,7 +61,6 @@ def test_any_bytes_are_read_as_protobuf_reads_them_or_refused(data):
     ]
 
 
-@no_deadline
 @given(fragments, st.data())
 def test_a_cut_message_is_refused_or_read_as_protobuf_reads_it(wanted, data):
     encoded = encode_fragments(wanted)
@@ -75,7 +69,6 @@ def test_a_cut_message_is_refused_or_read_as_protobuf_reads_it(wanted, data):
     )
 
 
-@no_deadline
 @given(st.binary(max_size=300))
 def test_chunks(data):
     encoded = encode_chunk(data)
@@ -91,7 +84,6 @@ def test_put_steps_that_are_not_chunks():
     assert decode_put(b"") == pb.PutRequest()
 
 
-@no_deadline
 @given(st.binary(max_size=60))
 def test_any_put_bytes_are_read_as_protobuf_reads_them_or_refused(data):
     try:

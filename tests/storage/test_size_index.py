@@ -119,7 +119,7 @@ def test_it_can_be_closed_while_it_collects(made):
     assert not index.is_ready
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.dictionaries(st.integers(0, 30), st.integers(0, 9), max_size=20),
     st.lists(

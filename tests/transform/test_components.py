@@ -48,7 +48,7 @@ def test_each_value_lies_where_documented(tokens, components):
     assert layout.flatten().tolist() == order[: components * tokens]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(tokens=st.integers(1, 300), components=st.integers(1, 900), kept=st.integers(0, 900), seed=st.integers(0, 99))
 def test_a_canvas_gives_back_its_components(tokens, components, kept, seed):
     geometry = geometry_of(tokens, components)
@@ -66,7 +66,7 @@ def test_a_canvas_gives_back_its_components(tokens, components, kept, seed):
     assert bool((canvases.flatten(1)[:, left_over] == CANVAS_FILL).all())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(tokens=st.integers(1, 512), components=st.integers(1, 20000))
 def test_a_canvas_is_the_smallest_that_decoders_take(tokens, components):
     geometry = geometry_of(tokens, components)

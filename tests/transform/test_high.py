@@ -100,7 +100,7 @@ def test_the_promise_holds_for_channels_far_from_zero(dtype, offset):
     assert_promise(values.to(getattr(torch, dtype.torch_name)))
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 @hypothesis.given(
     dtype=st.sampled_from(DTYPES),
     tokens=st.integers(1, 5),

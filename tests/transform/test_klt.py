@@ -25,7 +25,7 @@ def round_trip(spec, calibration, values, group, side, positions, tier="high"):
     return transform.restore(group, side, packed, positions), packed
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_what_is_restored_is_within_the_steps_on_any_shape(data):
     spec = KVSpec(

@@ -15,7 +15,7 @@ from sglang_kvcodec.transform.low_bits import (
 COUNTS = st.lists(st.integers(0, MAX_LOW_BITS), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(counts=COUNTS, tokens=st.integers(1, 70), seed=st.integers(0, 99), limit=st.sampled_from([1, 300, 1 << 20]))
 def test_what_is_split_joins_again(counts, tokens, seed, limit):
     counts = torch.tensor(counts, dtype=torch.int32)
