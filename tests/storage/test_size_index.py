@@ -72,6 +72,15 @@ def test_it_says_nothing_before_it_knows_all_and_changes_meanwhile_count(made):
     assert index.sizes([key(n) for n in range(1, 7)]) == [11, 20, None, 40, 50, None]
 
 
+@pytest.mark.parametrize("objects", [1, 15, 16, 17, 1000, 50_000])
+def test_those_that_are_there_are_found_and_no_others(made, objects):
+    keys = [os.urandom(64) for _ in range(objects)]
+    index = made(lambda: iter([(keys, list(range(objects)))]))
+    wait_for(lambda: index.is_ready)
+    assert index.sizes(keys) == list(range(objects))
+    assert index.sizes([os.urandom(64) for _ in range(1000)]) == [None] * 1000
+
+
 def test_objects_of_any_size(made):
     index = made(lambda: iter([([key(1), key(2)], [0, 1 << 40])]))
     wait_for(lambda: index.is_ready)
