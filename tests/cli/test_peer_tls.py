@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import threading
 import time
 
 import grpc
@@ -78,6 +79,58 @@ def test_pages_go_by_tls(authority, serve, client_of):
     assert fetch_all(client) == [data for _, data in PAGES]
     with contextlib.closing(connect_peers(process.remote, PATIENT, 2, Access(tls_ca=str(authority.file)))) as one:
         assert one.lookup(NAMESPACE, HASHES).covered_pages == len(PAGES)
+
+
+def recorded(port, use):
+    """What a client sends to a peer on loopback while ``use`` is called with the port of a relay to it."""
+    sent = []
+
+    def pump(source, target, keep):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if keep:
+                    sent.append(data)
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+
+        def relay():
+            with contextlib.suppress(OSError):
+                client = stack.enter_context(server.accept()[0])
+                peer = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                threading.Thread(target=pump, args=(client, peer, True), daemon=True).start()
+                pump(peer, client, False)
+
+        threading.Thread(target=relay, daemon=True).start()
+        use(server.getsockname()[1])
+    return b"".join(sent)
+
+
+def test_what_was_recorded_can_not_be_played_again(authority, serve, client_of):
+    process = serve(*authority.issue("peer"))
+    client = client_of(process.remote, tls_ca=authority.file)
+    port = int(process.remote.rpartition(":")[2])
+
+    def put(relay_port):
+        relayed = GrpcPeer(f"grpcs://127.0.0.1:{relay_port}", PATIENT, access=Access(tls_ca=str(authority.file)))
+        with contextlib.closing(relayed):
+            assert [result.outcome for result in relayed.put(NAMESPACE, PAGES)] == [PutOutcome.STORED] * len(PAGES)
+
+    sent = recorded(port, put)
+    assert len(sent) > sum(len(data) for _, data in PAGES)
+    client.delete(NAMESPACE, HASHES)
+    assert client.stat().objects == 0
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(sent)
+        with contextlib.suppress(OSError):
+            # The peer's greeting, then an end: it has another key for every connection.
+            while connection.recv(1 << 16):
+                pass
+    assert client.stat().objects == 0
+    assert [result.outcome for result in client.put(NAMESPACE, PAGES)] == [PutOutcome.STORED] * len(PAGES)
 
 
 def test_an_expired_certificate_is_not_trusted(authority, serve, client_of):
