@@ -31,6 +31,7 @@ class Link(Protocol):
     def listen(self, on_report: Callable[[int, int, list[int]], None]) -> None: ...  # noqa: D102
     def decide(self, numbers: Sequence[int]) -> None: ...  # noqa: D102
     def decision(self, count: int) -> list[int]: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,10 @@ class PipelineAgreement:
         landed = landed and all(verdicts)
         self._link.decide([int(landed)])
         return landed
+
+    def close(self) -> None:
+        """The server ends, at all stages."""
+        self._link.close()
 
     # ---- at the first stage ----
 

@@ -509,6 +509,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def release_host_resources(self) -> None:
         """The server ends."""
         super().release_host_resources()
+        if self._pipeline is not None:
+            self._pipeline.close()
         if self._runtime is not None:
             self._runtime.close()
 

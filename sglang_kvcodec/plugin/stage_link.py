@@ -12,6 +12,7 @@ import collections
 import datetime
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ _MOST_UNREAD = 64
 """Messages that may be on their way to another stage before the next one waits for the first of them."""
 _FOREVER = datetime.timedelta(days=3650)
 """Gloo's own half an hour would end the listeners of an idle server."""
+_LAST = -1
+"""The kind of a stage's last report."""
+_CLOSE_S = 5.0
 
 
 class StageLink:
@@ -45,6 +49,7 @@ class StageLink:
         self.stage = torch.distributed.get_rank(group)
         self.stages = len(ranks)
         self._on_way: collections.deque[tuple[Any, torch.Tensor]] = collections.deque()
+        self._listeners: list[threading.Thread] = []
 
     # ---- what the others know ----
 
@@ -52,7 +57,7 @@ class StageLink:
         """Tells the first stage, without waiting for it.
 
         Args:
-            kind: of the report; the first stage knows what it means.
+            kind: of the report, not negative; the first stage knows what it means.
             numbers: at most :data:`MOST_REPORTED`.
         """
         frame = torch.zeros(FRAME_NUMBERS, dtype=torch.int64)
@@ -67,7 +72,9 @@ class StageLink:
         """
         for stage in range(1, self.stages):
             name = f"kvcodec-stage-{stage}"
-            threading.Thread(target=self._listen, args=(stage, on_report), name=name, daemon=True).start()
+            listener = threading.Thread(target=self._listen, args=(stage, on_report), name=name, daemon=True)
+            listener.start()
+            self._listeners.append(listener)
 
     def _listen(self, stage: int, on_report: Callable[[int, int, list[int]], None]) -> None:
         frame = torch.zeros(FRAME_NUMBERS, dtype=torch.int64)
@@ -79,6 +86,8 @@ class StageLink:
                 logger.info("kvcodec: no more reports of stage %d: %s", stage, error)
                 return
             kind, count, *numbers = frame.tolist()
+            if kind == _LAST:
+                return
             on_report(stage, kind, numbers[:count])
 
     # ---- what the first decides ----
@@ -94,6 +103,21 @@ class StageLink:
         torch.distributed.recv(numbers, group_src=0, group=self._group, tag=_DECISION_TAG)
         decided: list[int] = numbers.tolist()
         return decided
+
+    def close(self) -> None:
+        """The last of it, at all stages: the first waits :data:`_CLOSE_S` for what the others still say.
+
+        Gloo can't be told to give up a receive, and the interpreter ends the process with an error if its end meets a
+        thread that comes back from one.
+        """
+        if self.stage:
+            try:
+                self.report(_LAST, [])
+            except RuntimeError as error:
+                logger.info("kvcodec: the first stage has ended before this one: %s", error)
+        deadline_s = time.monotonic() + _CLOSE_S
+        for listener in self._listeners:
+            listener.join(max(0.0, deadline_s - time.monotonic()))
 
     def _send(self, numbers: torch.Tensor, stage: int, tag: int) -> None:
         work = torch.distributed.isend(numbers, group_dst=stage, group=self._group, tag=tag)

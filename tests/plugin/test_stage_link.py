@@ -7,6 +7,7 @@ STAGES = 3
 _STAGE = """
 import queue
 import sys
+import threading
 
 import torch
 
@@ -34,7 +35,8 @@ else:
     for number in range(50):
         assert link.decision(2) == [number, 1 << 50]
     assert link.decision(3) == [1, 2, 3]
-torch.distributed.barrier()
+link.close()
+assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("kvcodec-stage")]
 print("done", flush=True)
 """
 
