@@ -4,22 +4,29 @@ Two servers of one profile take every hit (``--kvcodec-plan always``): ``early``
 will be in time, ``landed`` when all its pages are in host memory. The peer's fetches are shaped by a token bucket. Each
 round has a text of its own, which both servers have computed and one has published; order changes from round to round.
 
-From the servers' traces come the time that the bytes of a request were on the wire, and, where nothing waited for the
-network (the same round's ``landed``), what its restore took and the forward pass apart from it. ``over_longest`` is
-TTFT over the longest of the three, which is what no overlap can beat.
+From the servers' traces come the time that the bytes of a request were on the wire, and what its restore took where it
+did not wait for the network (the same round's ``landed``); computing takes what the same request does with all of it in
+the server's own pool. ``over_longest`` is TTFT over the longest of the three, which is what no overlap can beat. What
+overlap must leave is the last layer group's restore and forward pass: half of all with a model of six layers, an eighth
+with ``--layers 24``, which are those of the model four times over. Without a GPU decoding and computing share cores:
+``cpu_over_cores`` is the server's CPU time, answer included, over the machine's cores.
 
-python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps 100Mbps unlimited]
+python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps unlimited] [--layers 24]
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import statistics
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from benchmarks.deeper import deepened
 from benchmarks.record import record
-from benchmarks.serving import ask, load_average, parse, parser_of, prompts
+from benchmarks.serving import ask, cpu_s, load_average, parse, parser_of, prompts
 from sglang_kvcodec.config import PROFILES
 from sglang_kvcodec.latency.rows import spread
 from sglang_kvcodec.latency.samples import hit
@@ -35,7 +42,9 @@ ANSWER_TOKENS = 8
 
 def measure(server, trace: pathlib.Path, text: str) -> dict:
     """One request whose prefix only the peer has, with the seconds of its spans by name."""
+    cpu_before_s = cpu_s(server)
     sample = hit(server.client, [{"role": "user", "content": text}], ANSWER_TOKENS)
+    took_cpu_s = cpu_s(server) - cpu_before_s
     spans: list[Span] = []
 
     def has_come() -> bool:
@@ -46,7 +55,7 @@ def measure(server, trace: pathlib.Path, text: str) -> dict:
     durations_s: dict[str, float] = defaultdict(float)
     for span in spans:
         durations_s[span.name] += span.duration_s
-    return {"hit": sample, "spans": dict(durations_s)}
+    return {"hit": sample, "spans": dict(durations_s), "cpu_s": took_cpu_s}
 
 
 def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) -> list[dict]:
@@ -59,7 +68,7 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
             stages = {
                 "wire_s": [span.get("wire", 0.0) for span in spans],
                 "restore_s": [span.get("restore", 0.0) for span in landed],
-                "forward_s": [max(0.0, span.get("forward", 0.0) - span.get("restore", 0.0)) for span in landed],
+                "compute_s": [sample["device_ttft_s"] for sample in samples],
             }
             longest_s = [max(values) for values in zip(*stages.values(), strict=True)]
             rows.append(
@@ -78,6 +87,9 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
                         statistics.median(t / longest for t, longest in zip(ttfts_s, longest_s, strict=True)), 3
                     ),
                     **{f"{name}_median": round(statistics.median(values), 4) for name, values in stages.items()},
+                    "cpu_over_cores_s_median": round(
+                        statistics.median(sample[way]["cpu_s"] for sample in samples) / (os.cpu_count() or 1), 3
+                    ),
                     "fetched_bytes_median": statistics.median(sample[way]["hit"].fetched_bytes for sample in samples),
                     "promised_rounds": sum("promise" in span for span in spans),
                     "cached_storage_tokens_median": statistics.median(
@@ -93,13 +105,19 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
 def main() -> None:
     parser = parser_of(__doc__, rounds=7)
     parser.add_argument("--prompt-tokens", type=int, default=2000)
+    parser.add_argument("--layers", type=int, help="repeat the model's layers until there are so many")
     parser.add_argument("--profile", default="exact", choices=PROFILES)
     parser.add_argument("--bandwidths", nargs="+", default=list(BANDWIDTHS), help="unlimited, or as 100Mbps")
     options = parse(parser)
     texts = prompts(options.model, options.prompt_tokens)
     load_before = load_average()
     rounds: dict[str, list[dict]] = defaultdict(list)
-    with Lab(options.model) as lab:
+    with contextlib.ExitStack() as stack:
+        model = options.model
+        if options.layers:
+            work_dir = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcodec-bench-")))
+            model = str(deepened(pathlib.Path(model), options.layers, work_dir / "model"))
+        lab = stack.enter_context(Lab(model))
         peer = ShapedPeer(lab.work_dir / "store")
         try:
             peer.start("unlimited")
@@ -115,11 +133,13 @@ def main() -> None:
                     answer = ask(server, text, ANSWER_TOKENS).text
                     if not server.client.wait_published(timeout_s=120):
                         raise RuntimeError(f"{server.name} has not published a fresh text")
+                device_ttft_s = ask(server, text, ANSWER_TOKENS).ttft_s
                 # The first round warms up, and is not kept.
                 for bandwidth in rotated(options.bandwidths, number) if number else options.bandwidths[-1:]:
                     peer.start(bandwidth, [server.client for server in servers.values()])
                     sample = {way: measure(servers[way], traces[way], text) for way in rotated(WAYS, number)} | {
-                        "text": answer
+                        "text": answer,
+                        "device_ttft_s": device_ttft_s,
                     }
                     shown = {
                         way: (round(sample[way]["hit"].reply.ttft_s, 3), sample[way]["hit"].reply.cached.storage)
@@ -132,6 +152,7 @@ def main() -> None:
             peer.stop()
     common = {
         "model": options.model.rpartition("/")[2],
+        "layers": options.layers or "of the model",
         "profile": options.profile,
         "answer_tokens": ANSWER_TOKENS,
         "shaping": "token bucket in the peer",
@@ -143,7 +164,8 @@ def main() -> None:
         print(
             f"{row['bandwidth']:9} {row['way']:7} TTFT {row['ttft_s_median']:.3f} s; "
             f"{row['ratio_to_landed_median']:.2f} of landed, {row['over_longest_median']:.2f} of the longest stage "
-            f"(wire {row['wire_s_median']:.2f}, restore {row['restore_s_median']:.2f} s)"
+            f"(wire {row['wire_s_median']:.2f}, restore {row['restore_s_median']:.2f}, "
+            f"compute {row['compute_s_median']:.2f} s; CPU {row['cpu_over_cores_s_median']:.2f} s on each core)"
         )
     if not options.dry:
         print(record("overlap", rows))

@@ -11,18 +11,22 @@ from sglang_kvcodec.flow.stored_prefix import StoredPrefix
 class Course:
     """The namespace and the size of every page of a fetch. For one thread."""
 
-    def __init__(self, prefixes: Sequence[StoredPrefix], choice: int, pages: int) -> None:
+    def __init__(self, prefixes: Sequence[StoredPrefix], choice: int, pages: int, overlap_s: float = 0.0) -> None:
         """The course that was planned.
 
         Args:
             prefixes: what could be fetched.
             choice: which of them is.
             pages: how many of it.
+            overlap_s: of the plan.
         """
         self.prefixes = prefixes
         self.choice = choice
         self.namespaces = prefixes[choice].namespaces[:pages]
         self.page_bytes = prefixes[choice].page_bytes[:pages]
+        self.last_block_bytes: int | None = None
+        """Of the block that was asked for last, if no other comes after it."""
+        self._overlap_s = overlap_s
         self._restart: int | None = None
 
     @property
@@ -49,6 +53,7 @@ class Course:
             self.namespaces[first:end] = prefix.namespaces[first:end]
             self.page_bytes[first:end] = prefix.page_bytes[first:end]
         self._restart = first
+        self.last_block_bytes = None
 
     def take_restart(self) -> int | None:
         """The page to go on with after a switch, once; None where there was none."""
@@ -69,4 +74,8 @@ class Course:
             end += 1
         mean_bytes = sum(self.page_bytes[first:end]) / (end - first)
         block = block_pages(bytes_per_s, mean_bytes, self.pages, segment_pages, round_trip_s)
-        return next_block(end - first, block)
+        overlap_bytes = self._overlap_s * bytes_per_s if bytes_per_s is not None else 0.0
+        pages = next_block(end - first, block, overlap_bytes / max(1.0, mean_bytes))
+        is_last = first + pages == self.pages
+        self.last_block_bytes = sum(self.page_bytes[first:]) if is_last else None
+        return pages

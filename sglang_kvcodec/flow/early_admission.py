@@ -21,15 +21,16 @@ STALL_S = 0.002
 """A stall of this share of restore and forward pass, or of so many seconds, is nil."""
 
 
-def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge) -> bool:
+def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge, last_block_bytes: float | None = None) -> bool:
     """Whether what is missing will land before its restore gets to it, if the restore begins now.
 
     Args:
         prefix: the pages that are being fetched.
         missing_bytes: of them.
         known: what was measured; without a rate of each kind nothing is in time.
+        last_block_bytes: of the block under way, if that is the last one; None if it is not.
     """
-    rest = predict_rest(prefix, missing_bytes, known, LANDING_MARGIN)
+    rest = predict_rest(prefix, missing_bytes, known, LANDING_MARGIN, last_block_bytes)
     return rest is not None and rest.stall_s <= max(STALL_S, STALL_SHARE * rest.after_s)
 
 
@@ -57,8 +58,10 @@ class EarlyAdmission:
         self._next_s = now_s + PERIOD_S
         return True
 
-    def is_due(self, received_bytes: int, known: Knowledge, now_s: float) -> bool:
-        """Whether the request is to be admitted, with so much received."""
+    def is_due(
+        self, received_bytes: int, known: Knowledge, now_s: float, last_block_bytes: float | None = None
+    ) -> bool:
+        """Whether the request is to be admitted, with so much received; the last argument as of :func:`is_in_time`."""
         if self._first is None or known.bytes_per_s is None:
             return False
         first_s, first_bytes = self._first
@@ -66,4 +69,4 @@ class EarlyAdmission:
         seen_bytes_per_s = (received_bytes - first_bytes) / max(1e-9, now_s - first_s)
         missing_bytes = max(0, self._total_bytes - received_bytes)
         seen = dataclasses.replace(known, bytes_per_s=min(known.bytes_per_s, seen_bytes_per_s), others_bytes=())
-        return is_in_time(self._prefix, missing_bytes, seen) and is_in_time(self._prefix, missing_bytes, known)
+        return all(is_in_time(self._prefix, missing_bytes, each, last_block_bytes) for each in (seen, known))

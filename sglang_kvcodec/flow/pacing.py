@@ -42,6 +42,7 @@ class Stage:
         whole_pages: the unbroken prefix of them that is complete.
         is_promised: the request has been admitted, and all are needed: without the rest it is computed from its start.
         fewest_bytes: that would be left if it went on with another tier; None where there is none.
+        last_block_bytes: of the block under way, if that is the last one; None if it is not.
     """
 
     phase: str
@@ -51,6 +52,7 @@ class Stage:
     whole_pages: int = 0
     is_promised: bool = False
     fewest_bytes: int | None = None
+    last_block_bytes: int | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -79,7 +81,7 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
         return None
     after_s = predict(prefix, known).after_s
     missing = stage.missing_bytes if stage.fewest_bytes is None else min(stage.missing_bytes, stage.fewest_bytes)
-    rest = predict_rest(prefix, missing, known) if known.overlaps else None
+    rest = predict_rest(prefix, missing, known, 0.0, stage.last_block_bytes) if known.overlaps else None
     if rest is not None:
         keep_s = rest.first_token_s
     else:
@@ -107,6 +109,7 @@ class Flight:
         self._whole_pages = 0
         self._is_promised = False
         self._fewest_bytes: int | None = None
+        self._last_block_bytes: int | None = None
         self.profile_name = ""
         """Of the tier that is fetched; empty where there is one only."""
         self._give_up = give_up
@@ -127,6 +130,7 @@ class Flight:
             whole_pages=self._whole_pages,
             is_promised=self._is_promised,
             fewest_bytes=self._fewest_bytes,
+            last_block_bytes=self._last_block_bytes,
         )
 
     @property
@@ -146,11 +150,12 @@ class Flight:
         """The next phase begins, with another prefix if one is given."""
         self._stage = Stage(phase, now_s, prefix or self._stage.prefix)
 
-    def progress(self, received_bytes: int, whole_pages: int) -> None:
-        """So much has arrived, of all."""
+    def progress(self, received_bytes: int, whole_pages: int, last_block_bytes: int | None = None) -> None:
+        """So much has arrived, of all; the last argument as of :class:`Stage`."""
         if self._fewest_bytes is not None:
             self._fewest_bytes = max(0, self._fewest_bytes - max(0, received_bytes - self._received_bytes))
         self._received_bytes, self._whole_pages = received_bytes, whole_pages
+        self._last_block_bytes = last_block_bytes
 
     def could_be(self, fewest_bytes: int) -> None:
         """So much would be left with the smallest tier."""

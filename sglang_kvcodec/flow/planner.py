@@ -66,8 +66,8 @@ MIN_BLOCK_S = 0.05
 ROUND_TRIPS_OF_A_BLOCK = 20
 """But each block costs a round trip, so it takes as long as these at least."""
 LAST_BLOCKS = 2.5
-"""So many blocks at most are fetched as one in the end: what comes layer group by layer group can be computed with
-before all of it is there."""
+"""So many blocks at most are fetched as one in the end, or as many as come while what is there is restored and computed
+with: what comes layer group by layer group can be computed with before all of it is there."""
 FIRST_BLOCK_BYTES = 4 << 20
 """Of a block, while the link's bandwidth is not known."""
 BLIND_S = 2.0
@@ -142,6 +142,8 @@ class FetchPlan:
         tier: profile of the pages, once that is known.
         first_page: the first that is fetched; those before are computed meanwhile (``flow/meeting.py``).
         pass_tokens: of a pass that computes them; 0 for any.
+        overlap_s: how long restore and forward pass take, so that the end of the fetch can come meanwhile; 0 where that
+            is not known, or the request waits for all of it.
     """
 
     pages: int
@@ -153,6 +155,7 @@ class FetchPlan:
     tier: str = ""
     first_page: int = 0
     pass_tokens: int = 0
+    overlap_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,11 +200,11 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         queued_s = np.maximum(known.round_trip_s, restore.queued_s)
         at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
         segment_bytes = coded_bytes * np.minimum(1.0, restore.segment_pages / np.maximum(1, pages))
-        blocks, last_share = _blocks(pages, prefix, known, restore.segment_pages)
+        blocks, last_share = _blocks(pages, prefix, known, restore.segment_pages, after_s)
         # Each is asked for when the one before it has come.
         fetch_s += known.round_trip_s * (blocks - 1)
-        last_block_s = fetch_s * last_share
-        landed_s = _landed_s(fetch_s, last_block_s, segment_bytes, forward_s, restore)
+        first_group_s = fetch_s * (1 - last_share * (1 - 1 / groups))
+        landed_s = _landed_s(fetch_s, first_group_s, segment_bytes, forward_s, restore)
         ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(landed_s, at_once_s)), ttft_s)
     return Prediction(fetch_s, restore_s, forward_s, after_s, ttft_s)
 
@@ -234,31 +237,40 @@ def block_pages(
     return 1 << max(0, round(math.log2(max(1, block))))
 
 
-def next_block(left_pages: int, block: int) -> int:
-    """Pages of the next block, or of the last one."""
-    return left_pages if left_pages <= LAST_BLOCKS * block else block
+def next_block(left_pages: int, block: int, overlap_pages: float = 0.0) -> int:
+    """Pages of the next block, or of the last one.
+
+    Args:
+        left_pages: to be fetched.
+        block: :func:`block_pages`.
+        overlap_pages: that come while restore and forward pass are under way.
+    """
+    return left_pages if left_pages <= max(LAST_BLOCKS * block, overlap_pages) else block
 
 
-def _blocks(pages: Ints, prefix: Prefix, known: Knowledge, segment_pages: int) -> tuple[Ints, Floats]:
-    """How many blocks each number of pages is fetched in, and the share of the pages in the last of them."""
+def _blocks(pages: Ints, prefix: Prefix, known: Knowledge, segment_pages: int, after_s: Floats) -> tuple[Ints, Floats]:
+    """How many blocks each number of pages is fetched in, and the share of the pages in the last of them.
+
+    ``after_s`` is how long restore and forward pass take with each of these numbers.
+    """
     assert known.bytes_per_s is not None
     page_bytes = sum(prefix.page_bytes) / max(1, len(prefix.page_bytes))
     block = np.array(
         [block_pages(known.bytes_per_s, page_bytes, count, segment_pages, known.round_trip_s) for count in pages]
     )
-    before = np.maximum(0, np.ceil(pages / block - LAST_BLOCKS)).astype(np.int64)
+    last = np.maximum(LAST_BLOCKS * block, after_s * known.bytes_per_s / max(1.0, page_bytes))
+    before = np.maximum(0, np.ceil((pages - last) / block)).astype(np.int64)
     share: Floats = (pages - block * before) / np.maximum(1, pages)
     return before + 1, share
 
 
 def _landed_s(
-    fetch_s: Floats, last_block_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel
+    fetch_s: Floats, first_group_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel
 ) -> Floats:
     """First token, as far as it hangs on when bytes land: the last one, and the first layer group of the last block."""
     groups = restore.layer_groups
     last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
     segment_s = (restore.parts * restore.part_s + segment_bytes * restore.byte_s) / restore.threads
-    first_group_s = np.maximum(0.0, fetch_s - last_block_s * (1 - 1 / groups))
     after_first_s = np.maximum(segment_s + forward_s / groups, segment_s / groups + forward_s)
     landed_s: Floats = np.maximum(fetch_s + last_part_s + forward_s / groups, first_group_s + after_first_s)
     return landed_s
@@ -289,7 +301,13 @@ class Rest:
         return max(0.0, self.landed_s - self.after_s)
 
 
-def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin: float = 0.0) -> Rest | None:
+def predict_rest(
+    prefix: Prefix,
+    missing_bytes: float,
+    known: Knowledge,
+    margin: float = 0.0,
+    last_block_bytes: float | None = None,
+) -> Rest | None:
     """What is left of a fetch of all pages of ``prefix``; None where too little is known.
 
     Args:
@@ -297,6 +315,7 @@ def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin:
         missing_bytes: of them.
         known: what was measured.
         margin: share by which the link may be slower.
+        last_block_bytes: of the block under way, if that is the last one; None if it is not.
     """
     restore, prefill, bytes_per_s = known.restore, known.prefill, known.bytes_per_s
     if restore is None or prefill is None or bytes_per_s is None or not prefix.page_bytes:
@@ -304,17 +323,23 @@ def predict_rest(prefix: Prefix, missing_bytes: float, known: Knowledge, margin:
     pages, coded_bytes = len(prefix.page_bytes), sum(prefix.page_bytes)
     shared_bytes = missing_bytes + sum(min(missing_bytes, other) for other in known.others_bytes)
     landing_s = shared_bytes / max(bytes_per_s, 1e-9) * (1 + margin)
-    blocks, share = _blocks(np.array([pages]), prefix, known, restore.segment_pages)
-    landing_s += known.round_trip_s * int((blocks[0] - 1) * missing_bytes / coded_bytes)
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     forward_s = float(_forward_s(prefix, prefill, np.array([pages]))[0])
     groups = restore.layer_groups
-    segment_bytes = np.array([coded_bytes * min(1.0, restore.segment_pages / pages)])
-    last_block_s = share * coded_bytes / max(bytes_per_s, 1e-9)
-    landed_s = _landed_s(np.array([landing_s]), last_block_s, segment_bytes, np.array([forward_s]), restore)[0]
     after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
     if missing_bytes <= 0:
-        landed_s = 0.0
+        return Rest(landing_s, 0.0, after_s)
+    if last_block_bytes is None:
+        blocks, share = _blocks(np.array([pages]), prefix, known, restore.segment_pages, np.array([after_s]))
+        landing_s += known.round_trip_s * int((blocks[0] - 1) * missing_bytes / coded_bytes)
+        last_block_bytes = float(share[0]) * coded_bytes
+    # As much of the last block comes after its first layer group.
+    later_bytes = min(missing_bytes, last_block_bytes * (1 - 1 / groups))
+    first_group_s = landing_s * (1 - later_bytes / missing_bytes)
+    segment_bytes = np.array([coded_bytes * min(1.0, restore.segment_pages / pages)])
+    landed_s = _landed_s(
+        np.array([landing_s]), np.array([first_group_s]), segment_bytes, np.array([forward_s]), restore
+    )[0]
     return Rest(landing_s, float(landed_s), after_s)
 
 
@@ -401,7 +426,11 @@ def plan_fetch(
         reason = CUT_TO_HOST_MEMORY if pages == most else PART
     against = "prefill not known" if prefill_s is None else f"prefill {prefill_s:.3g} s"
     words = f"{_figures(prediction, pages)}, {against}"
-    return FetchPlan(pages, reason, words, None if prefill_s is None else best_s, prefill_s, fetch_s)
+    overlaps = known.overlaps and known.restore is not None and prefill_s is not None
+    overlap_s = float(prediction.after_s[pages]) if overlaps else 0.0
+    return FetchPlan(
+        pages, reason, words, None if prefill_s is None else best_s, prefill_s, fetch_s, overlap_s=overlap_s
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ class PrefixFetcher:
         self._tracer.span(ticket.rid, "fetch queue", planned.at_s, now_s)
         outcome = planned.plan.reason
         wanted = ticket.page_hashes[: planned.plan.pages]
-        course = Course(planned.prefixes, planned.choice, len(wanted))
+        course = Course(planned.prefixes, planned.choice, len(wanted), planned.plan.overlap_s)
         receiver = self._arrivals.receiver_along(course, wanted)
         switcher = Switcher(
             functools.partial(self._pacer.knowledge, flight),
@@ -111,8 +111,8 @@ class PrefixFetcher:
                 if ticket.is_promised and receiver.failure:
                     # It is computed from its start, so the rest is of no use.
                     break
-                flight.progress(receiver.received_bytes, receiver.whole_pages)
-                self._promise_if_due(planned, receiver, switcher.admission)
+                flight.progress(receiver.received_bytes, receiver.whole_pages, course.last_block_bytes)
+                self._promise_if_due(planned, receiver, switcher.admission, course.last_block_bytes)
                 switcher.within_block()
         except PeerError as error:
             # What had arrived whole is still good.
@@ -127,7 +127,9 @@ class PrefixFetcher:
             return OVERTAKEN
         return receiver.failure or ("cancelled" if ticket.is_cancelled else outcome)
 
-    def _promise_if_due(self, planned: PlannedFetch, receiver: Receiver, admission: EarlyAdmission) -> None:
+    def _promise_if_due(
+        self, planned: PlannedFetch, receiver: Receiver, admission: EarlyAdmission, last_block_bytes: int | None
+    ) -> None:
         """Lets the request be admitted as soon as what is missing will be in time."""
         ticket, flight = planned.ticket, planned.flight
         if not self._admits_early or ticket.is_promised or receiver.failure:
@@ -135,7 +137,7 @@ class PrefixFetcher:
         received_bytes, now_s = receiver.received_bytes, time.monotonic()
         if not admission.is_worth_asking(received_bytes, now_s):
             return
-        is_due = admission.is_due(received_bytes, self._pacer.knowledge(flight), now_s)
+        is_due = admission.is_due(received_bytes, self._pacer.knowledge(flight), now_s, last_block_bytes)
         if is_due and ticket.promise(receiver.promise()):
             flight.promised()
             metrics.EARLY_ADMISSIONS.inc()

@@ -5,11 +5,12 @@ Such pages stay in host memory, as far as that has room.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.publish_peer import PublishPeer
@@ -80,10 +81,6 @@ class SendLoop:
                 self._send(batch)
                 if isinstance(end, _PeerIsBack) and end.is_news:
                     self._send_what_was_kept()
-            except Exception:
-                # A thread's top: publishing goes on with the next pages.
-                logger.exception("kvcodec: pages could not be stored")
-                count_dropped(len(batch), "send_failed")
             finally:
                 self._pages.release(sum(page.held_bytes for page in batch))
                 # Their room is given back: nor are they kept until the next ones come.
@@ -104,30 +101,36 @@ class SendLoop:
         """Stores what the peer has not been given while it was away, if it is still in host memory."""
         while len(self._write_back) and self._peer.is_up and not self._closed.is_set():
             for namespace_digest, hashes in self._write_back.take(PUT_BATCH_PAGES).items():
-                present = self._peer.present(namespace_digest, hashes)
-                batch = []
-                for page_hash, is_present in zip(hashes, present, strict=True):
-                    coded = None if is_present else self._recall(namespace_digest, page_hash)
-                    if coded is not None:
-                        batch.append(CodedPage(namespace_digest, page_hash, coded, held_bytes=0, is_best=True))
-                lost = len(hashes) - len(batch) - sum(present)
-                count_dropped(lost, "peer_down")
-                metrics.WRITE_BACK_PAGES.labels(outcome="lost").inc(lost)
-                metrics.WRITE_BACK_PAGES.labels(outcome="sent").inc(len(batch))
-                self._send(batch)
+                with _counting(len(hashes)):
+                    self._send(self._recalled(namespace_digest, hashes))
+
+    def _recalled(self, namespace_digest: bytes, hashes: list[bytes]) -> list[CodedPage]:
+        """Those that the peer does not have and host memory has."""
+        present = self._peer.present(namespace_digest, hashes)
+        pages = []
+        for page_hash, is_present in zip(hashes, present, strict=True):
+            coded = None if is_present else self._recall(namespace_digest, page_hash)
+            if coded is not None:
+                pages.append(CodedPage(namespace_digest, page_hash, coded, held_bytes=0, is_best=True))
+        lost = len(hashes) - len(pages) - sum(present)
+        count_dropped(lost, "peer_down")
+        metrics.WRITE_BACK_PAGES.labels(outcome="lost").inc(lost)
+        metrics.WRITE_BACK_PAGES.labels(outcome="sent").inc(len(pages))
+        return pages
 
     def _send(self, batch: Sequence[CodedPage]) -> None:
         by_namespace: dict[bytes, list[CodedPage]] = {}
         for page in batch:
             by_namespace.setdefault(page.namespace_digest, []).append(page)
         for namespace_digest, pages in by_namespace.items():
-            failure = self._peer.put(namespace_digest, pages)
-            if failure is None:
-                continue
-            if failure.is_away:
-                self._keep(namespace_digest, pages, failure.reason)
-            else:
-                count_dropped(len(pages), failure.reason)
+            with _counting(len(pages)):
+                failure = self._peer.put(namespace_digest, pages)
+                if failure is None:
+                    continue
+                if failure.is_away:
+                    self._keep(namespace_digest, pages, failure.reason)
+                else:
+                    count_dropped(len(pages), failure.reason)
 
     def _keep(self, namespace_digest: bytes, pages: Sequence[CodedPage], reason: str) -> None:
         """Of pages that could not be stored, keeps what host memory has, and drops the rest."""
@@ -136,3 +139,13 @@ class SendLoop:
         if self._peer.is_up:
             # It was away for a moment only: nobody will say that it has come back.
             self.peer_is_back()
+
+
+@contextlib.contextmanager
+def _counting(pages: int) -> Iterator[None]:
+    """What nobody expected loses so many pages; publishing goes on with the next ones."""
+    try:
+        yield
+    except Exception:
+        logger.exception("kvcodec: pages could not be stored")
+        count_dropped(pages, "send_failed")

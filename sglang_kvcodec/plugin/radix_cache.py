@@ -7,7 +7,6 @@ request's own under the running forward pass, and offers new nodes for publishin
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from array import array
@@ -29,11 +28,12 @@ from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
 from sglang_kvcodec.plugin.held_back import HeldBack
+from sglang_kvcodec.plugin.held_requests import HeldRequests
 from sglang_kvcodec.plugin.identity import build_namespace
 from sglang_kvcodec.plugin.layer_kinds import check_built_kinds
 from sglang_kvcodec.plugin.linker import KVCodecLinker
 from sglang_kvcodec.plugin.passes import PassObserver
-from sglang_kvcodec.plugin.pipeline import NOT_YET, Fetch, PipelineAgreement, UnjudgedLoads
+from sglang_kvcodec.plugin.pipeline import PipelineAgreement, UnjudgedLoads
 from sglang_kvcodec.plugin.placed_linker import PlacedLinkerWrapper
 from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
@@ -50,54 +50,22 @@ REST_S = 0.002
 """Longest rest of an otherwise idle scheduler that only waits for fetches; the fetch threads need the interpreter."""
 
 
-@dataclasses.dataclass
-class _Held:
-    """A request that waits for its pages.
-
-    Attributes:
-        ticket: the fetch.
-        start_page: index in the prompt of the first page asked for.
-        hashes: of those pages.
-        number: of the request, the same at all stages of a pipeline.
-        kept: the first of those pages, as far as they are in host memory; the fetch is of the others. In a pipeline
-            only: elsewhere SGLang asks for them when it looks a prompt up.
-        agreed_pages: how many of them every rank has; None until all ranks are done.
-    """
-
-    ticket: FetchTicket
-    start_page: int
-    hashes: tuple[bytes, ...]
-    number: int
-    kept: tuple[PageObject, ...] = ()
-    agreed_pages: int | None = None
-
-    @property
-    def pages(self) -> list[PageObject]:
-        """Those that are here or on their way."""
-        return [*self.kept, *self.ticket.pages]
-
-
 class KVCodecRadixCache(UnifiedRadixCache):
     """One rank's cache. All methods run on the scheduler's thread."""
 
-    _held: dict[Any, _Held]
-    _waiting_rids: set[str]
-    """Of those of them whose pages were not agreed on."""
+    _held: HeldRequests
     _runtime: Runtime | None = None
     _tails: TailBook | None = None
     _pipeline: PipelineAgreement | None = None
     """With the other stages of a pipeline; None without."""
     _unjudged: UnjudgedLoads | None = None
-    _held_number = 0
-    _news_count = 0
     _settled_offloads = 0
     scheduler: Any = None
     """The scheduler that owns this cache; set when it is built."""
 
     def __init__(self, params: Any) -> None:
         # Before super(): it calls reset().
-        self._held = {}
-        self._waiting_rids = set()
+        self._held = HeldRequests()
         self.retries = RetryBook()
         self.scheduler_time = SchedulerTime()
         self._held_back = HeldBack(lambda req: touch_waiting_prefix(req, self), self.scheduler_time)
@@ -219,11 +187,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             ticket = FetchTicket((), tokens_before, prompt_tokens, request.rid)
             ticket.settle(())
             ticket.finish()
-        self._held[request] = _Held(ticket, start_page, wanted, self._held_number, kept)
-        self._held_number += 1
-        self._waiting_rids.add(request.rid)
-        # It may have come to its end before this knows of it.
-        self._news_count = -1
+        self._held.hold(request, ticket, start_page, wanted, kept)
         self._passes.expect(request.rid, ticket)
 
     def _may_compute(self) -> bool:
@@ -263,7 +227,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     def look_past_held(self, look: Callable[[], Any]) -> Any:
         """SGLang looks for a batch; those that can't be in it are not in its queue meanwhile."""
-        return self._held_back.around(self.scheduler, self._waiting_rids, look) if self._waiting_rids else look()
+        waiting = self._held.waiting_rids
+        return self._held_back.around(self.scheduler, waiting, look) if waiting else look()
 
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
@@ -272,8 +237,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self._agree_in_pipeline(self._pipeline)
             return
         super().check_hicache_events()
-        if self._held and (self._has_other_ranks or self._has_news()):
-            self._agree_on_fetches()
+        assert self._runtime is not None
+        if self._held and (self._has_other_ranks or self._held.has_news(self._runtime.news)):
+            self._agree_with_ranks()
         if self._tails is not None:
             self._tails.reap()
 
@@ -283,75 +249,28 @@ class KVCodecRadixCache(UnifiedRadixCache):
         sizes = [torch.distributed.get_world_size(group=group) for group in groups if group is not None]
         return max([self.tp_world_size, *sizes]) > 1
 
-    def _has_news(self) -> bool:
-        """Whether any fetch has come to its end since this was last asked; many may wait, for many passes."""
-        assert self._runtime is not None
-        count = self._runtime.news.count
-        is_new, self._news_count = count != self._news_count, count
-        return is_new
+    @timed
+    def _agree_with_ranks(self) -> None:
+        assert self._tails is not None
+        self._held.agree(self.smallest_of_ranks, self._tails)
 
     def _agree_in_pipeline(self, pipeline: PipelineAgreement) -> None:
-        waiting = [(request, held) for request, held in self._held.items() if held.agreed_pages is None]
-        if not waiting and not self.linker.pending_offloads:
+        if not self._held.waiting_rids and not self.linker.pending_offloads:
             return
-        fetches = []
-        for _, held in waiting:
-            ticket, kept = held.ticket, len(held.kept)
-            pages = kept + len(ticket.pages) if ticket.is_ready else NOT_YET
-            fetches.append(Fetch(held.number, pages, kept + ticket.most_pages))
-        agreed, successes = pipeline.agree(fetches, self._settled_offloads, self._linker.completed_offloads())
-        for (request, held), pages in zip(waiting, agreed, strict=True):
-            if pages == NOT_YET:
-                continue
-            self._settle(request, held, pages)
-            if not held.ticket.is_ready:
-                held.ticket.cancel()
+        offloads = self._linker.completed_offloads()
+        successes = self._held.agree_in_pipeline(pipeline, self._settled_offloads, offloads)
         self.linker.take_completed_offloads(len(successes))
         self.linker.commit_completed_offloads(successes)
         self._settled_offloads += len(successes)
 
-    @timed
-    def _agree_on_fetches(self) -> None:
-        assert self._tails is not None
-        waiting = [(request, held) for request, held in self._held.items() if held.agreed_pages is None]
-        if not waiting:
-            return
-        # All ranks hold the same requests in the same order, so the rows match. Each rank plans for itself.
-        have = torch.tensor([self._have(held.ticket) for _, held in waiting], dtype=torch.int64)
-        self._all_reduce_attn_groups(have, torch.distributed.ReduceOp.MIN)
-        for (request, held), (pages, most_pages, *offer) in zip(waiting, have.tolist(), strict=True):
-            if pages >= 0:
-                self._settle(request, held, pages)
-                self._tails.agreed(request.rid, held.ticket, held.start_page, offer)
-            elif most_pages == 0:
-                # A rank will have none, so the others need not wait for theirs.
-                self._settle(request, held, 0)
-                held.ticket.cancel()
-
-    def _settle(self, request: Any, held: _Held, pages: int) -> None:
-        held.agreed_pages = pages
-        self._waiting_rids.discard(request.rid)
-
-    @staticmethod
-    def _have(ticket: FetchTicket) -> list[int]:
-        """What this rank can say of a fetch; of each number the smallest of all ranks counts."""
-        pages = len(ticket.pages) if ticket.is_ready else -1
-        return [pages, ticket.most_pages, *TailBook.offer(ticket)]
-
     def rest_while_held(self) -> None:
         """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
-        if self._runtime is None or not any(held.agreed_pages is None for held in self._held.values()):
-            return
-        self._runtime.news.wait(REST_S)
+        if self._runtime is not None and self._held.waiting_rids:
+            self._runtime.news.wait(REST_S)
 
     def _pages_of(self, rid: str) -> dict[bytes, PageObject] | None:
         """Pages fetched for a request that waits; None for a request that must be computed."""
-        if rid not in self.retries:
-            return None
-        for request, held in self._held.items():
-            if request.rid == rid and held.agreed_pages:
-                return dict(zip(held.hashes, held.pages[: held.agreed_pages], strict=False))
-        return {}
+        return self._held.pages_of(rid) if rid in self.retries else None
 
     def finish_storage_prefetch_admission(self, request: Any, fulfilled_tokens: int, reason: str | None) -> None:
         """The request is in a batch."""
@@ -368,9 +287,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._passes.forget(request.rid)
 
     def _release(self, request: Any, tell: Callable[[FetchTicket], None]) -> None:
-        held = self._held.pop(request, None)
+        held = self._held.let_go(request)
         if held is not None:
-            self._waiting_rids.discard(request.rid)
             tell(held.ticket)
             if self._runtime is not None:
                 self._runtime.tracer.span(request.rid, "held", held.ticket.start_s, time.monotonic())
@@ -488,10 +406,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         """Empties the tree; the peer and the host cache keep their pages."""
-        for held in self._held.values():
-            held.ticket.cancel()
         self._held.clear()
-        self._waiting_rids.clear()
         if self._tails is not None:
             self._tails.reset()
         if self.linker is not None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.early_admission import (
     LANDING_MARGIN,
     PERIOD_S,
@@ -31,6 +32,7 @@ from sglang_kvcodec.flow.planner import (
 )
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
+from sglang_kvcodec.flow.stored_prefix import Run, StoredPrefix
 
 PREFILL = PrefillModel(0.01, 1e-4, 0.0)
 RESTORE = RestoreModel(0.0, 1e-7, 20, 32, 2, 10)
@@ -111,20 +113,21 @@ def test_a_block_is_a_share_of_the_fetch_between_bounds():
     assert block_s(0.6, 0.2) == BLOCK_S
 
 
-def first_token_s(prefix, missing_bytes, known, landed=False):
+def first_token_s(prefix, missing_bytes, known, landed=False, at_once=False):
     """Simulated time to the first token of a request that is admitted now; ``landed``: as if nothing were missing.
 
-    Blocks land one after another, each layer group by layer group. A part of a segment can be
-    restored when the layer group of all its pages has landed, each by one thread. The forward pass waits for each layer
-    group.
+    Blocks land one after another, each layer group by layer group; ``at_once``: all pages are one, whatever the rules
+    say. A part of a segment can be restored when the layer group of all its pages has landed, each by one thread. The
+    forward pass waits for each layer group.
     """
     restore, groups = known.restore, known.restore.layer_groups
     pages, total = len(prefix.page_bytes), sum(prefix.page_bytes)
     each = block_pages(known.bytes_per_s, total / pages, pages, restore.segment_pages, known.round_trip_s)
+    overlap_pages = predict_rest(prefix, 0, known).after_s * known.bytes_per_s / (total / pages)
     lands_s = {}
     position, first = 0.0, 0
     while first < pages:
-        block = range(first, first + next_block(pages - first, each))
+        block = range(first, pages if at_once else first + next_block(pages - first, each, overlap_pages))
         for group in range(groups):
             for page in block:
                 position += prefix.page_bytes[page] / groups
@@ -166,22 +169,24 @@ def first_token_s(prefix, missing_bytes, known, landed=False):
     threads=st.integers(1, 8),
     rest=st.integers(1, 3000),
     queued_s=st.floats(0, 0.5),
+    at_once=st.booleans(),
 )
 def test_who_is_admitted_early_waits_no_longer_than_for_the_decoders(
-    pages, page_bytes, missing, link, part_s, byte_s, threads, rest, queued_s
+    pages, page_bytes, missing, link, part_s, byte_s, threads, rest, queued_s, at_once
 ):
     prefix = Prefix([page_bytes] * pages, 64, 0, pages * 64 + rest)
     restore = RestoreModel(part_s, byte_s, 20, 32, threads, 10, queued_s)
     state = known(link, restore=restore, round_trip_s=0.0)
     missing_bytes = missing * pages * page_bytes
-    if not is_in_time(prefix, missing_bytes, state):
+    last_block_bytes = pages * page_bytes if at_once else None
+    if not is_in_time(prefix, missing_bytes, state, last_block_bytes):
         return
-    at_once_s = first_token_s(prefix, missing_bytes, state, landed=True)
-    early_s = first_token_s(prefix, missing_bytes, state)
+    landed_s = first_token_s(prefix, missing_bytes, state, landed=True)
+    early_s = first_token_s(prefix, missing_bytes, state, at_once=at_once)
     # Threads that have nothing yet, at the begin, and the uneven last parts are what the prediction leaves out.
     part = part_s + min(pages, 32) * page_bytes / 20 * byte_s
     after_s = predict_rest(prefix, missing_bytes, state).after_s
-    assert early_s <= max(at_once_s, after_s) * (1 + STALL_SHARE) + STALL_S + 3 * part
+    assert early_s <= max(landed_s, after_s) * (1 + STALL_SHARE) + STALL_S + 3 * part
 
 
 @given(missing=st.floats(0, 1), link=st.floats(1e5, 1e9))
@@ -190,6 +195,45 @@ def test_less_to_come_is_never_worse(missing, link):
     if is_in_time(PREFIX, missing * total, known(link)):
         assert is_in_time(PREFIX, missing * total / 2, known(link))
         assert is_in_time(PREFIX, missing * total, known(2 * link))
+
+
+def test_what_is_fetched_in_one_block_is_in_time_as_soon_as_its_first_layers_are_there():
+    # 0.32 s of restoring, and as long for the link: blocks of 0.05 s would not do.
+    state = known(20e6 * (1 + LANDING_MARGIN))
+    nine_tenths = 5_760_000
+    assert is_in_time(PREFIX, nine_tenths, state, 6_400_000)
+    assert not is_in_time(PREFIX, nine_tenths, state, 1_000_000)
+    assert not is_in_time(PREFIX, 6_400_000, state, 6_400_000)
+    admission = EarlyAdmission(PREFIX)
+    assert not admission.is_worth_asking(0, 5.0)
+    assert admission.is_due(640_000, state, 5.0 + 640_000 / 23e6, 6_400_000)
+
+
+def test_the_last_block_is_what_comes_while_the_rest_is_computed():
+    assert [next_block(left, 4) for left in (4, 10, 11, 40)] == [4, 10, 4, 4]
+    assert [next_block(left, 4, 20.5) for left in (4, 20, 21, 40)] == [4, 20, 4, 4]
+    assert next_block(10, 4, 2.0) == 10
+
+
+@pytest.mark.parametrize("changes", [{"overlaps": False}, {"restore": None}, {"prefill": None}])
+def test_nothing_is_said_to_overlap_that_does_not_or_is_not_known(changes):
+    bounds = Bounds(1, 1 << 60)
+    assert plan_fetch(PREFIX, known(), bounds, always=True).overlap_s == pytest.approx(0.32, rel=0.1)
+    assert plan_fetch(PREFIX, dataclasses.replace(known(), **changes), bounds, always=True).overlap_s == 0.0
+
+
+def test_a_course_ends_in_a_block_that_overlaps():
+    stored = StoredPrefix("exact", (Run(b"n" * 32, 0, 40, 40_000),))
+    course = Course([stored], 0, 40, overlap_s=0.7)
+    blocks, first = [], 0
+    while first < 40:
+        # 40 pages a second: blocks of eight pages, and 28 come while the rest is computed.
+        blocks.append((course.block(first, 40_000.0, 32, 0.0), course.last_block_bytes))
+        first += blocks[-1][0]
+    assert blocks == [(8, None)] * 2 + [(24, 24_000)]
+    course.switch(0, 30)
+    assert course.last_block_bytes is None
+    assert Course([stored], 0, 40, overlap_s=0.5).block(0, None, 32, 0.0) == 40
 
 
 def test_the_margin_is_kept():
