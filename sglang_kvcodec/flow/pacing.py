@@ -83,7 +83,8 @@ def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
     missing = stage.missing_bytes if stage.fewest_bytes is None else min(stage.missing_bytes, stage.fewest_bytes)
     rest = predict_rest(prefix, missing, known, 0.0, stage.last_block_bytes) if known.overlaps else None
     if rest is not None:
-        keep_s = rest.first_token_s
+        # Of a request in a batch restore and forward pass are under way: only what is missing can make it late.
+        keep_s = rest.landed_s if stage.is_promised else rest.first_token_s
     else:
         shared = missing + sum(min(missing, other) for other in known.others_bytes)
         keep_s = shared / max(known.bytes_per_s, 1e-9) + float(after_s[-1])

@@ -272,8 +272,9 @@ def _landed_s(
     last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
     segment_s = (restore.parts * restore.part_s + segment_bytes * restore.byte_s) / restore.threads
     after_first_s = np.maximum(segment_s + forward_s / groups, segment_s / groups + forward_s)
-    landed_s: Floats = np.maximum(fetch_s + last_part_s + forward_s / groups, first_group_s + after_first_s)
-    return landed_s
+    after_last_s: Floats = fetch_s + last_part_s + forward_s / groups
+    # A layer group that is there already keeps nobody waiting.
+    return np.where(first_group_s > 0, np.maximum(after_last_s, first_group_s + after_first_s), after_last_s)
 
 
 @dataclasses.dataclass(frozen=True)

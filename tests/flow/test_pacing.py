@@ -151,3 +151,16 @@ def test_what_is_queued_of_an_admitted_request_is_its_own():
     stage = dataclasses.replace(progress(20_000, 20), is_promised=True)
     facts = known(1e9, restore=dataclasses.replace(restore, queued_s=0.6))
     assert patience_s(stage, facts, 0.0) is None
+
+
+def test_who_is_in_a_batch_is_given_up_for_what_is_missing_only():
+    # Decoding takes 1.4 s and computing 1.01: it should not have been fetched, but most of it is restored by now.
+    state = known(1e6, restore=RestoreModel(0.0, 7e-5, 20, 32, 1, 10), overlaps=True)
+    stage = dataclasses.replace(progress(15_000, 15), last_block_bytes=20_000)
+    promised = dataclasses.replace(stage, is_promised=True)
+    assert patience_s(stage, state, 0.0) is not None
+    assert patience_s(promised, state, 0.0) is None
+    assert patience_s(promised, dataclasses.replace(state, bytes_per_s=4_000), 0.0) is not None
+    # The first layers of these are not there yet.
+    begun = dataclasses.replace(promised, received_bytes=1_000)
+    assert patience_s(begun, state, 0.0) is not None
