@@ -68,6 +68,10 @@ ROUND_TRIPS_OF_A_BLOCK = 20
 LAST_BLOCKS = 2.5
 """So many blocks at most are fetched as one in the end, or as many as come while what is there is restored and computed
 with: what comes layer group by layer group can be computed with before all of it is there."""
+LATE_SHARE = 0.2
+"""Where the link fails in the middle of that one, the first token may come so much later than if all were computed."""
+NOTICE_S = 0.3
+"""So long it takes to notice, and to go on with computing."""
 FIRST_BLOCK_BYTES = 4 << 20
 """Of a block, while the link's bandwidth is not known."""
 BLIND_S = 2.0
@@ -142,8 +146,8 @@ class FetchPlan:
         tier: profile of the pages, once that is known.
         first_page: the first that is fetched; those before are computed meanwhile (``flow/meeting.py``).
         pass_tokens: of a pass that computes them; 0 for any.
-        overlap_s: how long restore and forward pass take, so that the end of the fetch can come meanwhile; 0 where that
-            is not known, or the request waits for all of it.
+        overlap_s: how long the end of the fetch may take that comes while the request is restored and computed; 0 where
+            nothing is known of that, or the request waits for all of it.
     """
 
     pages: int
@@ -200,7 +204,8 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         queued_s = np.maximum(known.round_trip_s, restore.queued_s)
         at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
         segment_bytes = coded_bytes * np.minimum(1.0, restore.segment_pages / np.maximum(1, pages))
-        blocks, last_share = _blocks(pages, prefix, known, restore.segment_pages, after_s)
+        overlap_s = overlappable_s(after_s, fetch_s, forward_s[0])
+        blocks, last_share = _blocks(pages, prefix, known, restore.segment_pages, overlap_s)
         # Each is asked for when the one before it has come.
         fetch_s += known.round_trip_s * (blocks - 1)
         first_group_s = fetch_s * (1 - last_share * (1 - 1 / groups))
@@ -248,17 +253,31 @@ def next_block(left_pages: int, block: int, overlap_pages: float = 0.0) -> int:
     return left_pages if left_pages <= max(LAST_BLOCKS * block, overlap_pages) else block
 
 
-def _blocks(pages: Ints, prefix: Prefix, known: Knowledge, segment_pages: int, after_s: Floats) -> tuple[Ints, Floats]:
+def overlappable_s(after_s: Floats, fetch_s: Floats, prefill_s: float) -> Floats:
+    """How long the last block may take on the link: as long as it can hide behind what comes after it.
+
+    Where the link fails at its end nothing of it is of use. Then the fetch was in vain for as long as it took and that
+    was not noticed, and the share of the last block has to be computed: together no more than :data:`LATE_SHARE` later
+    than if all had been computed.
+    """
+    affordable_s = fetch_s * (1 + LATE_SHARE - (fetch_s + NOTICE_S) / max(prefill_s, 1e-9))
+    overlap_s: Floats = np.clip(affordable_s, 0.0, after_s)
+    return overlap_s
+
+
+def _blocks(
+    pages: Ints, prefix: Prefix, known: Knowledge, segment_pages: int, overlap_s: Floats
+) -> tuple[Ints, Floats]:
     """How many blocks each number of pages is fetched in, and the share of the pages in the last of them.
 
-    ``after_s`` is how long restore and forward pass take with each of these numbers.
+    ``overlap_s`` is how long the last block may take, with each of these numbers.
     """
     assert known.bytes_per_s is not None
     page_bytes = sum(prefix.page_bytes) / max(1, len(prefix.page_bytes))
     block = np.array(
         [block_pages(known.bytes_per_s, page_bytes, count, segment_pages, known.round_trip_s) for count in pages]
     )
-    last = np.maximum(LAST_BLOCKS * block, after_s * known.bytes_per_s / max(1.0, page_bytes))
+    last = np.maximum(LAST_BLOCKS * block, overlap_s * known.bytes_per_s / max(1.0, page_bytes))
     before = np.maximum(0, np.ceil((pages - last) / block)).astype(np.int64)
     share: Floats = (pages - block * before) / np.maximum(1, pages)
     return before + 1, share
@@ -325,13 +344,14 @@ def predict_rest(
     shared_bytes = missing_bytes + sum(min(missing_bytes, other) for other in known.others_bytes)
     landing_s = shared_bytes / max(bytes_per_s, 1e-9) * (1 + margin)
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
-    forward_s = float(_forward_s(prefix, prefill, np.array([pages]))[0])
+    prefill_s, forward_s = _forward_s(prefix, prefill, np.array([0, pages])).tolist()
     groups = restore.layer_groups
     after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
     if missing_bytes <= 0:
         return Rest(landing_s, 0.0, after_s)
     if last_block_bytes is None:
-        blocks, share = _blocks(np.array([pages]), prefix, known, restore.segment_pages, np.array([after_s]))
+        overlap_s = overlappable_s(np.array([after_s]), np.array([coded_bytes / max(bytes_per_s, 1e-9)]), prefill_s)
+        blocks, share = _blocks(np.array([pages]), prefix, known, restore.segment_pages, overlap_s)
         landing_s += known.round_trip_s * int((blocks[0] - 1) * missing_bytes / coded_bytes)
         last_block_bytes = float(share[0]) * coded_bytes
     # As much of the last block comes after its first layer group.
@@ -427,8 +447,12 @@ def plan_fetch(
         reason = CUT_TO_HOST_MEMORY if pages == most else PART
     against = "prefill not known" if prefill_s is None else f"prefill {prefill_s:.3g} s"
     words = f"{_figures(prediction, pages)}, {against}"
-    overlaps = known.overlaps and known.restore is not None and prefill_s is not None
-    overlap_s = float(prediction.after_s[pages]) if overlaps else 0.0
+    overlap_s = 0.0
+    if known.overlaps and known.restore is not None and prefill_s is not None:
+        after_s = prediction.after_s[pages : pages + 1]
+        # Where every hit is taken, none is given up.
+        longest_s = after_s if always else overlappable_s(after_s, prediction.fetch_s[pages : pages + 1], prefill_s)
+        overlap_s = float(longest_s[0])
     return FetchPlan(
         pages, reason, words, None if prefill_s is None else best_s, prefill_s, fetch_s, overlap_s=overlap_s
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,14 +20,17 @@ from sglang_kvcodec.flow.early_admission import (
 )
 from sglang_kvcodec.flow.planner import (
     BLOCK_S,
+    LATE_SHARE,
     MIN_BLOCK_S,
     NOTHING_KNOWN,
+    NOTICE_S,
     Bounds,
     Knowledge,
     Prefix,
     block_pages,
     block_s,
     next_block,
+    overlappable_s,
     plan_fetch,
     predict_rest,
 )
@@ -123,7 +127,10 @@ def first_token_s(prefix, missing_bytes, known, landed=False, at_once=False):
     restore, groups = known.restore, known.restore.layer_groups
     pages, total = len(prefix.page_bytes), sum(prefix.page_bytes)
     each = block_pages(known.bytes_per_s, total / pages, pages, restore.segment_pages, known.round_trip_s)
-    overlap_pages = predict_rest(prefix, 0, known).after_s * known.bytes_per_s / (total / pages)
+    prefill_s = known.prefill.seconds(prefix.prompt_tokens - prefix.tokens_before, prefix.tokens_before)
+    after_s = predict_rest(prefix, 0, known).after_s
+    overlap_s = overlappable_s(np.array([after_s]), np.array([total / known.bytes_per_s]), prefill_s)[0]
+    overlap_pages = overlap_s * known.bytes_per_s / (total / pages)
     lands_s = {}
     position, first = 0.0, 0
     while first < pages:
@@ -220,6 +227,18 @@ def test_nothing_is_said_to_overlap_that_does_not_or_is_not_known(changes):
     bounds = Bounds(1, 1 << 60)
     assert plan_fetch(PREFIX, known(), bounds, always=True).overlap_s == pytest.approx(0.32, rel=0.1)
     assert plan_fetch(PREFIX, dataclasses.replace(known(), **changes), bounds, always=True).overlap_s == 0.0
+
+
+@pytest.mark.parametrize("fetch_s", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("prefill_s", [0.3, 1.0, 2.0, 20.0])
+def test_a_link_that_fails_in_the_last_block_costs_a_share_of_the_prefill(fetch_s, prefill_s):
+    last_s = overlappable_s(np.array([fetch_s]), np.array([fetch_s]), prefill_s)[0]
+    assert 0 <= last_s <= fetch_s
+    assert (prefill_s < 20.0) or last_s == fetch_s
+    if last_s:
+        # It fails at the end: what came before is whole, the last block is computed.
+        late_s = fetch_s + NOTICE_S + prefill_s * last_s / fetch_s
+        assert late_s <= (1 + LATE_SHARE) * prefill_s + 1e-9
 
 
 def test_a_course_ends_in_a_block_that_overlaps():
