@@ -165,7 +165,7 @@ def main() -> None:
         "load_average_before": load_before,
         "load_average_after": load_average(),
     }
-    rows = rows_of({shape: rounds[shape] for shape in SHAPES}, common)
+    rows = rows_of({shape: rounds[shape] for shape in options.shapes}, common)
     for row in rows:
         print(
             f"{row['shape']:16} {row['way']:8} TTFT {row['ttft_s_median']:.3f} s; {row['over_oracle_median']:.2f} of "
