@@ -8,6 +8,7 @@ admitted when the stall that bytes would cause is nil.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict_rest
@@ -16,6 +17,8 @@ WATCH_S = 0.03
 PERIOD_S = 0.01
 LANDING_MARGIN = 0.15
 """The link is taken to be so much slower than it was measured."""
+RECENT_S, STEP_S = 0.05, 0.005
+"""And no faster than it was for the first of these, told by what had arrived at moments as far apart as the second."""
 STALL_SHARE = 0.02
 STALL_S = 0.002
 """A stall of this share of restore and forward pass, or of so many seconds, is nil."""
@@ -38,7 +41,8 @@ class EarlyAdmission:
     """Asks that for one fetch, now and then.
 
     What is known of the link may be old, and the link another one by now. So it is taken to be no faster than it has
-    been in this very fetch, which is watched for :data:`WATCH_S` first.
+    been in this very fetch, which is watched for :data:`WATCH_S` first, nor than it was a moment ago: a link that has
+    just failed is not to be trusted with what is missing.
     """
 
     def __init__(self, prefix: Prefix) -> None:
@@ -46,6 +50,7 @@ class EarlyAdmission:
         self._prefix = prefix
         self._total_bytes = sum(prefix.page_bytes)
         self._first: tuple[float, int] | None = None
+        self._moments: collections.deque[tuple[float, int]] = collections.deque()
         self._next_s = 0.0
 
     def is_worth_asking(self, received_bytes: int, now_s: float) -> bool:
@@ -53,6 +58,10 @@ class EarlyAdmission:
         if self._first is None:
             self._first = now_s, received_bytes
             self._next_s = now_s + WATCH_S
+        if not self._moments or now_s >= self._moments[-1][0] + STEP_S:
+            self._moments.append((now_s, received_bytes))
+            while len(self._moments) > 1 and self._moments[1][0] <= now_s - RECENT_S:
+                self._moments.popleft()
         if now_s < self._next_s:
             return False
         self._next_s = now_s + PERIOD_S
@@ -64,9 +73,11 @@ class EarlyAdmission:
         """Whether the request is to be admitted, with so much received; the last argument as of :func:`is_in_time`."""
         if self._first is None or known.bytes_per_s is None:
             return False
-        first_s, first_bytes = self._first
         # Others on the link are in what was seen, so they are not to be counted twice.
-        seen_bytes_per_s = (received_bytes - first_bytes) / max(1e-9, now_s - first_s)
+        seen_bytes_per_s = min(
+            (received_bytes - then_bytes) / max(1e-9, now_s - then_s)
+            for then_s, then_bytes in (self._first, self._moments[0])
+        )
         missing_bytes = max(0, self._total_bytes - received_bytes)
         seen = dataclasses.replace(known, bytes_per_s=min(known.bytes_per_s, seen_bytes_per_s), others_bytes=())
         return all(is_in_time(self._prefix, missing_bytes, each, last_block_bytes) for each in (seen, known))

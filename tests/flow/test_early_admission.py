@@ -99,6 +99,21 @@ def test_what_the_link_was_does_not_count_more_than_what_it_is():
     assert not burst.is_due(6_000_000, known(1e3), 5.03)
 
 
+def test_a_link_that_has_just_failed_is_not_trusted():
+    admission, now_s, received = EarlyAdmission(PREFIX), 5.0, 0
+    while received < 4_000_000:
+        admission.is_worth_asking(received, now_s)
+        now_s, received = now_s + 0.002, received + 100_000
+    assert admission.is_worth_asking(received, now_s)
+    assert admission.is_due(received, known(50e6), now_s)
+    # A tenth of that from now on; what is known is as old as it was.
+    now_s, received = now_s + 0.02, received + 100_000
+    assert admission.is_worth_asking(received, now_s)
+    now_s, received = now_s + 0.1, received + 500_000
+    assert admission.is_worth_asking(received, now_s)
+    assert not admission.is_due(received, known(50e6), now_s)
+
+
 @given(st.floats(1, 1e12), st.floats(1, 1e9), st.integers(1, 4000), st.floats(0, 1))
 def test_blocks_tile_segments_or_are_tiled_by_them(bytes_per_s, page_bytes, pages, round_trip_s):
     block = block_pages(bytes_per_s, page_bytes, pages, SEGMENT_PAGES, round_trip_s)
