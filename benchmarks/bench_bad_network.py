@@ -121,6 +121,9 @@ def main() -> None:
                     way: lab.start_server(way, KVCodecArgs(link.remote, profile, plan=plan), len(WAYS) + 1)
                     for way, (profile, plan) in WAYS.items()
                 }
+                for server in servers.values():
+                    # Who has never computed a prompt has nothing to compare a fetch with.
+                    ask(server, next(texts), 1)
                 texts = steady_texts(plain, texts, ANSWER_TOKENS)
                 for number in range(options.rounds + 1):
                     text = next(texts)
