@@ -1,5 +1,6 @@
 """One peer and two SGLang servers that share it, as processes, with a third that knows no kvcodec as the truth."""
 
+import concurrent.futures
 import contextlib
 import pathlib
 import re
@@ -146,6 +147,22 @@ def steady_text(plain: SGLangProcess, new_text: Callable[[], str]) -> tuple[str,
                 plain.client.flush_cache()
         if len(answers) == 1:
             return text, answers.pop()
+
+
+def steady_together(plain: SGLangProcess, new_text: Callable[[], str], count: int) -> list[tuple[str, str]]:
+    """As many such texts, which also get these answers when all are asked at once.
+
+    What else is in a batch changes the order in which products are summed up, and so the word where two are as likely.
+    """
+    asked: list[tuple[str, str]] = []
+    while len(asked) < count:
+        asked += [steady_text(plain, new_text) for _ in range(count - len(asked))]
+        for _ in range(3):
+            plain.client.flush_cache()
+            with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                replies = list(pool.map(lambda each: ask(plain, each[0]), asked))
+            asked = [each for each, reply in zip(asked, replies, strict=True) if reply.text == each[1]]
+    return asked
 
 
 def forget(server: SGLangProcess) -> None:

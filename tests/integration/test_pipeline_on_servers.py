@@ -4,7 +4,7 @@ import concurrent.futures
 import threading
 
 import pytest
-from integration.cluster import ask, forget, metric, steady_text, wait_for, wait_up
+from integration.cluster import ask, forget, metric, steady_text, steady_together, wait_for, wait_up
 from integration.test_both_ends import leave
 from integration.test_failures import _all_keys, _bit_flipped, _tamper, _unrestorable
 
@@ -74,7 +74,7 @@ def test_pages_come_back_from_host_memory_with_the_network_cut(fresh, server, st
 
 def test_many_at_once_with_more_than_the_pool_holds(fresh, server):
     wait_up(server)
-    asked = [steady_text(fresh.plain, fresh.other_text) for _ in range(8)]
+    asked = steady_together(fresh.plain, fresh.other_text, 8)
     for text, answer in asked[::2]:
         assert ask(server, text).text == answer
     assert server.client.wait_published()
