@@ -18,7 +18,7 @@ PERIOD_S = 0.01
 LANDING_MARGIN = 0.15
 """The link is taken to be so much slower than it was measured."""
 RECENT_S, STEP_S = 0.05, 0.005
-"""And no faster than it was for the first of these, told by what had arrived at moments as far apart as the second."""
+"""And no faster than over the first of these, which ends now; what had arrived is kept for moments the second apart."""
 STALL_SHARE = 0.02
 STALL_S = 0.002
 """A stall of this share of restore and forward pass, or of so many seconds, is nil."""
