@@ -33,7 +33,13 @@ WAYS = {"exact": ("exact", "always"), "auto": ("exact", "auto"), "tiers": ("raw,
 """Name -> profiles and plan."""
 ANSWER_TOKENS = 8
 SHAPES = ("steady", "falls to a tenth", "jitters", "stalls for 1 s")
-_EVENTS = ("fetch_cuts_total", "tier_switches_total", "early_admissions_total")
+_EVENTS = (
+    "fetch_cuts_total",
+    "fetches_turned_total",
+    "joined_tokens_total",
+    "tier_switches_total",
+    "early_admissions_total",
+)
 
 
 def shape_of(name: str, bytes_per_s: float, fetched_bytes: float, number: int) -> Shape:

@@ -50,6 +50,7 @@ EXPLORATIONS = Counter("kvcodec_explorations", "Fetches that no request waited f
 TTFT_PREDICTED_SECONDS = Histogram(
     "kvcodec_ttft_predicted_seconds", "What the planner expected from queueing to the first token", ["choice"]
 )
+FETCHES_TURNED = Counter("kvcodec_fetches_turned", "Fetches that went on from the other end when the link failed")
 EARLY_ADMISSIONS = Counter("kvcodec_early_admissions", "Requests admitted before all of their pages had arrived")
 TTFT_SECONDS = Histogram("kvcodec_ttft_seconds", "What it took the same requests", ["choice"])
 SCHEDULER_SECONDS = Histogram(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
-from sglang_kvcodec.flow.pacing import PROGRESS
+from sglang_kvcodec.flow.pacing import PROGRESS, SILENCE
 from sglang_kvcodec.format.page_object import PageObject
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class FetchEndings:
         if ticket.is_cancelled:
             return
         logger.debug("kvcodec: a fetch is given up in phase %s: computing is faster by now", phase)
-        if phase == PROGRESS:
+        if phase in (PROGRESS, SILENCE):
             metrics.FETCH_CUTS.labels(phase=phase).inc()
             ticket.cut(phase)
         elif ticket.abandon(phase):

@@ -27,7 +27,10 @@ class FetchTicket:
         self.may_compute = may_compute
         """Whether the model is free to compute the start of the prefix meanwhile."""
         self.tail: Tail | None = None
-        """The end of the prefix, where that is what it does; set before the ticket is ready, and without pages."""
+        """The end of the prefix, where that is what it does; set before the ticket is ready. There are :attr:`pages` as
+        well if it was turned round in the middle."""
+        self.second: FetchTicket | None = None
+        """For the second start of a request whose pages were promised and do not come; set as soon as that is known."""
         self.page_hashes = tuple(page_hashes)
         self.tokens_before = tokens_before
         self.prompt_tokens = prompt_tokens
@@ -89,11 +92,21 @@ class FetchTicket:
         plan = self.plan
         return len(self.page_hashes) if plan is None else plan.pages
 
+    def again(self, tail: Tail | None) -> FetchTicket:
+        """For the second start of the same request: nothing to wait for, and a tail if there is one."""
+        ticket = FetchTicket(self.page_hashes, self.tokens_before, self.prompt_tokens, self.rid)
+        ticket.tail, ticket.stored_pages = tail, self.stored_pages
+        ticket.settle(())
+        ticket.finish()
+        return ticket
+
     def cancel(self) -> None:
         """Nobody waits for it any more."""
         self._cancelled.set()
         if (tail := self.tail) is not None:
             tail.close()
+        if (second := self.second) is not None:
+            second.cancel()
         with self._lock:
             if not self._is_measuring:
                 self.stop.set()

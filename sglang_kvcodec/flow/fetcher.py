@@ -13,7 +13,7 @@ from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import PeerError
 from sglang_kvcodec.flow.arrivals import Arrivals
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
-from sglang_kvcodec.flow.fetch_endings import FetchEndings
+from sglang_kvcodec.flow.fetch_endings import OVERTAKEN, FetchEndings
 from sglang_kvcodec.flow.fetch_planning import FetchPlanning, PlannedFetch, what_is_known
 from sglang_kvcodec.flow.fetch_queue import FetchQueue, turn_s
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
@@ -29,6 +29,7 @@ from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.tail_fetch import TailFetcher
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.flow.transfers import Transfers
+from sglang_kvcodec.flow.turning import turn
 from sglang_kvcodec.format.exchange import PeerTransport
 from sglang_kvcodec.format.namespace import PageKey
 from sglang_kvcodec.format.page_object import PageObject
@@ -124,6 +125,7 @@ class Fetcher:
         else:
             prefix = Prefix((), self._page_tokens, tokens_before, prompt_tokens)
             flight = Flight(Stage(LOOKUP, ticket.start_s, prefix), functools.partial(self._endings.overtaken, ticket))
+            flight.may_turn = may_compute and not self._always
             self._pacer.add(flight)
             self._lookups.submit(self._run_lookup, ticket, tuple(tiers), flight)
         return ticket
@@ -167,25 +169,40 @@ class Fetcher:
     def _run_next(self) -> None:
         planned = self._queue.take()
         outcome, fetched = "error", Fetched()
+        turned: tuple[PlannedFetch, Tail] | None = None
         try:
             outcome = self._prefix_fetcher.fetch(planned, fetched)
             # Before the request goes on: what it computes would else be taken for stored already, and not be published.
             self._arrivals.drop_damaged(fetched.damaged)
+            if outcome == OVERTAKEN:
+                turned = turn(planned, fetched, self._pacer.knowledge(planned.flight), self._config.min_fetch_tokens)
         except Exception:
             # A thread's top, as above.
             logger.exception("kvcodec: a fetch failed")
-        finally:
+        if turned is None:
             self._over(planned.ticket, planned.flight, outcome, fetched.pages)
+        else:
+            self._start_tail(*turned, outcome, fetched.pages)
+            self._run_tail(*turned)
 
     def _begin_tail(self, planned: PlannedFetch) -> None:
         """Lets the request go on without a page, and fetches the end of the prefix while it is computed."""
-        ticket, plan = planned.ticket, planned.plan
+        plan = planned.plan
+        tail = Tail(planned.prefix, plan.first_page, plan.pass_tokens)
+        self._start_tail(planned, tail, plan.reason)
+        self._threads.submit(self._run_tail, planned, tail)
+
+    def _start_tail(self, planned: PlannedFetch, tail: Tail, outcome: str, pages: Sequence[PageObject] = ()) -> None:
+        """Lets the request go on with ``pages``, or start a second time if it was promised more."""
+        ticket = planned.ticket
         planned.flight.unwatched()
-        tail = ticket.tail = Tail(planned.prefix, plan.first_page, plan.pass_tokens)
+        if ticket.is_promised:
+            ticket.second = ticket.again(tail)
+        else:
+            ticket.tail = tail
         if ticket.is_cancelled:
             tail.close()
-        self._endings.end(ticket, plan.reason)
-        self._threads.submit(self._run_tail, planned, tail)
+        self._endings.end(ticket, outcome, pages)
 
     def _run_tail(self, planned: PlannedFetch, tail: Tail) -> None:
         damaged: list[PageKey] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import threading
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 LOOKUP = "lookup"
 FIRST_BYTE = "first_byte"
 PROGRESS = "progress"
+SILENCE = "silence"
+"""Why a fetch in :data:`PROGRESS` is given up of which hardly anything comes any more."""
 
 PERIOD_S = 0.02
 CUT_MARGIN = 0.1
@@ -28,6 +31,12 @@ MIN_ANSWER_S = 0.05
 ROUND_TRIPS_OF_AN_ANSWER = 4
 HEADER_SHARE = 0.1
 """The first message of a fetch carries the headers: some of all bytes, which a slow link needs time for."""
+SILENCE_S, SILENCE_SHARE = 0.1, 0.25
+"""A link is doubted that brings no more than this share of what it should for so long, which is several messages' time:
+one may have been on its way when it failed. That counts where there is something better to do than to wait."""
+LOST_SHARE = 0.5
+"""And for this share of what it would take to fetch once more what is lost then, about half of which is computed
+meanwhile: should the link come back the next moment, no more than was waited for is lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,9 @@ class Stage:
         is_promised: the request has been admitted, and all are needed: without the rest it is computed from its start.
         fewest_bytes: that would be left if it went on with another tier; None where there is none.
         last_block_bytes: of the block under way, if that is the last one; None if it is not.
+        usual_bytes_per_s: that the link was known to bring in this phase.
+        silence_s: how long hardly anything of that has arrived.
+        may_turn: the request can be computed while the other end is fetched (``flow/turning.py``).
     """
 
     phase: str
@@ -53,11 +65,31 @@ class Stage:
     is_promised: bool = False
     fewest_bytes: int | None = None
     last_block_bytes: int | None = None
+    usual_bytes_per_s: float = 0.0
+    silence_s: float = 0.0
+    may_turn: bool = False
 
     @property
     def missing_bytes(self) -> int:
         """What has yet to arrive."""
         return max(0, sum(self.prefix.page_bytes) - self.received_bytes)
+
+    @property
+    def partial_bytes(self) -> int:
+        """What has arrived of pages that are not complete, or stand behind one that is not."""
+        return max(0, self.received_bytes - sum(self.prefix.page_bytes[: self.whole_pages]))
+
+
+def is_doubted(stage: Stage, known: Knowledge) -> bool:
+    """Whether hardly anything has come for so long that a request is better computed from where it is.
+
+    That it can be is what this is for: then a false alarm costs little, and waiting is in vain if it is none.
+    """
+    if stage.phase != PROGRESS or not stage.may_turn or not stage.usual_bytes_per_s or known.prefill is None:
+        return False
+    # Each block begins with a round trip, and others on the link have their turns.
+    usual_s = SILENCE_S * (1 + len(known.others_bytes)) + 2 * known.round_trip_s
+    return stage.silence_s >= max(usual_s, LOST_SHARE * stage.partial_bytes / stage.usual_bytes_per_s)
 
 
 def patience_s(stage: Stage, known: Knowledge, now_s: float) -> float | None:
@@ -113,7 +145,15 @@ class Flight:
         self._last_block_bytes: int | None = None
         self.profile_name = ""
         """Of the tier that is fetched; empty where there is one only."""
+        self.may_turn = False
+        """As of :class:`Stage`."""
+        self.given_up_at_bytes_per_s: float | None = None
+        """What the link brings at most, as it looked when this was given up; None if that was not known."""
         self._give_up = give_up
+        self._moments: collections.deque[tuple[float, int]] = collections.deque()
+        """When it was judged, and what had been received then: the first one of each number in this phase."""
+        self._usual_bytes_per_s = 0.0
+        """The most that the link was known to bring in this phase: it soon is what the link has become."""
         self._bad_since_s: float | None = None
         self._is_over = False
 
@@ -132,6 +172,7 @@ class Flight:
             is_promised=self._is_promised,
             fewest_bytes=self._fewest_bytes,
             last_block_bytes=self._last_block_bytes,
+            may_turn=self.may_turn,
         )
 
     @property
@@ -166,7 +207,11 @@ class Flight:
         """Gives it up if it is due."""
         if self._is_over:
             return
-        stage = self.stage
+        stage = self._listen(known, now_s)
+        if is_doubted(stage, known):
+            # At best it is what it looks like.
+            self._end(SILENCE, stage.usual_bytes_per_s * SILENCE_SHARE)
+            return
         left_s = patience_s(stage, known, now_s)
         if left_s is None:
             self._bad_since_s = None
@@ -175,8 +220,27 @@ class Flight:
             self._bad_since_s = now_s if self._bad_since_s is None else self._bad_since_s
             left_s -= now_s - self._bad_since_s
         if left_s <= 0:
-            self._is_over = True
-            self._give_up(stage.phase)
+            self._end(stage.phase, known.bytes_per_s)
+
+    def _listen(self, known: Knowledge, now_s: float) -> Stage:
+        """Where it is, and how long it has hardly moved."""
+        stage, moments = self.stage, self._moments
+        if stage.phase != PROGRESS or (moments and moments[-1][1] > stage.received_bytes):
+            moments.clear()
+            self._usual_bytes_per_s = 0.0
+        self._usual_bytes_per_s = max(self._usual_bytes_per_s, known.bytes_per_s or 0.0)
+        if not moments or moments[-1][1] != stage.received_bytes:
+            moments.append((now_s, stage.received_bytes))
+        least_bytes_per_s = self._usual_bytes_per_s * SILENCE_SHARE / (1 + len(known.others_bytes))
+        while len(moments) > 1 and stage.received_bytes - moments[0][1] > least_bytes_per_s * (now_s - moments[0][0]):
+            moments.popleft()
+        silence_s, usual_bytes_per_s = now_s - moments[0][0], self._usual_bytes_per_s
+        return dataclasses.replace(stage, silence_s=silence_s, usual_bytes_per_s=usual_bytes_per_s)
+
+    def _end(self, phase: str, bytes_per_s: float | None) -> None:
+        self._is_over = True
+        self.given_up_at_bytes_per_s = bytes_per_s
+        self._give_up(phase)
 
 
 class Pacer:

@@ -32,10 +32,12 @@ class Fetched:
     Attributes:
         pages: that can be used.
         damaged: keys of those that can't.
+        choice: of the planned prefixes, the one that it came to.
     """
 
     pages: list[PageObject] = dataclasses.field(default_factory=list)
     damaged: list[PageKey] = dataclasses.field(default_factory=list)
+    choice: int = 0
 
 
 class PrefixFetcher:
@@ -121,6 +123,7 @@ class PrefixFetcher:
         finally:
             # A forward pass may be waiting for what is missing.
             receiver.end(ticket.cut_phase or outcome)
+        fetched.choice = course.choice
         fetched.pages += receiver.whole_prefix()
         fetched.damaged += self._arrivals.keep(receiver, wanted, fetched.pages)
         if ticket.was_cut() and not receiver.failure:

@@ -16,6 +16,7 @@ import torch
 
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.planner import MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK, Knowledge, Prefix, block_pages
+from sglang_kvcodec.flow.rates import PrefillModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, OnLayers, Restore, RestoreJob
 from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.format.page_object import PageObject
@@ -50,7 +51,8 @@ class Outlook:
 
     Attributes:
         restored_from: all from here to the end is in the pool; the end if nothing is.
-        compute_until: computing more than this would be computing what is about to be there.
+        compute_until: computing more than this would be computing what is about to be there, and it pays to wait for
+            that; else the end.
     """
 
     restored_from: int
@@ -60,18 +62,30 @@ class Outlook:
 class Tail:
     """The pages from some index to an end. Pages count from the first that was asked for."""
 
-    def __init__(self, prefix: Prefix, first_page: int, pass_tokens: int) -> None:
+    def __init__(
+        self,
+        prefix: Prefix,
+        first_page: int,
+        pass_tokens: int,
+        head_pages: int = 0,
+        doubted_bytes_per_s: float | None = None,
+    ) -> None:
         """Nothing has arrived.
 
         Args:
             prefix: all pages that were asked for and are stored, up to the end of the tail.
             first_page: where it is predicted to meet what is computed.
             pass_tokens: of the passes that compute the start.
+            head_pages: that need not be computed.
+            doubted_bytes_per_s: the link brings no more, or is not known to, before the first block has come.
         """
         self.prefix = prefix
         self.first_page = first_page
-        """Fetching may go as far as half of this."""
+        """Fetching may go as far as to the middle between this and the head."""
+        self.head_pages = head_pages
         self.pass_tokens = pass_tokens
+        self._doubted_bytes_per_s = doubted_bytes_per_s
+        self._prefill: PrefillModel | None = None
         self.end = len(prefix.page_bytes)
         self.stop = threading.Event()
         """Ends the transfer that is under way: what it brings is of no use any more."""
@@ -93,7 +107,7 @@ class Tail:
     @property
     def lowest_page(self) -> int:
         """The first page that may be fetched: the link may turn out faster than was thought."""
-        return max(1, self.first_page // 2)
+        return max(self.head_pages + 1, (self.head_pages + self.first_page) // 2)
 
     # ---- the thread that fetches ----
 
@@ -107,6 +121,8 @@ class Tail:
             high, low = self._low, max(self.lowest_page, self._front)
             if self._is_over or high <= low:
                 return None
+            known, is_doubted = self._as_doubted(known)
+            self._prefill = known.prefill
             page_bytes = max(1.0, sum(self.prefix.page_bytes[low:high]) / (high - low))
             most = block_pages(known.bytes_per_s, page_bytes, self.end, SEGMENT_PAGES, known.round_trip_s)
             # As fast as each other while that is not known.
@@ -122,10 +138,21 @@ class Tail:
                     share = compute_s / (compute_s + max(fetch_s, restore_s))
             left = (high - low) * share
             pages = min(most, round(left / 2) if left / 2 > fewest else round(left), high - low)
+            if is_doubted:
+                # Or nobody would know that it was a pause.
+                pages = max(1, pages)
             if pages < 1:
                 return None
             self._low = high - pages
             return self._low, high
+
+    def _as_doubted(self, known: Knowledge) -> tuple[Knowledge, bool]:
+        """What is known, and whether no block has come since the link was doubted."""
+        doubted = self._doubted_bytes_per_s
+        if doubted is None or self._blocks:
+            return known, False
+        bytes_per_s = doubted if known.bytes_per_s is None else min(doubted, known.bytes_per_s)
+        return dataclasses.replace(known, bytes_per_s=bytes_per_s), True
 
     def shorten(self, first: int) -> None:
         """The block that was last given begins with this page instead."""
@@ -146,16 +173,17 @@ class Tail:
 
     # ---- the scheduler's thread ----
 
-    def agree(self, first_page: int, end: int, pass_tokens: int) -> None:
+    def agree(self, first_page: int, end: int, pass_tokens: int, head_pages: int = 0) -> None:
         """What all ranks have planned is taken together; before :meth:`begin`.
 
         Args:
             first_page: the largest of theirs.
             end: the smallest.
             pass_tokens: the smallest.
+            head_pages: the largest; fewer may be there on all ranks.
         """
         with self._lock:
-            self.first_page, self.pass_tokens = first_page, pass_tokens
+            self.first_page, self.pass_tokens, self.head_pages = first_page, pass_tokens, head_pages
             self.end = end
             self._low = min(self._low, end)
             self._landed = min(self._landed, end)
@@ -226,9 +254,22 @@ class Tail:
                 restored = block.first
             if self._has_failed or self._is_over or self._slots is None:
                 return Outlook(self.end, self.end)
-            return Outlook(
-                restored, min((page for page in (self._low, restored) if page > self._front), default=self.end)
-            )
+            # What is on its way over a link that has failed may not come.
+            coming = restored if self._doubted_bytes_per_s is not None and not self._blocks else self._low
+            ahead = [page for page in (coming, restored) if page > self._front and self._is_worth_a_stop(page)]
+            return Outlook(restored, min(ahead, default=self.end))
+
+    def _is_worth_a_stop(self, page: int) -> bool:
+        """Whether computing no further than to this page takes less than computing all, with one more pass perhaps."""
+        if self._prefill is None:
+            return True
+        passes = dataclasses.replace(self._prefill, pass_tokens=self.pass_tokens)
+        here, there, end = (
+            self.prefix.tokens_before + index * self.prefix.page_tokens for index in (self._front, page, self.end)
+        )
+        last_s = passes.seconds(max(1, self.prefix.prompt_tokens - end), end)
+        stopping_s = passes.seconds(there - here, here) + last_s
+        return stopping_s < passes.seconds(max(1, self.prefix.prompt_tokens - here), here)
 
     def take(self, page: int) -> torch.Tensor:
         """The slots from this page to the end, which the request owns from now on; the tail is over."""

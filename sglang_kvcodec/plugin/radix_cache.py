@@ -170,6 +170,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             return
         if self.retries.was_restarted(request.rid):
             # Its pages did not all come. What did is in host memory, and it has waited once.
+            self._hold_again(request)
             return
         if len(key) // self.page_size <= start_page:
             return
@@ -189,6 +190,16 @@ class KVCodecRadixCache(UnifiedRadixCache):
             ticket.finish()
         self._held.hold(request, ticket, start_page, wanted, kept)
         self._passes.expect(request.rid, ticket)
+
+    def _hold_again(self, request: Any) -> None:
+        """At its second start a request waits for no page, but what ended its first fetch may have left it a tail."""
+        held = self.retries.take_wait(request.rid)
+        if held is None or self._pipeline is not None:
+            return
+        second = held.ticket.second
+        if second is not None or self._has_other_ranks:
+            # All ranks hold the same requests; whether all of them have a tail they agree on then.
+            self._held.hold(request, second or held.ticket.again(None), held.start_page, held.hashes)
 
     def _may_compute(self) -> bool:
         """Whether a prompt that comes now may be computed while it is fetched: where nothing else wants the model."""
@@ -275,6 +286,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def finish_storage_prefetch_admission(self, request: Any, fulfilled_tokens: int, reason: str | None) -> None:
         """The request is in a batch."""
         super().finish_storage_prefetch_admission(request, fulfilled_tokens, reason)
+        held = self._held.get(request)
+        if held is not None and not self.retries.was_restarted(request.rid):
+            self.retries.admitted(request.rid, held)
         self._release(request, FetchTicket.admitted)
         if self._tails is not None:
             self._tails.admitted(request.rid)
@@ -283,6 +297,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """The request is gone."""
         super().release_aborted_request(request)
         self._release(request, FetchTicket.cancel)
+        if (first := self.retries.take_wait(request.rid)) is not None and first.ticket.second is not None:
+            first.ticket.second.cancel()
         self._close_tail(request.rid)
         self._passes.forget(request.rid)
 

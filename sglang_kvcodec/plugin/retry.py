@@ -13,6 +13,8 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sglang_kvcodec.plugin.held_requests import HeldRequest
+
 logger = logging.getLogger(__name__)
 
 MAX_INPUTS = 1 << 14
@@ -30,6 +32,7 @@ class RetryBook:
         """Remembers nothing."""
         self._inputs: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._restarted: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._waits: dict[str, HeldRequest] = {}
         self._due: set[str] = set()
         """Requests that have failed and were not started again yet."""
 
@@ -47,7 +50,7 @@ class RetryBook:
             return
         self._inputs[tokenized.rid] = tokenized
         while len(self._inputs) > MAX_INPUTS:
-            self._inputs.popitem(last=False)
+            self._waits.pop(self._inputs.popitem(last=False)[0], None)
 
     def __contains__(self, rid: str) -> bool:
         return rid in self._inputs
@@ -60,6 +63,16 @@ class RetryBook:
         if rid not in self._due:
             self._inputs.pop(rid, None)
             self._restarted.pop(rid, None)
+            self._waits.pop(rid, None)
+
+    def admitted(self, rid: str, wait: HeldRequest) -> None:
+        """The request has waited for pages, and is in a batch now."""
+        if rid in self._inputs:
+            self._waits[rid] = wait
+
+    def take_wait(self, rid: str) -> HeldRequest | None:
+        """What the request has waited for, once; None if it has not."""
+        return self._waits.pop(rid, None)
 
     def was_restarted(self, rid: str) -> bool:
         """Whether this is the request's second start."""

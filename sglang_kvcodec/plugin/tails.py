@@ -87,22 +87,24 @@ class TailBook:
         """Over, but slots of them may still be written."""
 
     @staticmethod
-    def offer(ticket: FetchTicket) -> tuple[int, int, int]:
+    def offer(ticket: FetchTicket) -> tuple[int, int, int, int]:
         """What a rank has planned, so that the smallest of each is what all can do: see :meth:`agreed`."""
         tail = ticket.tail
-        return (-NO_TAIL, 0, 0) if tail is None else (-tail.first_page, tail.end, tail.pass_tokens)
+        if tail is None:
+            return -NO_TAIL, 0, 0, 0
+        return -tail.first_page, tail.end, tail.pass_tokens, -tail.head_pages
 
     def agreed(self, rid: str, ticket: FetchTicket, start_page: int, offer: Sequence[int]) -> None:
         """All ranks have planned; a tail that not all of them have ends."""
         tail = ticket.tail
         if tail is None:
             return
-        first_page, end, pass_tokens = -offer[0], offer[1], offer[2]
-        if not 0 < first_page < end:
+        first_page, end, pass_tokens, head_pages = -offer[0], offer[1], offer[2], -offer[3]
+        if not head_pages < first_page < end:
             self._count("not_all_ranks", ticket, tail)
             tail.close()
             return
-        tail.agree(first_page, end, pass_tokens)
+        tail.agree(first_page, end, pass_tokens, head_pages)
         self._entries[rid] = _Entry(tail, ticket, start_page)
 
     def admitted(self, rid: str) -> None:
@@ -200,7 +202,7 @@ class TailBook:
 
     def _count(self, outcome: str, ticket: FetchTicket, tail: Tail) -> None:
         metrics.MEETINGS.labels(outcome=outcome).inc()
-        computed = ticket.stored_pages - tail.joined_pages
+        computed = ticket.stored_pages - tail.head_pages - tail.joined_pages
         if computed:
             metrics.MISSES.labels(reason=BOTH_ENDS).inc(computed)
 

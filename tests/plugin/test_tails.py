@@ -160,7 +160,7 @@ def test_all_ranks_join_at_once(setup):
 
 
 def test_a_tail_that_not_all_ranks_have_ends(setup, delta):
-    setup.book.agreed("r", setup.ticket, START, [-NO_TAIL, 0, 0])
+    setup.book.agreed("r", setup.ticket, START, [-NO_TAIL, 0, 0, 0])
     assert setup.tail.stop.is_set()
     assert setup.book.most_tokens("r", 0) is None
     assert delta("kvcodec_meetings_total", outcome="not_all_ranks") == 1
