@@ -1,8 +1,8 @@
 """TTFT of a hit on links that fall to a tenth in mid-fetch, jitter or stall for a second, on real servers.
 
 A relay between servers and peer gives the link its shape; before each measured request the link is steady, and the
-servers learn it so. ``exact`` takes every hit; ``auto`` plans and gives up; ``tiers`` does so with ``raw,exact`` side
-by side. Prefill is that of a server without kvcodec.
+servers learn it so. ``exact`` takes every hit; ``auto`` plans, gives up and turns round; ``tiers`` does so with
+``raw,exact`` side by side. Prefill is that of a server without kvcodec.
 
 ``over_oracle``: TTFT over that of the better of prefill and ``exact`` in the same round, which is what one would have
 chosen who knew the shape. It could also have fetched a part: that is not counted.

@@ -60,6 +60,7 @@ def what_is_known(rates: Rates, admits_early: bool, profile_name: str = "") -> K
         rates.restore.model(profile_name=profile_name),
         rates.prefill.model(),
         admits_early,
+        rates.link.message_bytes,
     )
 
 

@@ -31,8 +31,8 @@ MIN_ANSWER_S = 0.05
 ROUND_TRIPS_OF_AN_ANSWER = 4
 HEADER_SHARE = 0.1
 """The first message of a fetch carries the headers: some of all bytes, which a slow link needs time for."""
-SILENCE_S, SILENCE_SHARE = 0.1, 0.25
-"""A link is doubted that brings no more than this share of what it should for so long, which is several messages' time:
+SILENCE_S, SILENCE_MESSAGES, SILENCE_SHARE = 0.1, 4, 0.25
+"""A link is doubted that for so long, and for several messages' time, brings no more than this share of what it should:
 one may have been on its way when it failed. That counts where there is something better to do than to wait."""
 LOST_SHARE = 0.5
 """And for this share of what it would take to fetch once more what is lost then, about half of which is computed
@@ -88,7 +88,8 @@ def is_doubted(stage: Stage, known: Knowledge) -> bool:
     if stage.phase != PROGRESS or not stage.may_turn or not stage.usual_bytes_per_s or known.prefill is None:
         return False
     # Each block begins with a round trip, and others on the link have their turns.
-    usual_s = SILENCE_S * (1 + len(known.others_bytes)) + 2 * known.round_trip_s
+    several_s = SILENCE_MESSAGES * known.message_bytes / stage.usual_bytes_per_s
+    usual_s = max(SILENCE_S, several_s) * (1 + len(known.others_bytes)) + 2 * known.round_trip_s
     return stage.silence_s >= max(usual_s, LOST_SHARE * stage.partial_bytes / stage.usual_bytes_per_s)
 
 

@@ -119,6 +119,7 @@ class Knowledge:
         restore: decoding and restoring.
         prefill: computing.
         overlaps: whether a request is admitted before all has landed, where enough is known to tell when.
+        message_bytes: that come at once; 0 where that is not known.
     """
 
     round_trip_s: float
@@ -127,6 +128,7 @@ class Knowledge:
     restore: RestoreModel | None
     prefill: PrefillModel | None
     overlaps: bool = False
+    message_bytes: float = 0.0
 
 
 NOTHING_KNOWN = Knowledge(0.0, None, (), None, None)
@@ -369,7 +371,7 @@ def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Flo
         return np.zeros(len(pages))
     before = prefix.tokens_before + pages * prefix.page_tokens
     new = np.maximum(1, prefix.prompt_tokens - before)
-    return prefill.seconds_of(new, before)
+    return np.where(pages > 0, prefill.seconds_beside_restore(new, before), prefill.seconds_of(new, before))
 
 
 def restoring_pays(
@@ -386,7 +388,8 @@ def restoring_pays(
         coded_bytes: of all of them.
         page_tokens: of all of them.
     """
-    forward_s, restore_s = prefill.seconds(1, page_tokens), restore.seconds(pages, coded_bytes) + restore.queued_s
+    forward_s = prefill.seconds(1, page_tokens) * prefill.beside_restore
+    restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     groups = restore.layer_groups
     hit_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
     return hit_s <= prefill.seconds(page_tokens + 1, 0)

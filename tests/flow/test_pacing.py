@@ -7,11 +7,15 @@ from sglang_kvcodec.flow.pacing import (
     ANSWER_SHARE,
     FIRST_BYTE,
     LOOKUP,
+    LOST_SHARE,
     MAX_PATIENCE_S,
     MIN_ANSWER_S,
     MIN_PATIENCE_S,
     PATIENCE_SHARE,
     PROGRESS,
+    SILENCE,
+    SILENCE_S,
+    SILENCE_SHARE,
     Flight,
     Pacer,
     Stage,
@@ -164,3 +168,77 @@ def test_who_is_in_a_batch_is_given_up_for_what_is_missing_only():
     # The first layers of these are not there yet.
     begun = dataclasses.replace(promised, received_bytes=1_000)
     assert patience_s(begun, state, 0.0) is not None
+
+
+def followed(flight, received, known_at=None, period_s=0.02):
+    """Judges once in a while, with so much received each time; when it was given up, if it was."""
+    given_up = []
+    flight._give_up = given_up.append
+    for index, size in enumerate(received):
+        flight.progress(size, 0)
+        flight.judge(known_at(index) if known_at else known(40_000), index * period_s)
+        if given_up:
+            return given_up[0], index * period_s
+    return None
+
+
+def turnable(stage=None):
+    flight = Flight(stage or progress(), lambda phase: None)
+    flight.may_turn = True
+    return flight
+
+
+FLOWS = [800 * step for step in range(6)]
+"""As much as the link brings, 40 kB a second."""
+
+
+def test_silence_is_not_waited_out_where_the_other_end_can_be_fetched():
+    phase, at_s = followed(turnable(), FLOWS + [FLOWS[-1]] * 50)
+    assert phase == SILENCE
+    # What has come of pages that are not whole, 4 kB, is worth as little.
+    assert at_s == pytest.approx(0.1 + SILENCE_S, abs=0.021)
+    assert followed(Flight(progress(), None), FLOWS + [FLOWS[-1]] * 50) is None
+
+
+def test_a_last_message_is_not_what_ends_silence():
+    # One message where five should have come.
+    assert followed(turnable(), [*FLOWS, 4000, 4000, 4000, 4000, 4800, 4800])[0] == SILENCE
+    assert followed(turnable(), [*FLOWS, 4000, 4000, 5600, 5600, 5600, 7200, 7200, 8800, 8800, 8800, 10400]) is None
+
+
+def test_what_would_be_lost_is_waited_for():
+    # 18 kB of pages that are not whole take 0.45 s to fetch again.
+    received = [*FLOWS[:1], 18_000]
+    _, at_s = followed(turnable(), received + [18_000] * 50)
+    assert at_s == pytest.approx(0.02 + LOST_SHARE * 0.45, abs=0.03)
+
+
+def test_others_on_the_link_have_their_turns():
+    _, alone_s = followed(turnable(), FLOWS + [FLOWS[-1]] * 50)
+    _, shared_s = followed(turnable(), FLOWS + [FLOWS[-1]] * 50, lambda _: known(40_000, others_bytes=[10**6]))
+    assert shared_s > alone_s
+
+
+def test_silence_is_told_by_what_the_link_was():
+    # The meter has noticed too, and what is left would still come sooner than it could be computed.
+    slow_after = lambda index: known(40_000 if index < 8 else 18_000)  # noqa: E731
+    flight = turnable()
+    assert followed(flight, FLOWS + [FLOWS[-1]] * 50, slow_after)[0] == SILENCE
+    assert flight.given_up_at_bytes_per_s == 40_000 * SILENCE_SHARE
+
+
+def test_a_link_that_was_always_slow_is_not_silent():
+    # A message of 2 kB each fifth of a second, and it is known.
+    received = [2000 * (index // 10) for index in range(100)]
+    slow = known(10_000, prefill=PrefillModel(0.0, 1.0, 0.0), message_bytes=2000)
+    assert followed(turnable(), received, lambda _: slow) is None
+
+
+def test_a_phase_begins_anew():
+    flight = turnable()
+    assert followed(flight, [0] * 5) is None
+    flight.begin(PROGRESS, 0.1)
+    assert followed(flight, FLOWS) is None
+    waiting = turnable(Stage(FIRST_BYTE, 0.0, PREFIX))
+    # There an answer may take its share of the prefill.
+    assert followed(waiting, [0] * 12) is None

@@ -450,3 +450,80 @@ def test_nothing_is_computed_meanwhile_by_a_server_that_takes_every_hit(setup):
     assert ticket.wait(LIMIT_S)
     assert ticket.tail is None
     assert len(ticket.pages) == len(NAMES)
+
+
+@pytest.fixture
+def failing(setup, monkeypatch):
+    """A link that is far faster than computing, and of which nothing comes any more in the middle of six blocks."""
+    monkeypatch.setattr(planner, "LAST_BLOCKS", 0)
+    monkeypatch.setattr(planner, "block_s", lambda fetch_s, round_trip_s: 1e-9)
+    monkeypatch.setattr(planner, "overlappable_s", lambda after_s, fetch_s, prefill_s: 0.0 * after_s)
+    setup.prefill_takes(2e-2)
+    setup.link_carries(1e8)
+    setup.restoring_takes(1e-10)
+    held = Held(setup, 7, 1e8)
+    yield held
+    held.go_on.set()
+
+
+def start_to_turn(setup, may_compute=True):
+    hashes = [hash_of(name) for name in NAMES]
+    return setup.fetcher.start([Tier("raw", (NAMESPACE,))], hashes, rid="r", may_compute=may_compute)
+
+
+def test_a_fetch_whose_link_fails_goes_on_from_the_other_end(setup, failing, delta):
+    ticket = start_to_turn(setup)
+    wait_until(lambda: ticket.was_cut())
+    assert ticket.cut_phase == "silence"
+    assert not ticket.is_ready
+    asked = setup.peer.calls.count("fetch")
+    assert 1 < asked < len(NAMES) - 1
+    failing.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    head = len(ticket.pages)
+    assert 0 < head == asked - 1
+    assert ticket.tail.head_pages == head
+    assert ticket.most_pages == ticket.tail.end == len(NAMES)
+    assert delta("kvcodec_fetches_turned_total") == 1
+    assert delta("kvcodec_fetches_total", outcome="overtaken") == 1
+    wait_until(lambda: not setup.fetcher._pacer._flights)
+    fetched = [name for name in NAMES if setup.cache.get(hash_of(name)) is not None]
+    # What nobody has asked for is what is computed.
+    assert fetched[:head] == list(range(head))
+    assert fetched[head:] == list(range(max(ticket.tail.lowest_page, head + 1), len(NAMES)))
+    assert setup.fetcher._queue.enter()
+
+
+def test_a_request_that_can_not_be_computed_meanwhile_waits_as_long_as_it_is_worth(setup, failing, delta):
+    ticket = start_to_turn(setup, may_compute=False)
+    wait_until(lambda: failing._seen == 7)
+    assert not threading.Event().wait(0.3)
+    assert not ticket.was_cut()
+    failing.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert len(ticket.pages) == len(NAMES)
+    assert delta("kvcodec_fetches_turned_total") == 0
+
+
+def test_what_was_promised_leaves_a_tail_for_the_second_start(setup, failing, delta, monkeypatch):
+    monkeypatch.setattr(early_admission, "is_in_time", lambda *args: True)
+    monkeypatch.setattr(early_admission, "PERIOD_S", 0.0)
+    monkeypatch.setattr(early_admission, "WATCH_S", 0.0)
+    ticket = start_to_turn(setup)
+    wait_until(lambda: ticket.is_ready)
+    assert not ticket.is_done
+    ticket.admitted()
+    wait_until(lambda: ticket.was_cut())
+    failing.go_on.set()
+    assert ticket.wait(LIMIT_S)
+    assert not ticket.is_kept
+    assert ticket.tail is None
+    second = ticket.second
+    assert second.is_done
+    assert second.pages == []
+    assert second.tail.head_pages > 0
+    assert delta("kvcodec_fetches_turned_total") == 1
+    wait_until(lambda: not setup.fetcher._pacer._flights)
+    assert setup.cache.get(hash_of(NAMES[-1])) is not None
+    ticket.cancel()
+    assert second.tail.stop.is_set()

@@ -257,3 +257,56 @@ def test_ranks_take_together_what_all_have_planned(restores):
     # What was under way when they agreed.
     tail.landed(33, pages(2))
     assert len(restores.jobs) == 1
+
+
+def turned_tail(head_pages=10, doubted_bytes_per_s=1000 / PAGE_S / 100):
+    prefix = Prefix([1000] * PAGES, PAGE_TOKENS, 0, PAGES * PAGE_TOKENS + 9)
+    return Tail(prefix, 20, 128, head_pages, doubted_bytes_per_s)
+
+
+def test_what_is_there_is_not_fetched_again():
+    assert turned_tail().lowest_page == 15
+    assert turned_tail(head_pages=19).lowest_page == 20
+    assert fetch_all(turned_tail(head_pages=19), known(1e9))[-1][0] >= 20
+
+
+def test_of_a_doubted_link_little_is_asked_at_first():
+    tail = turned_tail()
+    assert tail.next_block(EVEN) == (PAGES - 1, PAGES)
+    tail.landed(PAGES - 1, pages(1))
+    # It was a pause.
+    first, end = tail.next_block(EVEN)
+    assert end - first > 1
+    # So it is of one that looks dead: else nobody would learn that it is not.
+    assert turned_tail(doubted_bytes_per_s=1e-6).next_block(EVEN) == (PAGES - 1, PAGES)
+
+
+def test_computing_does_not_stop_for_what_may_never_come(restores):
+    tail = turned_tail()
+    begin(tail, restores)
+    first, _ = tail.next_block(EVEN)
+    assert tail.outlook().compute_until == PAGES
+    tail.landed(first, pages(PAGES - first))
+    restores.end(0)
+    following, _ = tail.next_block(EVEN)
+    assert tail.outlook().compute_until == following
+
+
+def test_computing_does_not_stop_where_one_more_pass_takes_longer(restores):
+    tail = new_tail()
+    begin(tail, restores)
+    # Of the last seven pages two are on their way.
+    tail.computing(33)
+    per_pass = dataclasses.replace(EVEN, prefill=PrefillModel(100 * PAGE_S, PAGE_S / PAGE_TOKENS, 0.0))
+    tail.pass_tokens = 8 * PAGE_TOKENS
+    tail.next_block(per_pass)
+    tail.shorten(PAGES - 2)
+    assert tail.outlook().compute_until == PAGES
+    tail.pass_tokens = PAGE_TOKENS
+    assert tail.outlook().compute_until == PAGES - 2
+
+
+def test_ranks_compute_from_where_the_one_with_most_is(restores):
+    tail = turned_tail()
+    tail.agree(20, 33, 64, 18)
+    assert tail.lowest_page == 19

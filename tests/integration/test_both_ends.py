@@ -1,4 +1,5 @@
-"""A server that computes the start of a stored prefix while its end is fetched, over a link about as fast as computing.
+"""A server that computes the start of a stored prefix while its end is fetched, over a link about as fast as computing,
+or over one that fails in the middle of a fetch.
 
 What is asserted are words and what became of the pages, not times: how fast this machine computes, the server says.
 """
@@ -17,7 +18,7 @@ from integration.test_failures import _bit_flipped, _last_page_hash, _tamper, _u
 
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
-from sglang_kvcodec.testing.shaped_link import ShapedLink, stalls, steady
+from sglang_kvcodec.testing.shaped_link import ShapedLink, falls, stalls, steady
 
 pytestmark = pytest.mark.sglang
 
@@ -88,7 +89,12 @@ class Stored:
 
     text: str
     answer: str
-    bytes_per_s: float
+    coded_bytes: float
+    computed_s: float
+
+    @property
+    def bytes_per_s(self):
+        return self.coded_bytes / self.computed_s
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +128,7 @@ def stored(fresh, server, link, steady_text, coded_bytes):
     text, answer, computed_s = steady_text
     assert server.client.wait_published()
     forget(server)
-    return Stored(text, answer, coded_bytes / computed_s)
+    return Stored(text, answer, coded_bytes, computed_s)
 
 
 def meetings(server, outcome=None):
@@ -163,6 +169,42 @@ def test_both_ends_meet(fresh, server, link, stored):
     # SGLang checks its pools when it is idle, and ends if a slot is lost.
     assert server.client.wait_published()
     forget(server)
+    assert server.alive
+
+
+def until_turned(server, link, stored, is_promised):
+    """Asks over a link that is far faster than computing and fails, until the fetch goes on from the other end.
+
+    ``is_promised``: until that happens to a request that is in a batch already, which starts a second time.
+    """
+    speed = 6 * stored.bytes_per_s
+    names = ["kvcodec_fetches_turned_total", *(["kvcodec_early_admissions_total"] if is_promised else [])]
+    for share in (0.7, 0.8, 0.9, 0.6) if is_promised else (0.3, 0.4, 0.5, 0.2):
+        for _ in range(3):
+            link.begin(steady(speed))
+            forget(server)
+            assert ask(server, stored.text).text == stored.answer
+            forget(server)
+            before = [metric(server, name) for name in names]
+            link.begin(falls(speed, int(share * stored.coded_bytes), to=0.02))
+            reply = ask(server, stored.text)
+            link.begin(steady(speed))
+            assert reply.text == stored.answer
+            if all(metric(server, name) > old for name, old in zip(names, before, strict=True)):
+                return
+    raise AssertionError("no fetch goes on from the other end")
+
+
+@pytest.mark.parametrize("is_promised", [False, True])
+def test_a_link_that_fails_in_mid_fetch(fresh, server, link, stored, is_promised):
+    lost = metric(server, "kvcodec_restore_failures_total", reason="arrival")
+    until_turned(server, link, stored, is_promised)
+    if is_promised:
+        assert metric(server, "kvcodec_restore_failures_total", reason="arrival") > lost
+    wait_for(lambda: server.client.wait_published(), "an idle server")
+    forget(server)
+    link.begin(steady(1e9))
+    assert ask(server, stored.text).text == stored.answer
     assert server.alive
 
 
@@ -250,13 +292,18 @@ def test_two_ranks_meet_at_the_same_page(fresh, link):
         assert server.client.wait_published()
         # Of both ranks.
         coded_bytes = metric(server, "kvcodec_published_bytes_total")
-        stored = Stored(text, answer, coded_bytes / computed_s)
+        stored = Stored(text, answer, coded_bytes, computed_s)
         for _ in range(3):
             reply = until_planned(server, link, stored)
             if meetings(server, "joined"):
                 break
         assert meetings(server, "joined") > 0
         assert reply.cached.storage > 0
+        for is_promised in (False, True):
+            until_turned(server, link, stored, is_promised)
+        link.begin(steady(1e9))
+        forget(server)
+        assert ask(server, text).text == answer
         assert server.alive
     finally:
         server.kill()

@@ -94,10 +94,10 @@ def test_ranks_compute_a_start_while_they_fetch_the_end_if_all_do():
     mine, other, without = _Rank(computing_to(2, 5, 128)), _Rank(computing_to(3, 4, 64)), _Rank(ticket())
     agree(mine, other)
     assert mine.pages() == other.pages() == [0]
-    assert mine.told == [("0", mine.tickets[0], 7, [-3, 4, 64])]
+    assert mine.told == [("0", mine.tickets[0], 7, [-3, 4, 64, 0])]
     alone = _Rank(computing_to(2, 5, 128))
     agree(alone, without)
-    assert alone.told == [("0", alone.tickets[0], 7, [-NO_TAIL, 0, 0])]
+    assert alone.told == [("0", alone.tickets[0], 7, [-NO_TAIL, 0, 0, 0])]
 
 
 def test_nobody_waits_for_a_fetch_of_which_a_rank_will_have_nothing():

@@ -20,9 +20,12 @@ class Passes:
         self.busy_us = 0
         self.number = 0
 
-    def run(self, new=(), prefix=(), seconds=0.0, mode=ForwardMode.EXTEND, reqs=(), waited_s=0.0):
+    def run(self, new=(), prefix=(), seconds=0.0, mode=ForwardMode.EXTEND, reqs=(), waited_s=None, on_cpu=False):
         self.number += 1
-        self.observer.waited(self.number, waited_s)
+        if waited_s is not None:
+            self.observer.loaded(self.number, waited_s)
+        if on_cpu:
+            self.observer.ran(self.number, seconds)
         if mode.is_extend():
             self.busy_us += round(seconds * 1e6)
         batch = types.SimpleNamespace(
@@ -54,10 +57,30 @@ def test_prefill_is_learnt_from_prefill_passes_alone(passes):
 
 
 def test_what_a_pass_waited_for_its_layers_is_not_prefill(passes):
+    passes.run([100], [0], 9.0, waited_s=8.9)
+    assert passes.seconds(100) is None
     passes.run([100], [0], 0.8, waited_s=0.3)
     assert passes.seconds(100) == pytest.approx(0.5, rel=0.01)
-    passes.run([100], [0], 9.0, waited_s=8.9)
+    # Once something is known, passes beside a restore say nothing of others.
+    passes.run([100], [0], 9.0, waited_s=0.1)
     assert passes.seconds(100) == pytest.approx(0.5, rel=0.01)
+
+
+def test_how_much_longer_a_pass_takes_beside_its_restore(passes):
+    for _ in range(5):
+        passes.run([100], [0], 0.5, on_cpu=True)
+    assert passes.meter.model().beside_restore == 1.0
+    passes.run([100], [0], 1.0, waited_s=0.25, on_cpu=True)
+    assert passes.meter.model().beside_restore == pytest.approx(1.5, rel=0.02)
+    # One that was held up by something else.
+    passes.run([100], [0], 50.0, waited_s=0.0, on_cpu=True)
+    passes.run([100], [0], 1.0, waited_s=0.25, on_cpu=True)
+    assert passes.meter.model().beside_restore == pytest.approx(1.5, rel=0.02)
+    assert passes.seconds(100) == pytest.approx(0.5, rel=0.01)
+    # On a GPU nobody knows how long a pass has waited.
+    for _ in range(5):
+        passes.run([100], [0], 5.0, waited_s=0.0)
+    assert passes.meter.model().beside_restore == pytest.approx(1.5, rel=0.02)
 
 
 def test_a_pass_that_was_not_accounted_for_says_nothing(passes):

@@ -167,6 +167,27 @@ def test_a_tail_that_not_all_ranks_have_ends(setup, delta):
     assert setup.free == setup.all_slots
 
 
+def test_a_turned_fetch_has_a_head_that_nobody_computes(setup, delta):
+    setup.ticket.tail = setup.tail = Tail(setup.tail.prefix, 7, 2 * PAGE, head_pages=4)
+    assert TailBook.offer(setup.ticket) == (-7, PAGES, 2 * PAGE, -4)
+    # Another rank has a page more.
+    setup.book.agreed("r", setup.ticket, START, [-7, PAGES, 2 * PAGE, -5])
+    setup.book.admitted("r")
+    assert setup.tail.lowest_page == 6
+    assert len(setup.free) == 1000 - 4 * PAGE
+    setup.restored(6, 4)
+    end = (START + PAGES) * PAGE
+    assert setup.launch(7) == end
+    assert delta("kvcodec_misses_total", reason=BOTH_ENDS) == PAGES - 5 - 3
+
+
+@pytest.mark.parametrize("offer", [[-7, PAGES, 32, -7], [-PAGES, PAGES, 32, 0]])
+def test_nothing_is_between_a_head_and_a_tail_that_touch(setup, delta, offer):
+    setup.book.agreed("r", setup.ticket, START, offer)
+    assert setup.tail.stop.is_set()
+    assert delta("kvcodec_meetings_total", outcome="not_all_ranks") == 1
+
+
 @pytest.mark.parametrize("is_restoring", [False, True])
 def test_slots_are_given_back_when_nothing_writes_to_them_any_more(setup, is_restoring, delta):
     setup.begin()
