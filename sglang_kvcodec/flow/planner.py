@@ -371,7 +371,9 @@ def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Flo
         return np.zeros(len(pages))
     before = prefix.tokens_before + pages * prefix.page_tokens
     new = np.maximum(1, prefix.prompt_tokens - before)
-    return np.where(pages > 0, prefill.seconds_beside_restore(new, before), prefill.seconds_of(new, before))
+    # The first pass runs beside the restore.
+    forward_s: Floats = prefill.seconds_of(new, before) + prefill.restored_s * pages * prefix.page_tokens
+    return forward_s
 
 
 def restoring_pays(
@@ -388,7 +390,7 @@ def restoring_pays(
         coded_bytes: of all of them.
         page_tokens: of all of them.
     """
-    forward_s = prefill.seconds(1, page_tokens) * prefill.beside_restore
+    forward_s = prefill.seconds(1, page_tokens) + prefill.restored_s * page_tokens
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     groups = restore.layer_groups
     hit_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)

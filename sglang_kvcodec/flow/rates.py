@@ -39,8 +39,6 @@ SLOW_FIRST_BYTE_S = 0.1
 ROUND_TRIPS = 9
 LEAST_KNOWN_TOKENS = 64
 """A pass of so many tokens has to be seen before passes count as known: a short one tells nothing of long ones."""
-LOADED_PASSES = 9
-MAX_BESIDE_RESTORE = 4.0
 RESTORE_FORGOTTEN_S = 60.0
 """After so long without a restore its rate counts as unknown, so that one that was slow gets another try."""
 
@@ -328,8 +326,8 @@ class PrefillModel:
         pair_s: of a token that looks at another.
         pass_tokens: computed by one forward pass at most; 0 for no bound.
         whole_s: of a pair of any two tokens that a pass knows.
-        beside_restore: how many times as long a pass takes beside the restore that it uses. One where decoders and
-            model share nothing; without a GPU they share cores.
+        restored_s: of a token that is restored beside the pass that uses it. Nothing where decoders and model share
+            nothing; without a GPU they share cores.
     """
 
     pass_s: float
@@ -337,7 +335,7 @@ class PrefillModel:
     pair_s: float
     pass_tokens: int = 0
     whole_s: float = 0.0
-    beside_restore: float = 1.0
+    restored_s: float = 0.0
 
     def seconds(self, new_tokens: int, prefix_tokens: int) -> float:
         """To compute ``new_tokens`` after ``prefix_tokens`` that are there."""
@@ -358,12 +356,6 @@ class PrefillModel:
         )
         return np.where(new_tokens > 0, seconds, 0.0)
 
-    def seconds_beside_restore(self, new_tokens: Ints, prefix_tokens: Ints) -> Floats:
-        """The same where the prefix is being restored: only the first pass waits for that, and runs beside it."""
-        first = np.minimum(new_tokens, self.pass_tokens) if self.pass_tokens else new_tokens
-        longer_s = (self.beside_restore - 1) * self.seconds_of(first, prefix_tokens)
-        return self.seconds_of(new_tokens, prefix_tokens) + longer_s
-
 
 class PrefillMeter:
     """What forward passes of prompts take."""
@@ -372,22 +364,23 @@ class PrefillMeter:
         """Knows nothing. ``pass_tokens`` as in :class:`PrefillModel`."""
         self._pass_tokens = pass_tokens
         self._most_tokens = 0
-        self._fit = OnlineFit(4, primary=1)
-        self._beside_restore: collections.deque[float] = collections.deque(maxlen=LOADED_PASSES)
+        self._fit = OnlineFit(5, primary=1)
 
-    def forward_pass(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int], seconds: float) -> None:
-        """A pass over one or several requests has ended: each one's new tokens, and those before them."""
-        self._fit.add(_features(new_tokens, prefix_tokens), seconds)
+    def forward_pass(
+        self, new_tokens: Sequence[int], prefix_tokens: Sequence[int], seconds: float, restored_tokens: int = 0
+    ) -> None:
+        """A pass over one or several requests has ended.
+
+        Args:
+            new_tokens: of each.
+            prefix_tokens: of each, before them.
+            seconds: that it took, without waiting for what was restored.
+            restored_tokens: of all prefixes together, those that were restored beside it.
+        """
+        pairs = sum(new * (prefix + new / 2) for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
+        wholes = sum((prefix + new) ** 2 for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
+        self._fit.add((1.0, sum(new_tokens), pairs, wholes, restored_tokens), seconds)
         self._most_tokens = max(self._most_tokens, max(new_tokens, default=0))
-
-    def pass_beside_restore(self, new_tokens: Sequence[int], prefix_tokens: Sequence[int], seconds: float) -> None:
-        """A pass has ended whose prefix was restored beside it, and took so long without waiting for that."""
-        fitted = self._fit.coefficients(refit=False)
-        if fitted is None or not self.is_known:
-            return
-        alone_s = sum(a * b for a, b in zip(fitted, _features(new_tokens, prefix_tokens), strict=True))
-        if alone_s > 0:
-            self._beside_restore.append(min(MAX_BESIDE_RESTORE, max(1.0, seconds / alone_s)))
 
     @property
     def is_known(self) -> bool:
@@ -401,21 +394,11 @@ class PrefillMeter:
         fitted = self._fit.coefficients(refit)
         if fitted is None:
             return None
-        pass_s, token_s, pair_s, whole_s = fitted
-        # A copy: the scheduler's thread may append.
-        ratios = list(self._beside_restore)
-        beside_restore = statistics.median(ratios) if ratios else 1.0
-        model = PrefillModel(pass_s, token_s, pair_s, self._pass_tokens, whole_s, beside_restore)
+        pass_s, token_s, pair_s, whole_s, restored_s = fitted
+        model = PrefillModel(pass_s, token_s, pair_s, self._pass_tokens, whole_s, restored_s)
         if refit:
             metrics.PREFILL_TOKENS_PER_SECOND.set(1024 / max(1e-9, model.seconds(1024, 0)))
         return model
-
-
-def _features(new_tokens: Sequence[int], prefix_tokens: Sequence[int]) -> tuple[float, float, float, float]:
-    """Of a pass: itself, its tokens, pairs of them and those before, and pairs of all."""
-    pairs = sum(new * (prefix + new / 2) for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
-    wholes = sum((prefix + new) ** 2 for new, prefix in zip(new_tokens, prefix_tokens, strict=True))
-    return 1.0, sum(new_tokens), pairs, wholes
 
 
 class Rates:

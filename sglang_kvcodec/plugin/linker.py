@@ -126,6 +126,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._provenance = Provenance()
         self._restored: list[RestoreJob] = []
         self._waited_s = 0.0
+        self._loaded_tokens = 0
         self._tracer = tracer or Tracer()
 
     # ---- read side ----
@@ -251,6 +252,8 @@ class KVCodecLinker(UnifiedCacheLinker):
         """Whether every layer landed. Pages that could not be restored are not offered again."""
         landed = self.layer_done_counter.finish(counter_index, self.forward_stream)
         restore = self._running.pop(counter_index, None)
+        if restore is not None:
+            self._loaded_tokens += sum(len(job.pages) for job in restore.jobs) * self._page_tokens
         if restore is not None and self._worst_of_ranks is not None:
             self._restored += restore.jobs
         if restore is not None and not landed:
@@ -284,10 +287,11 @@ class KVCodecLinker(UnifiedCacheLinker):
         self._waited_s += end_s - start_s
         self._tracer.work(f"wait for layer {layer}", start_s, end_s)
 
-    def take_waited_s(self) -> float:
-        """How long forward passes have waited for layers since this was last asked."""
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
+    def take_loaded(self) -> tuple[float, int]:
+        """How long forward passes have waited for layers since this was last asked, and for how many tokens."""
+        loaded = self._waited_s, self._loaded_tokens
+        self._waited_s, self._loaded_tokens = 0.0, 0
+        return loaded
 
     def cancel_queued_load(self, rid: str) -> bool:
         """Cancels a restore that has not started."""

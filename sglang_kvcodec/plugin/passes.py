@@ -14,7 +14,7 @@ from sglang_kvcodec.flow.trace import Tracer
 
 MAX_EXPECTED = 1 << 12
 MAX_WAITED_SHARE = 0.5
-"""A pass that has waited longer than this share for its layers says little of prefill, whatever else is known."""
+"""A pass that has waited for its layers longer than this share says little of prefill."""
 
 
 class PassObserver:
@@ -25,8 +25,8 @@ class PassObserver:
         self._tracer = tracer or Tracer()
         self._prefill = prefill
         self._busy_us = 0
-        self._waited_s: dict[int, float] = {}
-        """Of passes whose prefixes were restored beside them."""
+        self._loaded: dict[int, tuple[float, int]] = {}
+        """Number of a pass whose prefixes were restored beside it -> seconds that it waited, and how many tokens."""
         self._ran_s: dict[int, float] = {}
         self._expected: collections.OrderedDict[str, FetchTicket] = collections.OrderedDict()
 
@@ -41,9 +41,9 @@ class PassObserver:
         """The request is gone."""
         self._expected.pop(rid, None)
 
-    def loaded(self, pass_number: int, waited_s: float) -> None:
-        """A pass restores a prefix beside it, and its thread has waited so long for layers of it."""
-        self._waited_s[pass_number] = waited_s
+    def loaded(self, pass_number: int, waited_s: float, restored_tokens: int) -> None:
+        """So many tokens are restored beside a pass, whose thread has waited so long for layers of them."""
+        self._loaded[pass_number] = waited_s, restored_tokens
 
     def ran(self, pass_number: int, seconds: float) -> None:
         """A pass ran on the scheduler's own thread, as on a CPU, and took so long.
@@ -63,14 +63,13 @@ class PassObserver:
         took_s, self._busy_us = (prefill_busy_us - self._busy_us) / 1e6, prefill_busy_us
         ran_s = self._ran_s.pop(batch.forward_iter, None)
         took_s = took_s if ran_s is None else ran_s
-        waited_s = self._waited_s.pop(batch.forward_iter, None)
+        waited_s, restored_tokens = self._loaded.pop(batch.forward_iter, (0.0, 0))
         if not batch.forward_mode.is_extend():
             return
-        if waited_s is None or (not self._prefill.is_known and waited_s <= MAX_WAITED_SHARE * took_s):
-            self._prefill.forward_pass(batch.extend_lens, batch.prefix_lens, took_s - (waited_s or 0.0))
-        elif ran_s is not None:
-            # On a device a pass waits where nobody sees how long.
-            self._prefill.pass_beside_restore(batch.extend_lens, batch.prefix_lens, ran_s - waited_s)
+        # On a device a pass waits where nobody sees how long.
+        is_telling = not restored_tokens or ran_s is not None or not self._prefill.is_known
+        if is_telling and waited_s <= MAX_WAITED_SHARE * took_s:
+            self._prefill.forward_pass(batch.extend_lens, batch.prefix_lens, took_s - waited_s, restored_tokens)
         if self._tracer.is_on:
             self._trace(batch, took_s)
         if self._expected:

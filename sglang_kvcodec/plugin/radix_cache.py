@@ -346,7 +346,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             return self._finish_loads_of_stage(reqs, self._unjudged)
         loading = [req.rid for req in reqs if self._linker.is_loading(req.rid)]
         failed = super().finish_external_linker_loads(reqs)
-        self._after_loads(bool(loading))
+        self._after_loads()
         self._judged(loading, failed)
         return failed
 
@@ -354,16 +354,16 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """The same at one stage of a pipeline: what becomes of the requests is not known before all have come to it."""
         loading = set(self.linker.inflight_load_rids)
         failed = self.linker.finish_loads()
-        self._after_loads(bool(loading))
+        self._after_loads()
         if loading:
             unjudged.launched([req for req in reqs if req.rid in loading], not failed)
         return []
 
-    def _after_loads(self, has_loaded: bool) -> None:
+    def _after_loads(self) -> None:
         self._linker.note_restored()
-        waited_s = self._linker.take_waited_s()
-        if has_loaded:
-            self._passes.loaded(self.scheduler.forward_ct, waited_s)
+        waited_s, restored_tokens = self._linker.take_loaded()
+        if restored_tokens:
+            self._passes.loaded(self.scheduler.forward_ct, waited_s, restored_tokens)
 
     def _judged(self, loading: Sequence[str], failed: Sequence[Any]) -> None:
         self.retries.mark_failed(failed)

@@ -190,8 +190,11 @@ def test_waits_for_layers_are_measured(setup):
     threading.Timer(0.05, gate.set).start()
     for layer in range(SPEC.layers):
         counter.wait_until(layer)
-    assert setup.linker.take_waited_s() > 0
-    assert setup.linker.take_waited_s() == 0
+    assert setup.linker.finish_layer_wise_loading(index)
+    waited_s, tokens = setup.linker.take_loaded()
+    assert waited_s > 0
+    assert tokens == SPEC.page_tokens
+    assert setup.linker.take_loaded() == (0.0, 0)
     assert setup.linker.finish_layer_wise_loading(index)
 
 
