@@ -195,7 +195,6 @@ def test_waits_for_layers_are_measured(setup):
     assert waited_s > 0
     assert tokens == SPEC.page_tokens
     assert setup.linker.take_loaded() == (0.0, 0)
-    assert setup.linker.finish_layer_wise_loading(index)
 
 
 def test_pages_found_are_restored_layer_by_layer_though_evicted_meanwhile(setup):
