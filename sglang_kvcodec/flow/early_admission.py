@@ -15,8 +15,9 @@ from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict_rest
 
 WATCH_S = 0.03
 PERIOD_S = 0.01
-LANDING_MARGIN = 0.15
-"""The link is taken to be so much slower than it was measured."""
+LANDING_MARGIN, LEAST_MARGIN, MOST_MARGIN = 0.15, 0.05, 0.3
+"""The link is taken to be slower than it was measured, by as much as it was at times; where that is not known, by the
+first of these."""
 RECENT_S, STEP_S = 0.05, 0.005
 """And no faster than over the first of these, which ends now; what had arrived is kept for moments the second apart."""
 STALL_SHARE = 0.02
@@ -33,7 +34,10 @@ def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge, last_bloc
         known: what was measured; without a rate of each kind nothing is in time.
         last_block_bytes: of the block under way, if that is the last one; None if it is not.
     """
-    rest = predict_rest(prefix, missing_bytes, known, LANDING_MARGIN, last_block_bytes)
+    margin = LANDING_MARGIN
+    if known.link_shortfall is not None:
+        margin = min(MOST_MARGIN, max(LEAST_MARGIN, known.link_shortfall))
+    rest = predict_rest(prefix, missing_bytes, known, margin, last_block_bytes)
     return rest is not None and rest.stall_s <= max(STALL_S, STALL_SHARE * rest.after_s)
 
 

@@ -61,6 +61,7 @@ def what_is_known(rates: Rates, admits_early: bool, profile_name: str = "") -> K
         rates.prefill.model(),
         admits_early,
         rates.link.message_bytes,
+        rates.link.shortfall,
     )
 
 

@@ -120,6 +120,7 @@ class Knowledge:
         prefill: computing.
         overlaps: whether a request is admitted before all has landed, where enough is known to tell when.
         message_bytes: that come at once; 0 where that is not known.
+        link_shortfall: share by which the link was slower at times; None where that is not known.
     """
 
     round_trip_s: float
@@ -129,6 +130,7 @@ class Knowledge:
     prefill: PrefillModel | None
     overlaps: bool = False
     message_bytes: float = 0.0
+    link_shortfall: float | None = None
 
 
 NOTHING_KNOWN = Knowledge(0.0, None, (), None, None)

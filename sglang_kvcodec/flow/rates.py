@@ -97,8 +97,21 @@ class LinkMeter:
                     slices += [(now_s, self._message_to_come_bytes / silent_s)] * int(silent_s / SLICE_S)
             if not slices:
                 return None
-            recent = [rate for end_s, rate in slices[-SLICES:] if end_s >= slices[-1][0] - WINDOW_S]
-            return statistics.median(recent)
+            return statistics.median(self._recent(slices))
+
+    @property
+    def shortfall(self) -> float | None:
+        """By what share of the median the slowest of the newest slices is slower; None with too few of them."""
+        with self._lock:
+            recent = self._recent(list(self._slices))
+        if len(recent) <= SLICES // 2:
+            return None
+        return 1 - min(recent) / max(1e-9, statistics.median(recent))
+
+    @staticmethod
+    def _recent(slices: Sequence[tuple[float, float]]) -> list[float]:
+        """Bytes per second of those that count."""
+        return [rate for end_s, rate in slices[-SLICES:] if end_s >= slices[-1][0] - WINDOW_S]
 
     @property
     def message_bytes(self) -> float:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.early_admission import (
     LANDING_MARGIN,
+    LEAST_MARGIN,
+    MOST_MARGIN,
     PERIOD_S,
     STALL_S,
     STALL_SHARE,
@@ -53,6 +55,25 @@ def known(bytes_per_s=10e6, **changes):
 def test_nothing_is_admitted_on_a_guess(missing):
     assert not is_in_time(PREFIX, 1, dataclasses.replace(known(), **{missing: None}))
     assert not is_in_time(PREFIX, 0, NOTHING_KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("shortfall", "margin"), [(None, LANDING_MARGIN), (0.0, LEAST_MARGIN), (0.2, 0.2), (0.9, MOST_MARGIN)]
+)
+def test_a_link_is_taken_to_be_as_slow_as_it_was_at_times(shortfall, margin):
+    def most_bytes(margin):
+        """That may be missing of a link that is so much slower than it was measured."""
+        fitting = (size for size in range(6_000_000, 0, -10_000) if is_within(size, margin))
+        return next(fitting)
+
+    def is_within(size, margin):
+        rest = predict_rest(PREFIX, size, known(), margin, 6_000_000)
+        return rest.stall_s <= max(STALL_S, STALL_SHARE * rest.after_s)
+
+    facts = known(link_shortfall=shortfall)
+    most = most_bytes(margin)
+    assert is_in_time(PREFIX, most, facts, 6_000_000)
+    assert not is_in_time(PREFIX, most + 10_000, facts, 6_000_000)
 
 
 def test_what_has_landed_is_in_time():

@@ -112,6 +112,22 @@ def test_after_a_pause_only_what_is_new_counts():
     assert link.meter.bytes_per_s() == about(1e7)
 
 
+def test_by_how_much_a_link_falls_short_at_times():
+    link = Link()
+    assert link.meter.shortfall is None
+    link.begin()
+    link.carry(10e6, 0.1)
+    # Too few slices.
+    assert link.meter.shortfall is None
+    link.carry(10e6, 0.5)
+    assert link.meter.shortfall == pytest.approx(0, abs=0.05)
+    link.carry(7e6, 0.06)
+    link.carry(10e6, 0.1)
+    assert link.meter.shortfall == pytest.approx(0.3, abs=0.08)
+    link.carry(10e6, 1.0)
+    assert link.meter.shortfall == pytest.approx(0, abs=0.05)
+
+
 def test_outliers_are_forgotten():
     link = Link(5_000)
     link.begin()
