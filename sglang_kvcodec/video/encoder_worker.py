@@ -30,7 +30,8 @@ ANSWER = struct.Struct("<II")
 """Status, and a number: of sizes that follow after a success, of bytes of the message after a failure."""
 SUCCEEDED, FAILED = 0, 1
 
-NICENESS = 10
+NICENESS = 19
+"""The least that there is: a prompt's first pages are coded while its next ones are computed, maybe on these cores."""
 _PARENT_CHECK_MS = 1000
 
 
