@@ -68,7 +68,7 @@ class PassObserver:
             return
         # On a device a pass waits where nobody sees how long.
         is_telling = not restored_tokens or ran_s is not None or not self._prefill.is_known
-        if is_telling and waited_s <= MAX_WAITED_SHARE * took_s:
+        if is_telling and took_s > 0 and waited_s <= MAX_WAITED_SHARE * took_s:
             self._prefill.forward_pass(batch.extend_lens, batch.prefix_lens, took_s - waited_s, restored_tokens)
         if self._tracer.is_on:
             self._trace(batch, took_s)

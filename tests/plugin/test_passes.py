@@ -87,6 +87,7 @@ def test_how_long_a_pass_has_waited_on_a_device_nobody_knows(passes):
 def test_a_pass_that_was_not_accounted_for_says_nothing(passes):
     passes.run([100], [0], 0.0)
     assert passes.seconds(100) is None
+    assert not passes.meter.is_known
 
 
 def request(rid, output_ids=()):
