@@ -88,3 +88,22 @@ def test_a_second_start_is_known_as_one_until_it_is_over(monkeypatch):
         book.note(tokenized(rid))
         book.restart(request(rid), scheduler)
     assert [book.was_restarted(rid) for rid in "ab"] == [False, True]
+
+
+def test_what_a_request_has_waited_for_is_kept_until_it_is_over(monkeypatch):
+    monkeypatch.setattr(retry, "MAX_INPUTS", 1)
+    book, wait = RetryBook(), object()
+    book.admitted("unknown", wait)
+    assert book.take_wait("unknown") is None
+    book.note(tokenized())
+    book.admitted("r", wait)
+    assert book.take_wait("r") is wait
+    assert book.take_wait("r") is None
+    # Neither one whose pages have all come needs it, nor one that is forgotten for others.
+    book.admitted("r", wait)
+    book.forget("r")
+    assert book.take_wait("r") is None
+    book.note(tokenized())
+    book.admitted("r", wait)
+    book.note(tokenized("s"))
+    assert book.take_wait("r") is None
