@@ -7,8 +7,8 @@ servers learn it so. ``exact`` takes every hit; ``auto`` plans, gives up and tur
 ``over_oracle``: TTFT over that of the better of prefill and ``exact`` in the same round, which is what one would have
 chosen who knew the shape. It could also have fetched a part: that is not counted.
 
-Prompts are computed in passes of 256 tokens, so that fetching pays on the steady link. They are such that a server
-without kvcodec gives the same answer wherever passes end.
+Prompts are computed in passes of 256 tokens, so that fetching pays on the steady link. The answers to them do not hang
+on rounding, and so not on where passes end.
 
 python -m benchmarks.bench_bad_network [--rounds 7] [--bandwidth 200Mbps] [--round-trip-ms 30] [--shapes steady]
 """
@@ -20,12 +20,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.record import record
-from benchmarks.serving import ask, load_average, parse, parser_of, prompts, steady_texts
+from benchmarks.serving import ask, load_average, parse, parser_of, prompts
 from sglang_kvcodec.config import parse_bits_per_s
 from sglang_kvcodec.latency.rows import spread
 from sglang_kvcodec.latency.samples import hit
 from sglang_kvcodec.latency.servers import Lab, ShapedPeer
 from sglang_kvcodec.latency.sweep import rotated
+from sglang_kvcodec.testing.clear_texts import clear_texts
 from sglang_kvcodec.testing.processes import KVCodecArgs
 from sglang_kvcodec.testing.shaped_link import Shape, ShapedLink, falls, jitters, stalls, steady
 
@@ -130,7 +131,7 @@ def main() -> None:
                 for server in servers.values():
                     # Who has never computed a prompt has nothing to compare a fetch with.
                     ask(server, next(texts), 1)
-                texts = steady_texts(plain, texts, ANSWER_TOKENS)
+                texts = (text for text, _ in clear_texts(plain.client, texts, ANSWER_TOKENS))
                 for number in range(options.rounds + 1):
                     text = next(texts)
                     for server in servers.values():

@@ -49,22 +49,6 @@ def ask(server: SGLangProcess, text: str, max_tokens: int, ignore_eos: bool = Fa
     return server.client.chat([{"role": "user", "content": text}], max_tokens, extra)
 
 
-def steady_texts(plain: SGLangProcess, texts: Iterator[str], max_tokens: int) -> Iterator[str]:
-    """Those to which a server without kvcodec says the same whatever beginning of them it has cached.
-
-    With others the words hang on where passes end, with any cache.
-    """
-    for text in texts:
-        answers = set()
-        for tenths in range(10):
-            plain.client.flush_cache()
-            if tenths:
-                ask(plain, text[: tenths * len(text) // 10], 1)
-            answers.add(ask(plain, text, max_tokens).text)
-        if len(answers) == 1:
-            yield text
-
-
 def ask_all(server: SGLangProcess, texts: Sequence[str], max_tokens: int, at_once: int) -> float:
     """Output tokens per second over all ``texts``, ``at_once`` of them at any time."""
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:

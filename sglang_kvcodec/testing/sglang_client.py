@@ -112,11 +112,34 @@ class SGLangClient:
             rid=rid,
         )
 
+    def decided(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, float]:
+        """The greedy answer and how clear it is.
+
+        Returns:
+            The text, and the smallest difference between the log-probabilities of one of its tokens and the next best.
+
+        Raises:
+            OSError: the server is gone or refused the request.
+        """
+        body = {
+            "model": "default",
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "logprobs": True,
+            "top_logprobs": 2,
+        }
+        with self._post("/v1/chat/completions", body) as response:
+            choice = json.load(response)["choices"][0]
+        margins = []
+        for token in choice["logprobs"]["content"]:
+            best, next_best = (each["logprob"] for each in token["top_logprobs"])
+            margins.append(best - next_best)
+        return choice["message"]["content"], min(margins)
+
     def count_tokens(self, text: str) -> int:
         """How many tokens the model's tokenizer makes of ``text``."""
-        body = json.dumps({"prompt": text}).encode()
-        request = urllib.request.Request(f"{self.base_url}/tokenize", body, {"Content-Type": "application/json"})
-        with self._opener.open(request, timeout=self._timeout_s) as response:
+        with self._post("/tokenize", {"prompt": text}) as response:
             return int(json.load(response)["count"])
 
     def flush_cache(self, timeout_s: float = 30.0) -> None:
@@ -205,16 +228,19 @@ class SGLangClient:
             time.sleep(0.05)
         return False
 
-    def _events(self, path: str, body: Mapping[str, object]) -> Iterator[dict[str, Any]]:
+    def _post(self, path: str, body: Mapping[str, object]) -> http.client.HTTPResponse:
         request = urllib.request.Request(
             self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            response = self._opener.open(request, timeout=self._timeout_s)
+            response: http.client.HTTPResponse = self._opener.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 raise OSError(f"{self.base_url} answered {error.code}: {error.read().decode()[:500]}") from None
-        with response:
+        return response
+
+    def _events(self, path: str, body: Mapping[str, object]) -> Iterator[dict[str, Any]]:
+        with self._post(path, body) as response:
             for line in response:
                 data = line.removeprefix(b"data: ").strip()
                 if line.startswith(b"data: ") and data != b"[DONE]":

@@ -12,6 +12,7 @@ from sglang_kvcodec.config import parse_bytes
 from sglang_kvcodec.format.exchange import PeerStat
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.storage import open_engine
+from sglang_kvcodec.testing.clear_texts import clear_texts
 from sglang_kvcodec.testing.conversation import source_slices
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, free_port
@@ -23,7 +24,11 @@ CAPACITY = "500MB"
 ANSWER_TOKENS = 24
 FAST_RETRY = "0.3"
 MODULES = ("argparse", "tarfile", "zipfile", "typing", "_pydecimal", "turtle", "doctest", "pydoc", "inspect")
-OTHER_MODULES = ("subprocess", "pickletools", "mailbox", "optparse", "ssl", "difflib", "imaplib", "threading", "shutil")
+OTHER_MODULES = (
+    *("subprocess", "pickletools", "mailbox", "optparse", "ssl", "difflib", "imaplib", "threading", "shutil"),
+    *("pickle", "logging", "enum", "http.client", "unittest.mock", "urllib.request", "xml.etree.ElementTree"),
+    *("datetime", "_pyio", "ipaddress", "xmlrpc.client", "configparser"),
+)
 TEXT_CHARACTERS = 2200
 
 
@@ -130,39 +135,9 @@ def ask(server: SGLangProcess, text: str, **extra) -> ChatReply:
     return server.client.chat([{"role": "user", "content": text}], ANSWER_TOKENS, extra or None)
 
 
-def steady_text(plain: SGLangProcess, new_text: Callable[[], str]) -> tuple[str, str]:
-    """A text to which a server without kvcodec gives the same answer whatever it has cached, and that answer.
-
-    After others the words hang on the chunks in which they are prefilled, with any cache.
-    """
-    while True:
-        text = new_text()
-        plain.client.flush_cache()
-        answers = {ask(plain, text).text}
-        # Its beginning is cached, in parts of which each ends elsewhere, and at last all of it.
-        for part in (0.3, 0.6, 0.9, 1.0):
-            ask(plain, text[: int(part * len(text))])
-            answers.add(ask(plain, text).text)
-            if part < 1.0:
-                plain.client.flush_cache()
-        if len(answers) == 1:
-            return text, answers.pop()
-
-
-def steady_together(plain: SGLangProcess, new_text: Callable[[], str], count: int) -> list[tuple[str, str]]:
-    """As many such texts, which also get these answers when all are asked at once.
-
-    What else is in a batch changes the order in which products are summed up, and so the word where two are as likely.
-    """
-    asked: list[tuple[str, str]] = []
-    while len(asked) < count:
-        asked += [steady_text(plain, new_text) for _ in range(count - len(asked))]
-        for _ in range(3):
-            plain.client.flush_cache()
-            with concurrent.futures.ThreadPoolExecutor(count) as pool:
-                replies = list(pool.map(lambda each: ask(plain, each[0]), asked))
-            asked = [each for each, reply in zip(asked, replies, strict=True) if reply.text == each[1]]
-    return asked
+def clear_text(plain: SGLangProcess, new_text: Callable[[], str]) -> tuple[str, str]:
+    """A text to which the answer does not hang on rounding, and that answer."""
+    return next(clear_texts(plain.client, iter(new_text, None), ANSWER_TOKENS))
 
 
 def forget(server: SGLangProcess) -> None:

@@ -1,5 +1,5 @@
 import pytest
-from integration.cluster import PAGE_TOKENS, Cluster, ask, forget, steady_text, wait_up
+from integration.cluster import PAGE_TOKENS, Cluster, ask, clear_text, forget, wait_up
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def fresh(cluster):
 @pytest.fixture
 def stored(fresh):
     """A text whose pages are stored, which neither server holds, and the answer to it."""
-    text, answer = steady_text(fresh.plain, fresh.fresh_text)
+    text, answer = clear_text(fresh.plain, fresh.fresh_text)
     assert ask(fresh.a, text).text == answer
     assert fresh.a.client.wait_published()
     forget(fresh.a)

@@ -13,7 +13,7 @@ import signal
 import threading
 
 import pytest
-from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
+from integration.cluster import MODEL, PAGE_TOKENS, ask, clear_text, forget, metric, wait_for, wait_up
 from integration.test_failures import _bit_flipped, _last_page_hash, _tamper, _unrestorable
 
 from sglang_kvcodec.format.page_object import PageObject
@@ -54,20 +54,6 @@ def server(cluster, link):
     server.kill()
 
 
-def steady_in_all_passes(plain, new_text):
-    """As ``steady_text``, with more beginnings cached: passes end anywhere here."""
-    while True:
-        text = new_text()
-        answers = set()
-        for part in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-            plain.client.flush_cache()
-            if part:
-                ask(plain, text[: int(part * len(text))])
-            answers.add(ask(plain, text).text)
-        if len(answers) == 1:
-            return text, answers.pop()
-
-
 def long_text(cluster):
     """About thirty pages."""
     return "".join(cluster.other_text() for _ in range(3))
@@ -98,19 +84,19 @@ class Stored:
 
 
 @pytest.fixture(scope="module")
-def steady_text(cluster, server):
+def long_clear_text(cluster, server):
     """A text, its answer, and how long it takes to compute."""
-    text, answer = steady_in_all_passes(cluster.plain, lambda: long_text(cluster))
+    text, answer = clear_text(cluster.plain, lambda: long_text(cluster))
     cluster.plain.client.flush_cache()
     return text, answer, ask(cluster.plain, text).ttft_s
 
 
 @pytest.fixture(scope="module")
-def coded_bytes(cluster, server, link, steady_text):
+def coded_bytes(cluster, server, link, long_clear_text):
     """Of all pages of the text, which the server publishes and fetches, so that it knows its rates."""
     link.begin(steady(1e9))
     wait_up(server)
-    text, answer, _ = steady_text
+    text, answer, _ = long_clear_text
     before = metric(server, "kvcodec_published_bytes_total")
     assert ask(server, text).text == answer
     assert server.client.wait_published()
@@ -121,11 +107,11 @@ def coded_bytes(cluster, server, link, steady_text):
 
 
 @pytest.fixture
-def stored(fresh, server, link, steady_text, coded_bytes):
+def stored(fresh, server, link, long_clear_text, coded_bytes):
     """Stored by the server, which has forgotten it."""
     link.begin(steady(1e9))
     wait_up(server)
-    text, answer, computed_s = steady_text
+    text, answer, computed_s = long_clear_text
     assert server.client.wait_published()
     forget(server)
     return Stored(text, answer, coded_bytes, computed_s)
@@ -280,7 +266,7 @@ def test_two_ranks_meet_at_the_same_page(fresh, link):
     plain = fresh.start_server("plain-tp2", kvcodec=False, **{**options, "extra_args": [*CHUNKED, "--tp", "2"]})
     try:
         plain.wait_ready()
-        text, answer = steady_in_all_passes(plain, lambda: long_text(fresh))
+        text, answer = clear_text(plain, lambda: long_text(fresh))
         plain.client.flush_cache()
         computed_s = ask(plain, text).ttft_s
     finally:

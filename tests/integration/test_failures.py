@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, steady_text, wait_for, wait_up
+from integration.cluster import MODEL, PAGE_TOKENS, ask, clear_text, forget, metric, wait_for, wait_up
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.namespace import PageKey
@@ -229,7 +229,7 @@ def test_a_stored_object_that_is_not_what_it_should_be(fresh, stored, damage):
 @pytest.fixture
 def stored_and_rated(fresh):
     """As ``stored``, of some thirty pages; the second server knows its rates, so that it admits requests early."""
-    text, answer = steady_text(fresh.plain, lambda: "".join(fresh.other_text() for _ in range(3)))
+    text, answer = clear_text(fresh.plain, lambda: "".join(fresh.other_text() for _ in range(3)))
     assert ask(fresh.a, text).text == answer
     wait_up(fresh.b)
     ask(fresh.b, fresh.other_text())
@@ -309,7 +309,7 @@ def test_pages_that_fail_after_admission_are_computed(fresh, stored, is_longer):
     text, answer = stored
     if is_longer:
         # SGLang lets go of the request between two chunks of it.
-        text, answer = steady_text(fresh.plain, lambda: text + fresh.other_text() + fresh.other_text())
+        text, answer = clear_text(fresh.plain, lambda: text + fresh.other_text() + fresh.other_text())
     _tamper(fresh, _unrestorable)
     wait_up(fresh.b)
     reply = ask(fresh.b, text)

@@ -4,7 +4,7 @@ import concurrent.futures
 import threading
 
 import pytest
-from integration.cluster import ask, forget, metric, steady_text, steady_together, wait_for, wait_up
+from integration.cluster import ask, clear_text, forget, metric, wait_for, wait_up
 from integration.test_both_ends import leave
 from integration.test_failures import _all_keys, _bit_flipped, _tamper, _unrestorable
 
@@ -33,7 +33,7 @@ def server(cluster):
 def stored(fresh, server):
     """A text whose pages are stored and not in the server, and the answer to it."""
     wait_up(server)
-    text, answer = steady_text(fresh.plain, fresh.other_text)
+    text, answer = clear_text(fresh.plain, fresh.other_text)
     assert ask(server, text).text == answer
     assert server.client.wait_published()
     forget(server)
@@ -74,7 +74,7 @@ def test_pages_come_back_from_host_memory_with_the_network_cut(fresh, server, st
 
 def test_many_at_once_with_more_than_the_pool_holds(fresh, server):
     wait_up(server)
-    asked = steady_together(fresh.plain, fresh.other_text, 8)
+    asked = [clear_text(fresh.plain, fresh.other_text) for _ in range(8)]
     for text, answer in asked[::2]:
         assert ask(server, text).text == answer
     assert server.client.wait_published()
@@ -125,7 +125,7 @@ def test_what_is_bad_at_one_stage_is_computed_at_all(fresh, server, stored, stag
         def longer():
             return text + fresh.other_text() + fresh.other_text()
 
-        text, answer = steady_text(fresh.plain, longer)
+        text, answer = clear_text(fresh.plain, longer)
     with fresh.store():
         namespaces = {PageKey.from_bytes(key).namespace_digest for key in _all_keys(fresh)}
     mine = sorted(digest for digest in namespaces if digest in of_server(server))

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from sglang_kvcodec.testing.clear_texts import clear_texts
 from sglang_kvcodec.testing.sglang_client import CachedTokens, SGLangClient
 
 USAGE = {"prompt_tokens": 112, "total_tokens": 120, "completion_tokens": 2}
@@ -174,3 +175,27 @@ def test_health(serve):
 def test_tokens_are_counted(serve):
     _, client = serve({"/tokenize": [(200, '{"tokens": [1, 2, 3], "count": 3}')]})
     assert client.count_tokens("abc") == 3
+
+
+def scored(*margins: float) -> str:
+    tokens = [{"token": "x", "top_logprobs": [{"logprob": -0.1}, {"logprob": -0.1 - margin}]} for margin in margins]
+    return json.dumps({"choices": [{"message": {"content": "x" * len(margins)}, "logprobs": {"content": tokens}}]})
+
+
+def test_an_answer_is_as_clear_as_its_least_clear_token(serve):
+    server, client = serve({"/v1/chat/completions": [(200, scored(2.0, 0.5, 7.0))]})
+    assert client.decided([{"role": "user", "content": "hello"}], 3) == ("xxx", pytest.approx(0.5))
+    sent = json.loads(server.requests[0][1])
+    assert (sent["temperature"], sent["max_tokens"], sent["top_logprobs"]) == (0, 3, 2)
+
+
+def test_an_answer_refused_is_raised(serve):
+    _, client = serve({"/v1/chat/completions": [(400, "too long")]})
+    with pytest.raises(OSError, match="400: too long"):
+        client.decided([], 1)
+
+
+def test_texts_whose_answer_hangs_on_rounding_are_left_out(serve):
+    answers = [scored(4.0, 0.0625), scored(0.5), scored(0.0), scored(1.0, 1.0)]
+    _, client = serve({"/v1/chat/completions": [(200, each) for each in answers]})
+    assert list(clear_texts(client, "abcd", 2)) == [("b", "x"), ("d", "xx")]
