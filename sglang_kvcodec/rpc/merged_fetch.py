@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 FetchFrom = Callable[[int, Sequence[int], threading.Event], Iterator[FetchEvent]]
 """Peer, indices of pages, what ends it early -> events, whose page indices count within those indices."""
+OnDelivered = Callable[[int, int, float, float], None]
+"""Told, on any thread, of a stream that has ended: peer, bytes, seconds from its first word to its last without those
+in which it waited for the reader, and the mean size of its pages, 0 if it began none."""
 
 _BATCH_EVENTS = 16
 _BATCH_BYTES = 256 << 10
@@ -26,6 +29,11 @@ _FIRST_WORD_S = 1.0
 _SILENCE_S = 0.3
 _PAUSES = 4
 """A peer that has said nothing for so many times its longest pause, and for :data:`_SILENCE_S` at least, is silent."""
+
+
+_BEHIND, _BEHIND_S = 2.0, 0.05
+"""What another peer, which has nothing left to do, would deliver anew in less than half the time is asked of it: that
+is worth the bytes that have come already, unless it is a matter of so few seconds."""
 
 
 class _Stop(threading.Event):
@@ -49,6 +57,9 @@ class _Run:
         last_s: when it said something last, or was asked.
         pause_s: the longest that it has been silent so far, from its first word on; None before that.
         waits_for_reader: it is not the peer that is silent.
+        size_bytes: that came since its first word.
+        spoke_s: for how long it has delivered.
+        object_bytes: page -> its size, of those of which a header has come.
     """
 
     def __init__(self, peer: int, indices: Sequence[int], stop: _Stop) -> None:
@@ -58,11 +69,20 @@ class _Run:
         self.last_s = time.monotonic()
         self.pause_s: float | None = None
         self.waits_for_reader = False
+        self.size_bytes = 0
+        self.spoke_s = 0.0
+        self.object_bytes: dict[int, int] = {}
 
-    def heard(self) -> None:
+    def heard(self, size_bytes: int) -> None:
         """The peer has said something."""
         now_s = time.monotonic()
-        self.pause_s = 0.0 if self.pause_s is None else max(self.pause_s, now_s - self.last_s)
+        silent_s = now_s - self.last_s
+        if self.pause_s is None:
+            self.pause_s = 0.0
+        else:
+            self.pause_s = max(self.pause_s, silent_s)
+            self.spoke_s += silent_s
+            self.size_bytes += size_bytes
         self.last_s = now_s
 
     @property
@@ -73,10 +93,19 @@ class _Run:
         allowed_s = _FIRST_WORD_S if self.pause_s is None else max(_SILENCE_S, _PAUSES * self.pause_s)
         return time.monotonic() - self.last_s > allowed_s
 
+    def is_behind(self, pages: Sequence[int], other: _Run) -> bool:
+        """Whether ``pages``, of which it has told the sizes, would come much sooner from the peer of another stream."""
+        if not self.size_bytes or not other.size_bytes or self.waits_for_reader:
+            return False
+        pause_s = time.monotonic() - self.last_s
+        left_s = sum(self.left[page] for page in pages) / self.size_bytes * (self.spoke_s + pause_s)
+        anew_s = sum(self.object_bytes[page] for page in pages) / other.size_bytes * other.spoke_s
+        return left_s > _BEHIND * anew_s + _BEHIND_S
+
 
 class MergedFetch:
-    """One fetch. A page whose peer fails or falls silent in the middle starts again with its header, from the next peer
-    that has it.
+    """One fetch. A page whose peer fails, falls silent in the middle or is far behind starts again with its header, from
+    the next peer that has it.
     """
 
     def __init__(
@@ -84,6 +113,7 @@ class MergedFetch:
         fetch_from: FetchFrom,
         routes: Sequence[Sequence[int]],
         threads: Executor,
+        on_delivered: OnDelivered,
         cancelled: threading.Event | None,
     ) -> None:
         """Begins.
@@ -92,19 +122,23 @@ class MergedFetch:
             fetch_from: fetches from one peer; may raise ``PeerError``.
             routes: for each page the peers to ask for it, in their order; none for a page that is nowhere.
             threads: has room for as many at once as there are peers.
+            on_delivered: is told of each stream that has ended.
             cancelled: ends it early.
         """
         self._fetch_from = fetch_from
         self._routes = [list(route) for route in routes]
         self._threads = threads
+        self._on_delivered = on_delivered
         self._stop = _Stop(cancelled)
         self._batches: queue.Queue[tuple[_Run | None, list[FetchEvent]] | None] = queue.Queue(_BATCHES_AHEAD)
         self._lock = threading.Lock()
         self._owners: dict[int, _Run] = {}
         """Page -> the stream whose events of it count. Changed by the reader alone once a stream has begun."""
         self._runs: list[_Run] = []
+        self._ended: list[_Run] = []
+        """Streams that have brought all that was asked of them."""
         self._moved: set[int] = set()
-        """Pages that were taken from a peer that was silent."""
+        """Pages that were taken from a peer that was silent or slow."""
         self._running = 1
         self._ask(range(len(self._routes)))
         self._one_ended()
@@ -113,7 +147,7 @@ class MergedFetch:
         """The events, as they come."""
         try:
             while not self._stop.is_set():
-                self._leave_the_silent()
+                self._leave_the_slow()
                 try:
                     batch = self._batches.get(timeout=_POLL_S)
                 except queue.Empty:
@@ -128,19 +162,16 @@ class MergedFetch:
         finally:
             self._stop.set()
 
-    def _leave_the_silent(self) -> None:
-        """Asks others for the pages of peers that say nothing. A peer that was left comes last from then on.
+    def _leave_the_slow(self) -> None:
+        """Asks others for the pages of peers that say nothing, or are far behind one that has no more to say.
 
-        Where all are silent it is this server's own link, and there is nobody better to ask. A page is moved once: on a
-        link that is slower than the patience here it would else start again and again.
+        A peer that was left comes last from then on. Where all are silent it is this server's own link, and there is
+        nobody better to ask. A page is moved once: on a link that is slower than the patience here it would else start
+        again and again.
         """
         moved = []
         with self._lock:
-            silent = [run for run in self._runs if run.left and run.is_silent]
-            if len(silent) == len(self._runs) and len(silent) > 1:
-                return
-            for run in silent:
-                pages = [index for index in run.left if self._routes[index] and index not in self._moved]
+            for run, pages in self._silent() or self._behind():
                 for index in pages:
                     del run.left[index]
                     self._routes[index].append(run.peer)
@@ -152,8 +183,35 @@ class MergedFetch:
             begun, missing = self._assign(moved)
         if moved:
             metrics.FETCH_SWITCHES.inc(len(moved))
-            logger.info("kvcodec: a peer is silent in a fetch, others are asked for %d pages", len(moved))
+            logger.info("kvcodec: a peer is silent or slow in a fetch, others are asked for %d pages", len(moved))
             self._begin(begun, missing)
+
+    def _silent(self) -> list[tuple[_Run, list[int]]]:
+        """Streams of peers that say nothing, and those of their pages that others have; under the lock."""
+        silent = [run for run in self._runs if run.left and run.is_silent]
+        if len(silent) == len(self._runs) and len(silent) > 1:
+            return []
+        return [
+            (run, [index for index in run.left if self._routes[index] and index not in self._moved]) for run in silent
+        ]
+
+    def _behind(self) -> list[tuple[_Run, list[int]]]:
+        """The same of streams that are much slower than one that has ended; what they ask next is that one's peer."""
+        behind = []
+        for run in self._runs:
+            for ended in self._ended:
+                pages = [
+                    index
+                    for index, left_bytes in run.left.items()
+                    if left_bytes >= 0 and index not in self._moved and ended.peer in self._routes[index]
+                ]
+                if run.is_behind(pages, ended):
+                    for index in pages:
+                        self._routes[index].remove(ended.peer)
+                        self._routes[index].insert(0, ended.peer)
+                    behind.append((run, pages))
+                    break
+        return behind
 
     def _ask(self, indices: Sequence[int]) -> None:
         """Asks the next peer of each page; where there is none any more, it is missing."""
@@ -205,6 +263,11 @@ class MergedFetch:
             with self._lock:
                 self._runs.remove(run)
                 left = list(run.left)
+                if not left:
+                    self._ended.append(run)
+            self._on_delivered(
+                run.peer, run.size_bytes, run.spoke_s, sum(run.object_bytes.values()) / max(1, len(run.object_bytes))
+            )
             if left and not self._stop.is_set():
                 self._ask(left)
             self._one_ended()
@@ -214,15 +277,17 @@ class MergedFetch:
         batch_bytes = 0
         try:
             for event in self._fetch_from(run.peer, indices, run.stop):
-                run.heard()
                 index = indices[event.page_index]
                 if isinstance(event, FetchedMissing):
+                    run.heard(0)
                     continue
+                run.heard(len(event.header if isinstance(event, FetchedHeader) else event.data))
                 with self._lock:
                     if index not in run.left:
                         continue
                     if isinstance(event, FetchedHeader):
                         run.left[index] = event.object_bytes - len(event.header)
+                        run.object_bytes[index] = event.object_bytes
                         batch.append(FetchedHeader(index, event.object_bytes, event.header))
                         batch_bytes += len(event.header)
                     else:

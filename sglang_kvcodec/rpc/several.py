@@ -26,6 +26,7 @@ from sglang_kvcodec.format.exchange import (
 )
 from sglang_kvcodec.format.namespace import FORMAT_VERSION
 from sglang_kvcodec.rpc.merged_fetch import MergedFetch
+from sglang_kvcodec.rpc.peer_speed import PeerSpeed, share_out
 from sglang_kvcodec.rpc.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,12 @@ T = TypeVar("T")
 _CALLS_AT_ONCE = 8
 """Calls of this client that ask all peers: as many as a server has threads that fetch."""
 _HOLDERS_REMEMBERED = 1 << 16
-_SLOW_FACTOR = 3.0
-_SLOW_EXTRA_S = 0.005
-_LATENCY_WEIGHT = 0.2
+_GRACE, _LEAST_GRACE_S = 0.5, 0.001
+"""Once all pages of a Lookup have been found, the other peers get so much more time: those that are about as near could
+deliver some of them."""
+_PAGE_BYTES = 1 << 18
+"""Of a page, before any was fetched."""
+_PAGE_BYTES_WEIGHT = 0.3
 _BEST_OUTCOME = (PutOutcome.STORED, PutOutcome.ALREADY_STORED, PutOutcome.NO_CAPACITY, PutOutcome.REJECTED)
 
 
@@ -48,12 +52,7 @@ class _Member:
         self.name = name
         self.transport = transport
         self.is_up = True
-        self.latency_s = 0.0
-
-    def answered_in(self, seconds: float) -> None:
-        """Takes the time of a Lookup."""
-        old_s = self.latency_s or seconds
-        self.latency_s = (1 - _LATENCY_WEIGHT) * old_s + _LATENCY_WEIGHT * seconds
+        self.speed = PeerSpeed()
 
 
 class SeveralPeers:
@@ -80,7 +79,8 @@ class SeveralPeers:
         self._replicas = min(replicas, len(members))
         self._closed = False
         self._lock = threading.Lock()
-        self._holders: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._holders: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._page_bytes = float(_PAGE_BYTES)
         # Apart, so that no Lookup waits behind long fetches.
         threads = _CALLS_AT_ONCE * len(members)
         self._calls = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-peers")
@@ -90,33 +90,31 @@ class SeveralPeers:
     def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
         """Which of the pages are stored on any peer, asked all at once. ``covered_bytes`` is estimated.
 
-        Does not wait for slow peers once every page has been found.
+        Does not wait for far peers once every page has been found; what they say later counts in a fetch.
         """
         shares = self._shares(namespace_digest, page_hashes)
         if not shares:
             return LookupResult(0, (), 0)
-        holders: list[list[int]] = [[] for _ in page_hashes]
+        present = [False] * len(page_hashes)
         covered_pages = covered_bytes = 0
 
         def ask(member: _Member, indices: Sequence[int]) -> LookupResult:
             started_s = time.monotonic()
-            found = member.transport.lookup(namespace_digest, [page_hashes[index] for index in indices])
-            member.answered_in(time.monotonic() - started_s)
+            asked = [page_hashes[index] for index in indices]
+            found = member.transport.lookup(namespace_digest, asked)
+            member.speed.answered_in(time.monotonic() - started_s)
+            self._remember(member, namespace_digest, asked, found.present)
             return found
 
-        for number, indices, found in self._ask(shares, ask):
+        for _, indices, found in self._ask(shares, ask, lambda: all(present)):
             covered_pages += found.covered_pages
             covered_bytes += found.covered_bytes
             for index, is_there in zip(indices, found.present, strict=True):
-                if is_there:
-                    holders[index].append(number)
-            if all(holders):
-                break
-        self._remember(namespace_digest, page_hashes, holders)
-        covered = next((index for index, found_at in enumerate(holders) if not found_at), len(holders))
+                present[index] |= is_there
+        covered = present.index(False) if False in present else len(present)
         # Peers say how large their own pages are together.
         estimate = -(-covered_bytes * covered // covered_pages) if covered_pages else 0
-        return LookupResult(covered, tuple(bool(found_at) for found_at in holders), estimate)
+        return LookupResult(covered, tuple(present), estimate)
 
     def fetch(
         self, namespace_digest: bytes, page_hashes: Sequence[bytes], cancelled: threading.Event | None = None
@@ -133,7 +131,7 @@ class SeveralPeers:
                 raise
 
         routes = self._routes(namespace_digest, page_hashes)
-        yield from MergedFetch(fetch_from, routes, self._streams, cancelled).events()
+        yield from MergedFetch(fetch_from, routes, self._streams, self._delivered, cancelled).events()
 
     def put(self, namespace_digest: bytes, objects: Sequence[tuple[bytes, bytes]]) -> list[PutResult]:
         """Stores each object on its peers; the best that became of it. One that fails leaves it to the next."""
@@ -293,40 +291,54 @@ class SeveralPeers:
     def _routes(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> list[list[int]]:
         """For each page the peers to ask for it, in their order: those that are known to have it, then its own."""
         up = set(self._up())
-        routes = []
         with self._lock:
-            known = [self._holders.get(namespace_digest + page_hash, ()) for page_hash in page_hashes]
-        for order, holders in zip(self._placement.order(namespace_digest, page_hashes).tolist(), known, strict=True):
+            known = [tuple(self._holders.get(namespace_digest + page_hash, ())) for page_hash in page_hashes]
+        holders, others = [], []
+        for order, found_at in zip(self._placement.order(namespace_digest, page_hashes).tolist(), known, strict=True):
             answering = [number for number in order if number in up]
-            first = self._fast_first([number for number in answering if number in holders])
+            holders.append([number for number in answering if number in found_at])
             # A Lookup does not wait for all, so others may have it as well.
-            others = [number for number in answering[: self._replicas] if number not in first]
-            routes.append(first + self._fast_first(others))
-        return routes
+            others.append([number for number in answering[: self._replicas] if number not in found_at])
+        # Where nobody is known to have it, those that should are as good.
+        first = [found or should for found, should in zip(holders, others, strict=True)]
+        routes = share_out(first, [member.speed for member in self._members], self._page_bytes)
+        return [
+            route + should if found else route for route, found, should in zip(routes, holders, others, strict=True)
+        ]
 
-    def _fast_first(self, candidates: list[int]) -> list[int]:
-        """Keeps the order, which spreads the load, but for peers that are much slower than another one."""
-        if len(candidates) < 2:
-            return candidates
-        fastest_s = min(self._members[number].latency_s for number in candidates)
-        bound_s = max(_SLOW_FACTOR * fastest_s, fastest_s + _SLOW_EXTRA_S)
-        return sorted(candidates, key=lambda number: self._members[number].latency_s > bound_s)
+    def _delivered(self, number: int, size_bytes: int, seconds: float, page_bytes: float) -> None:
+        """One peer's part of a fetch is over."""
+        self._members[number].speed.delivered(size_bytes, seconds)
+        if page_bytes:
+            self._page_bytes += _PAGE_BYTES_WEIGHT * (page_bytes - self._page_bytes)
 
     def _remember(
-        self, namespace_digest: bytes, page_hashes: Sequence[bytes], holders: Sequence[Sequence[int]]
+        self, member: _Member, namespace_digest: bytes, page_hashes: Sequence[bytes], present: Sequence[bool]
     ) -> None:
+        """What a peer has just said of pages."""
+        number = self._members.index(member)
         with self._lock:
-            for page_hash, found_at in zip(page_hashes, holders, strict=True):
-                self._holders.pop(namespace_digest + page_hash, None)
+            for page_hash, is_there in zip(page_hashes, present, strict=True):
+                key = namespace_digest + page_hash
+                found_at = self._holders.setdefault(key, [])
+                if is_there != (number in found_at):
+                    (found_at.append if is_there else found_at.remove)(number)
                 if found_at:
-                    self._holders[namespace_digest + page_hash] = tuple(found_at)
+                    self._holders.move_to_end(key)
+                else:
+                    del self._holders[key]
             while len(self._holders) > _HOLDERS_REMEMBERED:
                 self._holders.popitem(last=False)
 
     def _ask(
-        self, shares: Mapping[int, Sequence[int]], call: Callable[[_Member, Sequence[int]], T]
+        self,
+        shares: Mapping[int, Sequence[int]],
+        call: Callable[[_Member, Sequence[int]], T],
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Sequence[int], T]]:
         """Calls peers at once; what they answer, as it comes.
+
+        Once that ``is_enough``, others are waited for while they are only somewhat farther.
 
         Raises:
             PeerError: none has answered.
@@ -342,14 +354,21 @@ class SeveralPeers:
             }
         except RuntimeError as error:
             raise PeerUnavailableError("the client of several peers is closed") from error
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                answer = _result(future)
-            except PeerError as error:
-                last_error = error
-                continue
-            has_answer = True
-            yield *futures[future], answer
+        started_s, left_s, waiting = time.monotonic(), None, set(futures)
+        while waiting:
+            answered, waiting = concurrent.futures.wait(waiting, left_s, concurrent.futures.FIRST_COMPLETED)
+            if not answered:
+                break
+            for future in answered:
+                try:
+                    answer = _result(future)
+                except PeerError as error:
+                    last_error = error
+                    continue
+                has_answer = True
+                yield *futures[future], answer
+            if is_enough():
+                left_s = max(_LEAST_GRACE_S, _GRACE * (time.monotonic() - started_s)) if left_s is None else left_s
         if not has_answer:
             raise last_error or PeerUnavailableError(f"none of {len(self._members)} peers answers")
 

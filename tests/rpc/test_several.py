@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 from prometheus_client import REGISTRY
@@ -165,6 +166,10 @@ def assemble(events):
     return pages
 
 
+def asked_of(fake):
+    return sum(count for method, count in fake.calls if method == "fetch")
+
+
 def outcomes(results):
     return {result.outcome for result in results}
 
@@ -289,6 +294,25 @@ class Silent:
             yield event
 
 
+class Slow:
+    """A fake peer that takes its time for every fragment."""
+
+    def __init__(self, fake, seconds=0.001):
+        self.seconds = seconds
+        self.was_stopped = threading.Event()
+        self._fetch = fake.fetch
+        fake.fetch = self
+
+    def __call__(self, namespace_digest, page_hashes, cancelled=None):
+        for event in self._fetch(namespace_digest, page_hashes, cancelled):
+            if isinstance(event, FetchedFragment):
+                time.sleep(self.seconds)
+            if cancelled.is_set():
+                self.was_stopped.set()
+                return
+            yield event
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(merged_fetch, "_SILENCE_S", 0.5)
@@ -305,6 +329,32 @@ def test_a_peer_that_falls_silent_in_a_fetch_is_left(several, fakes, namespace, 
     assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
     assert silent.was_stopped.wait(LIMIT_S)
     assert before < switches() < before + len(hashes)
+
+
+def test_a_peer_that_is_far_behind_is_left(several, fakes, namespace, page):
+    """The other one has nothing left to do, and delivers all of it anew long before."""
+    objects = [(page(i, (1,) * 6)[0], bytes([i]) * 5_000) for i in range(40)]
+    hashes = [page_hash for page_hash, _ in objects]
+    before = switches()
+    peer = several(4)
+    peer.put(namespace, objects)
+    slow = Slow(fakes["c:3"])
+    peer.lookup(namespace, [*hashes, bytes(32)])
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert slow.was_stopped.wait(LIMIT_S)
+    assert before < switches() <= before + asked_of(fakes["c:3"])
+
+
+def test_a_peer_that_is_far_behind_with_the_only_copies_is_waited_for(several, fakes, namespace, page):
+    objects = [(page(i, (1,) * 6)[0], bytes([i]) * 700) for i in range(40)]
+    hashes = [page_hash for page_hash, _ in objects]
+    before = switches()
+    peer = several(1)
+    peer.put(namespace, objects)
+    slow = Slow(fakes["c:3"])
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert not slow.was_stopped.is_set()
+    assert switches() == before
 
 
 def test_a_silent_peer_with_the_only_copy_is_waited_for(several, fakes, namespace, objects, hashes, impatient):
@@ -432,17 +482,49 @@ def test_the_best_outcome_counts(several, fakes, namespace, objects):
     assert outcomes(peer.put(namespace, objects)) == {PutOutcome.NO_CAPACITY}
 
 
-def test_a_slow_replica_is_not_fetched_from(several, fakes, namespace, objects, hashes):
+def test_a_far_replica_is_not_fetched_from(several, fakes, namespace, objects, hashes):
     peer = several(2)
     peer.put(namespace, objects)
+    fakes["b:2"].before = lambda method: time.sleep(0.2) if method == "lookup" else None
     # One page is nowhere, so that all answers are waited for.
-    peer.lookup(namespace, [*hashes, bytes(32)])
-    for _ in range(30):
-        for member in peer._members:
-            member.answered_in(0.1 if member.name == "b:2" else 0.02)
-    fakes["b:2"].calls.clear()
+    for _ in range(3):
+        peer.lookup(namespace, [*hashes, bytes(32)])
     assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
-    assert fakes["b:2"].calls == []
+    assert asked_of(fakes["b:2"]) == 0
+
+
+def test_a_replica_on_a_slow_link_is_asked_for_less(several, fakes, namespace, page):
+    objects = [(page(i, (1,) * 6)[0], bytes([i]) * 20_000) for i in range(60)]
+    hashes = [page_hash for page_hash, _ in objects]
+    peer = several(4)
+    peer.put(namespace, objects)
+    Slow(fakes["b:2"], 1e-4)
+    peer.lookup(namespace, [*hashes, bytes(32)])
+    for _ in range(2):
+        for fake in fakes.values():
+            fake.calls.clear()
+        assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    others = [asked_of(fake) for name, fake in fakes.items() if name != "b:2"]
+    assert asked_of(fakes["b:2"]) < min(others)
+
+
+def test_a_replica_that_answers_a_lookup_late_is_fetched_from(several, fakes, namespace, page):
+    objects = [(page(i, (1,) * 6)[0], bytes(50)) for i in range(8)]
+    hashes = [page_hash for page_hash, _ in objects]
+    peer = several(4)
+    peer.put(namespace, objects)
+    go_on, waiting = threading.Event(), set(fakes) - {"a:1"}
+    for name in waiting:
+        fakes[name].before = lambda method: go_on.wait(60)
+    assert peer.lookup(namespace, hashes).covered_pages == 8
+    go_on.set()
+    deadline = time.monotonic() + LIMIT_S
+    while any(member.speed.latency_s == 0 for member in peer._members):
+        assert time.monotonic() < deadline, "they have not answered"
+        time.sleep(0.01)
+    for page_hash in hashes:
+        routes = peer._routes(namespace, [page_hash])
+        assert sorted(routes[0]) == [0, 1, 2, 3]
 
 
 def test_a_peer_of_another_format_is_not_used(several, fakes, namespace, objects, hashes):
