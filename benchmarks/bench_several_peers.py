@@ -2,7 +2,8 @@
 
 Each peer is a process behind a relay that gives its link a speed and a round trip. ``over_better``: the time of a fetch
 over that from the better peer alone in the same round. ``first`` is of a client that has fetched nothing before, and so
-asks both for as many pages; ``next`` of one that has. ``over_ideal``: over all pages at the speed of both links together.
+asks both for as many pages; ``next`` of one that has. ``over_ideal``: over all pages at the speed of both links
+together.
 
 ``python -m benchmarks.bench_several_peers [--megabytes 16] [--rounds 5]``
 """

@@ -104,8 +104,8 @@ class _Run:
 
 
 class MergedFetch:
-    """One fetch. A page whose peer fails, falls silent in the middle or is far behind starts again with its header, from
-    the next peer that has it.
+    """One fetch. A page whose peer fails, falls silent in the middle or is far behind starts again with its header,
+    from the next peer that has it.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """One peer and two SGLang servers that share it, as processes, with a third that knows no kvcodec as the truth."""
 
-import concurrent.futures
 import contextlib
 import pathlib
 import re
