@@ -10,7 +10,8 @@ never looks at them to answer a Lookup. Prefixes are spread over all of the stor
 different conversations are; the engine's own time for such keys is measured beside it. The peer has collected the sizes
 of all objects by then; its first lookups, before that, are a row of their own.
 
-``mixed``: a Fetch of a few pages, again and again, alone and while two clients put pages as fast as they can, on disk.
+``mixed``: a Fetch of a few pages, again and again, alone and while two clients put pages, some or as fast as they can,
+on disk; each client is a process of its own.
 
 ``python -m benchmarks.bench_peer [--only streams,lookup,mixed] [--directory DIR]``; ``--objects 10_000_000`` takes
 about 5 GB in DIR.
@@ -46,6 +47,10 @@ INDEXED_PER_S = 150_000
 FILLED_AT_ONCE = 200_000
 FILL_NAMESPACE = bytes(range(32))
 FETCHED_PAGES = 8
+PUTTERS = 2
+PUT_MEGABYTES = 32
+PUTS = {"some puts": 40, "as many puts as can be": 0}
+"""MB/s of all that put together, 0 for no bound: 40 is what 300 Mbps carry."""
 CODED_BITS_PER_VALUE = 2
 
 
@@ -288,33 +293,40 @@ def time_fetches(peer, namespace, hashes, total_bytes, seconds):
     return times
 
 
-def put_until(stop, process, megabytes):
-    """Puts pages and deletes them, again and again; the bytes that were put."""
+def put_for_ever(remote, megabytes, mb_per_s):
+    """Puts pages and deletes them, again and again, at a rate if one is given; prints the bytes of each."""
     namespace, pages = make_pages(CODED_BITS_PER_VALUE, megabytes * MIB)
-    put_bytes = 0
-    with contextlib.closing(GrpcPeer(process.remote, TIMEOUTS)) as peer:
-        while not stop.is_set():
+    next_s = time.perf_counter()
+    with contextlib.closing(GrpcPeer(remote, TIMEOUTS)) as peer:
+        while True:
             for page in pages:
                 assert peer.put(namespace, [page])[0].outcome is PutOutcome.STORED
-                put_bytes += len(page[1])
-                if stop.is_set():
-                    break
+                print(len(page[1]), flush=True)
+                if mb_per_s:
+                    next_s += len(page[1]) / mb_per_s / 1e6
+                    time.sleep(max(0.0, next_s - time.perf_counter()))
             peer.delete(namespace, [page_hash for page_hash, _ in pages])
-    return put_bytes
 
 
-def time_fetches_beside_puts(process, peer, namespace, hashes, total_bytes, seconds):
-    """The same while two clients put; also their MB/s together."""
-    stop, put_bytes = threading.Event(), []
-    writers = [threading.Thread(target=lambda: put_bytes.append(put_until(stop, process, 32))) for _ in range(2)]
-    started_s = time.perf_counter()
-    for writer in writers:
-        writer.start()
-    times = time_fetches(peer, namespace, hashes, total_bytes, seconds)
-    stop.set()
-    for writer in writers:
-        writer.join()
-    return times, sum(put_bytes) / (time.perf_counter() - started_s) / 1e6
+def time_fetches_beside_puts(process, peer, namespace, hashes, total_bytes, seconds, mb_per_s):
+    """The same while two clients put, each a process; also their MB/s together."""
+    command = [sys.executable, "-m", "benchmarks.bench_peer", "--putter", process.remote]
+    command += ["--put-mb-per-s", str(mb_per_s / PUTTERS)]
+    with contextlib.ExitStack() as stack:
+        putters = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) for _ in range(PUTTERS)
+        ]
+        for putter in putters:
+            stack.callback(putter.kill)
+            # Its first page is stored.
+            putter.stdout.readline()
+        started_s = time.perf_counter()
+        times = time_fetches(peer, namespace, hashes, total_bytes, seconds)
+        elapsed_s = time.perf_counter() - started_s
+        for putter in putters:
+            putter.kill()
+        put_bytes = sum(int(line) for putter in putters for line in putter.stdout if line.strip())
+    return times, put_bytes / elapsed_s / 1e6
 
 
 def bench_mixed(directory, seconds, rounds):
@@ -322,7 +334,8 @@ def bench_mixed(directory, seconds, rounds):
     namespace, pages = make_pages(CODED_BITS_PER_VALUE, FETCHED_PAGES * MIB)
     total_bytes = sum(len(data) for _, data in pages)
     hashes = [page_hash for page_hash, _ in pages]
-    load, times, put_rates = os.getloadavg()[0], {"alone": [], "beside puts": []}, []
+    load, ways = os.getloadavg()[0], {"alone": None, **{f"beside {name}": rate for name, rate in PUTS.items()}}
+    times, put_rates = {way: [] for way in ways}, {way: [0.0] for way in ways}
     with (
         peer_process(f"lmdb:{directory}/mixed", 1 << 30) as process,
         contextlib.closing(GrpcPeer(process.remote, TIMEOUTS)) as peer,
@@ -330,20 +343,24 @@ def bench_mixed(directory, seconds, rounds):
         peer.put(namespace, pages)
         for _ in range(rounds):
             times["alone"] += time_fetches(peer, namespace, hashes, total_bytes, seconds)
-            beside, rate = time_fetches_beside_puts(process, peer, namespace, hashes, total_bytes, seconds)
-            times["beside puts"] += beside
-            put_rates.append(rate)
+            for way, mb_per_s in ways.items():
+                if mb_per_s is not None:
+                    each, rate = time_fetches_beside_puts(
+                        process, peer, namespace, hashes, total_bytes, seconds, mb_per_s
+                    )
+                    times[way] += each
+                    put_rates[way].append(rate)
     alone = percentiles(times["alone"])
-    for name, each in times.items():
+    for way, each in times.items():
         row = percentiles(each)
         yield {
-            "what": f"Fetch of {len(pages)} pages, {name}",
+            "what": f"Fetch of {len(pages)} pages, {way}",
             "fetched_bytes": total_bytes,
             "load_average_before": load,
             **row,
             "p50_ratio_to_alone": round(row["p50_ms"] / alone["p50_ms"], 2),
             "p99_ratio_to_alone": round(row["p99_ms"] / alone["p99_ms"], 2),
-            "put_mb_per_s_median": round(statistics.median(put_rates)) if name != "alone" else 0,
+            "put_mb_per_s_median": round(statistics.median(put_rates[way][1:] or put_rates[way])),
         }
 
 
@@ -358,9 +375,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=10.0, help="of each turn of fetches")
     parser.add_argument("--dry", action="store_true", help="print, but keep no result")
     parser.add_argument("--tcp-sender", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--putter", help=argparse.SUPPRESS)
+    parser.add_argument("--put-mb-per-s", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.tcp_sender:
         tcp_sender(arguments.tcp_sender)
+    if arguments.putter:
+        put_for_ever(arguments.putter, PUT_MEGABYTES, arguments.put_mb_per_s)
     parts = {
         "streams": lambda where: bench_streams(where, arguments.megabytes, arguments.rounds),
         "lookup": lambda where: bench_lookup(where, arguments.objects, arguments.lookups),
