@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sglang_kvcodec.flow.planner import block_pages, next_block
+from sglang_kvcodec.flow.blocks import block_pages, next_block
 from sglang_kvcodec.flow.stored_prefix import StoredPrefix
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 
-from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict_rest
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix, predict_rest
 
 WATCH_S = 0.03
 PERIOD_S = 0.01

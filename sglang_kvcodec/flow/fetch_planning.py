@@ -13,7 +13,8 @@ from sglang_kvcodec.flow.fetch_endings import OVERTAKEN
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.meeting import plan_meeting
 from sglang_kvcodec.flow.pacing import Flight, Pacer
-from sglang_kvcodec.flow.planner import Bounds, Choice, FetchPlan, Knowledge, Prefix, plan_tiers
+from sglang_kvcodec.flow.planner import Bounds, Choice, FetchPlan, plan_tiers
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.rates import Rates
 from sglang_kvcodec.flow.stored_prefix import PrefixLookup, StoredPrefix, Tier
 from sglang_kvcodec.flow.trace import Tracer

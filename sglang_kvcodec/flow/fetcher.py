@@ -20,7 +20,8 @@ from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.link_trials import LinkTrials
 from sglang_kvcodec.flow.pacing import LOOKUP, Flight, Pacer, Stage
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.planner import LINK_TOO_SLOW, Prefix
+from sglang_kvcodec.flow.planner import LINK_TOO_SLOW
+from sglang_kvcodec.flow.prediction import Prefix
 from sglang_kvcodec.flow.prefix_fetch import Fetched, PrefixFetcher
 from sglang_kvcodec.flow.rates import Rates
 from sglang_kvcodec.flow.stored_pages import StoredPages

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, Bounds, Choice, FetchPlan, Knowledge, Prefix
+from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, Bounds, Choice, FetchPlan
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 
 PASS_DIVISORS = (1, 2, 4, 8, 16)
 """Passes that are tried: the start in so many."""

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from sglang_kvcodec.flow.planner import Knowledge, Prefix, predict, predict_rest
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix, predict, predict_rest
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.early_admission import EarlyAdmission
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.pacing import PROGRESS, Flight
-from sglang_kvcodec.flow.planner import Choice, Knowledge, Prefix, choose_rest
+from sglang_kvcodec.flow.planner import Choice, choose_rest
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.receiver import Receiver
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.namespace import PageKey

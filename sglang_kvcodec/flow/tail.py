@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from sglang_kvcodec.errors import KVCodecError
-from sglang_kvcodec.flow.planner import MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK, Knowledge, Prefix, block_pages
+from sglang_kvcodec.flow.blocks import MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK, block_pages
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.rates import PrefillModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, OnLayers, Restore, RestoreJob
 from sglang_kvcodec.flow.streams import DeviceEvent

@@ -7,7 +7,7 @@ import time
 from sglang_kvcodec.flow.arrivals import Arrivals
 from sglang_kvcodec.flow.fetch_planning import PlannedFetch
 from sglang_kvcodec.flow.pacing import PROGRESS, Pacer
-from sglang_kvcodec.flow.planner import Prefix
+from sglang_kvcodec.flow.prediction import Prefix
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.transfers import Transfers
 from sglang_kvcodec.format.namespace import PageKey

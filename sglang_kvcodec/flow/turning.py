@@ -12,7 +12,7 @@ import dataclasses
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_planning import PlannedFetch
 from sglang_kvcodec.flow.meeting import predict_meeting
-from sglang_kvcodec.flow.planner import Knowledge, Prefix
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.prefix_fetch import Fetched
 from sglang_kvcodec.flow.rates import PrefillModel
 from sglang_kvcodec.flow.tail import Tail

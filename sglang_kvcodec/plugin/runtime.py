@@ -20,7 +20,7 @@ from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.planner import restoring_pays
+from sglang_kvcodec.flow.prediction import restoring_pays
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes

@@ -2,7 +2,8 @@
 
 import math
 
-from sglang_kvcodec.flow.planner import Bounds, Knowledge, Prefix
+from sglang_kvcodec.flow.planner import Bounds
+from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 
 PLENTY = Bounds(1, 1 << 60)

@@ -8,6 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_kvcodec.flow.blocks import (
+    BLOCK_S,
+    LATE_SHARE,
+    MIN_BLOCK_S,
+    NOTICE_S,
+    block_pages,
+    block_s,
+    next_block,
+    overlappable_s,
+)
 from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.early_admission import (
     LANDING_MARGIN,
@@ -20,22 +30,8 @@ from sglang_kvcodec.flow.early_admission import (
     EarlyAdmission,
     is_in_time,
 )
-from sglang_kvcodec.flow.planner import (
-    BLOCK_S,
-    LATE_SHARE,
-    MIN_BLOCK_S,
-    NOTHING_KNOWN,
-    NOTICE_S,
-    Bounds,
-    Knowledge,
-    Prefix,
-    block_pages,
-    block_s,
-    next_block,
-    overlappable_s,
-    plan_fetch,
-    predict_rest,
-)
+from sglang_kvcodec.flow.planner import Bounds, plan_fetch
+from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict_rest
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_prefix import Run, StoredPrefix

@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from planning_kit import PLENTY, PREFILL, RESTORE, known, link_s, prefix, restore_s
 
 from sglang_kvcodec.flow.meeting import BLOCKS, plan_meeting, predict_meeting
-from sglang_kvcodec.flow.planner import (
-    BOTH_ENDS,
-    NOTHING_KNOWN,
-    PREFER_SHARE,
-    REASONS,
-    WHOLE_PREFIX,
-    Bounds,
-    Choice,
-    plan_fetch,
-)
+from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, REASONS, WHOLE_PREFIX, Bounds, Choice, plan_fetch
+from sglang_kvcodec.flow.prediction import NOTHING_KNOWN
 from sglang_kvcodec.flow.rates import PrefillModel
 
 

@@ -21,7 +21,7 @@ from sglang_kvcodec.flow.pacing import (
     Stage,
     patience_s,
 )
-from sglang_kvcodec.flow.planner import NOTHING_KNOWN, Knowledge, Prefix
+from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 
 PREFILL = PrefillModel(0.0, 1e-3, 0.0)

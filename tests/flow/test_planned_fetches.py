@@ -8,7 +8,7 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
-from sglang_kvcodec.flow import early_admission, exploring, planner
+from sglang_kvcodec.flow import blocks, early_admission, exploring, planner
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
@@ -218,8 +218,8 @@ def test_a_request_does_not_wait_for_a_thread_longer_than_it_is_worth(setup, del
 
 
 def test_pages_are_fetched_in_blocks_so_that_what_came_before_a_cut_is_whole(setup, delta, monkeypatch):
-    monkeypatch.setattr(planner, "FIRST_BLOCK_BYTES", 2 * len(setup.pages.coded(0)) + 1)
-    monkeypatch.setattr(planner, "LAST_BLOCKS", 1.5)
+    monkeypatch.setattr(blocks, "FIRST_BLOCK_BYTES", 2 * len(setup.pages.coded(0)) + 1)
+    monkeypatch.setattr(blocks, "LAST_BLOCKS", 1.5)
     ticket = setup.fetch()
     assert len(ticket.pages) == len(NAMES)
     assert setup.peer.calls.count("fetch") == 3
@@ -455,9 +455,9 @@ def test_nothing_is_computed_meanwhile_by_a_server_that_takes_every_hit(setup):
 @pytest.fixture
 def failing(setup, monkeypatch):
     """A link that is far faster than computing, and of which nothing comes any more in the middle of six blocks."""
-    monkeypatch.setattr(planner, "LAST_BLOCKS", 0)
-    monkeypatch.setattr(planner, "block_s", lambda fetch_s, round_trip_s: 1e-9)
-    monkeypatch.setattr(planner, "overlappable_s", lambda after_s, fetch_s, prefill_s: 0.0 * after_s)
+    monkeypatch.setattr(blocks, "LAST_BLOCKS", 0)
+    monkeypatch.setattr(blocks, "block_s", lambda fetch_s, round_trip_s: 1e-9)
+    monkeypatch.setattr(blocks, "LATE_SHARE", -1.0)
     setup.prefill_takes(2e-2)
     setup.link_carries(1e8)
     setup.restoring_takes(1e-10)

@@ -11,7 +11,6 @@ from sglang_kvcodec.flow.planner import (
     LEARNING,
     LINK_TOO_SLOW,
     NOT_STORED,
-    NOTHING_KNOWN,
     PART,
     PREFER_SHARE,
     REASONS,
@@ -22,14 +21,11 @@ from sglang_kvcodec.flow.planner import (
     WHOLE_PREFIX,
     Bounds,
     Choice,
-    Knowledge,
-    Prefix,
     choose_rest,
     plan_fetch,
     plan_tiers,
-    predict,
-    restoring_pays,
 )
+from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict, restoring_pays
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 
 

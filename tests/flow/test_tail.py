@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_kvcodec.errors import CodecError
-from sglang_kvcodec.flow.planner import NOTHING_KNOWN, Knowledge, Prefix
+from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 from sglang_kvcodec.flow.tail import Tail
 

@@ -6,7 +6,7 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import PeerUnavailableError
-from sglang_kvcodec.flow import early_admission, planner, switching
+from sglang_kvcodec.flow import blocks, early_admission, switching
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.stored_pages import StoredPages
@@ -142,7 +142,7 @@ def test_a_tier_that_nobody_has_published_is_no_choice(setup):
 
 
 def test_the_next_block_is_of_a_smaller_tier_when_the_link_has_become_slow(setup, delta, monkeypatch):
-    monkeypatch.setattr(planner, "BLOCK_S", 1e-9)
+    monkeypatch.setattr(blocks, "BLOCK_S", 1e-9)
     monkeypatch.setattr(switching, "PERIOD_S", 1e9)
     # Several messages a page: between them the link is seen.
     setup.peer.inner._max_message_bytes = 8 << 10
@@ -218,7 +218,7 @@ def test_pages_that_were_promised_are_not_replaced_in_the_middle(
 
 
 def test_an_error_after_a_switch_leaves_what_is_whole(setup, monkeypatch):
-    monkeypatch.setattr(planner, "BLOCK_S", 1e-9)
+    monkeypatch.setattr(blocks, "BLOCK_S", 1e-9)
     monkeypatch.setattr(switching, "PERIOD_S", 1e9)
     # Several messages a page: between them the link is seen.
     setup.peer.inner._max_message_bytes = 8 << 10

@@ -5,7 +5,8 @@ import types
 
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.news import News
-from sglang_kvcodec.flow.planner import FetchPlan, Prefix
+from sglang_kvcodec.flow.planner import FetchPlan
+from sglang_kvcodec.flow.prediction import Prefix
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.plugin.held_requests import HeldRequests
 from sglang_kvcodec.plugin.pipeline import NOT_YET

@@ -7,7 +7,8 @@ import torch
 from flow.flow_kit import Delta
 
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
-from sglang_kvcodec.flow.planner import BOTH_ENDS, Prefix
+from sglang_kvcodec.flow.planner import BOTH_ENDS
+from sglang_kvcodec.flow.prediction import Prefix
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.plugin.tails import MAX_POOL_SHARE, NO_TAIL, TailBook
