@@ -1,11 +1,12 @@
 """One peer and two SGLang servers that share it, as processes, with a third that knows no kvcodec as the truth."""
 
 import contextlib
+import itertools
 import pathlib
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sglang_kvcodec.config import parse_bytes
 from sglang_kvcodec.format.exchange import PeerStat
@@ -22,8 +23,8 @@ PAGE_TOKENS = 64
 CAPACITY = "500MB"
 ANSWER_TOKENS = 24
 FAST_RETRY = "0.3"
-MODULES = ("argparse", "tarfile", "zipfile", "typing", "_pydecimal", "turtle", "doctest", "pydoc", "inspect")
-OTHER_MODULES = (
+MODULES = (
+    *("argparse", "tarfile", "zipfile", "typing", "_pydecimal", "turtle", "doctest", "pydoc", "inspect"),
     *("subprocess", "pickletools", "mailbox", "optparse", "ssl", "difflib", "imaplib", "threading", "shutil"),
     *("pickle", "logging", "enum", "http.client", "unittest.mock", "urllib.request", "xml.etree.ElementTree"),
     *("datetime", "_pyio", "ipaddress", "xmlrpc.client", "configparser"),
@@ -41,8 +42,7 @@ class Cluster:
         self.remote = f"grpc://127.0.0.1:{self.peer_port}"
         self.peer: PeerProcess | None = None
         self._stack = contextlib.ExitStack()
-        self._text = iter(_texts(MODULES))
-        self._other_text = iter(_texts(OTHER_MODULES))
+        self._texts = _texts()
 
     def __enter__(self) -> "Cluster":
         return self
@@ -110,21 +110,19 @@ class Cluster:
 
     # ---- what a test does ----
 
-    def fresh_text(self) -> str:
-        """Text that no test has used, about 700 tokens."""
-        return next(self._text)
+    def text(self, pieces: int = 1) -> str:
+        """Text that no test has used, of about 700 tokens a piece."""
+        return "".join(next(self._texts) for _ in range(pieces))
 
-    def other_text(self) -> str:
-        """The same from another source.
-
-        The words after some texts hang on the chunks in which they are prefilled, a server without kvcodec's too. So
-        that no test gets another text because there is a new test before it, new ones take theirs from here.
-        """
-        return next(self._other_text)
+    def clear_text(self, pieces: int = 1, after: str = "") -> tuple[str, str]:
+        """Such a text, behind another one, to which the answer does not hang on rounding, and that answer."""
+        return next(
+            clear_texts(self.plain.client, (after + self.text(pieces) for _ in itertools.count()), ANSWER_TOKENS)
+        )
 
 
-def _texts(modules):
-    for module in modules:
+def _texts():
+    for module in MODULES:
         yield from source_slices([TEXT_CHARACTERS] * 12, module)
     raise RuntimeError("no text is left")
 
@@ -132,11 +130,6 @@ def _texts(modules):
 def ask(server: SGLangProcess, text: str, **extra) -> ChatReply:
     """One greedy question."""
     return server.client.chat([{"role": "user", "content": text}], ANSWER_TOKENS, extra or None)
-
-
-def clear_text(plain: SGLangProcess, new_text: Callable[[], str]) -> tuple[str, str]:
-    """A text to which the answer does not hang on rounding, and that answer."""
-    return next(clear_texts(plain.client, iter(new_text, None), ANSWER_TOKENS))
 
 
 def forget(server: SGLangProcess) -> None:

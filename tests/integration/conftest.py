@@ -1,5 +1,5 @@
 import pytest
-from integration.cluster import PAGE_TOKENS, Cluster, ask, clear_text, forget, wait_up
+from integration.cluster import PAGE_TOKENS, Cluster, ask, forget, wait_up
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def cluster(tmp_path_factory):
         cluster.plain = cluster.start_server("plain", kvcodec=False, extra_args=paged)
         for server in (cluster.a, cluster.b, cluster.plain):
             server.wait_ready()
-        text = cluster.fresh_text()
+        text, _ = cluster.clear_text()
         cluster.no_peer_replies = [ask(server, text) for server in (cluster.a, cluster.plain)]
         cluster.start_peer()
         yield cluster
@@ -36,7 +36,7 @@ def fresh(cluster):
 @pytest.fixture
 def stored(fresh):
     """A text whose pages are stored, which neither server holds, and the answer to it."""
-    text, answer = clear_text(fresh.plain, fresh.fresh_text)
+    text, answer = fresh.clear_text()
     assert ask(fresh.a, text).text == answer
     assert fresh.a.client.wait_published()
     forget(fresh.a)

@@ -13,7 +13,7 @@ import signal
 import threading
 
 import pytest
-from integration.cluster import MODEL, PAGE_TOKENS, ask, clear_text, forget, metric, wait_for, wait_up
+from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
 from integration.test_failures import _bit_flipped, _last_page_hash, _tamper, _unrestorable
 
 from sglang_kvcodec.format.page_object import PageObject
@@ -54,11 +54,6 @@ def server(cluster, link):
     server.kill()
 
 
-def long_text(cluster):
-    """About thirty pages."""
-    return "".join(cluster.other_text() for _ in range(3))
-
-
 def leave(server, text, after_s):
     """A client that asks and goes."""
     body = {"model": "default", "messages": [{"role": "user", "content": text}], "max_tokens": 16, "stream": True}
@@ -85,8 +80,8 @@ class Stored:
 
 @pytest.fixture(scope="module")
 def long_clear_text(cluster, server):
-    """A text, its answer, and how long it takes to compute."""
-    text, answer = clear_text(cluster.plain, lambda: long_text(cluster))
+    """A text of about thirty pages, its answer, and how long it takes to compute."""
+    text, answer = cluster.clear_text(pieces=3)
     cluster.plain.client.flush_cache()
     return text, answer, ask(cluster.plain, text).ttft_s
 
@@ -258,27 +253,23 @@ def test_a_client_that_leaves_and_others_that_come(fresh, server, link, stored):
     assert meetings(server) >= left
 
 
-# Two servers of two ranks each are started one after the other.
 @pytest.mark.timeout(900)
 def test_two_ranks_meet_at_the_same_page(fresh, link):
-    options = {"extra_args": ["--tp", "2"], "env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
-    # Two ranks add up in another order than one.
-    plain = fresh.start_server("plain-tp2", kvcodec=False, **{**options, "extra_args": [*CHUNKED, "--tp", "2"]})
-    try:
-        plain.wait_ready()
-        text, answer = clear_text(plain, lambda: long_text(fresh))
-        plain.client.flush_cache()
-        computed_s = ask(plain, text).ttft_s
-    finally:
-        plain.kill()
     link.begin(steady(1e9))
-    server = start(fresh, link, "both-tp2", **options)
+    cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    server = start(fresh, link, "both-tp2", extra_args=["--tp", "2"], env=cores)
     try:
         wait_up(server)
-        assert ask(server, text).text == answer
+        ask(server, fresh.text(pieces=3))
+        assert server.client.wait_published()
+        text, answer = fresh.clear_text(pieces=3)
+        before = metric(server, "kvcodec_published_bytes_total")
+        computed = ask(server, text)
+        assert computed.text == answer
+        computed_s = computed.ttft_s
         assert server.client.wait_published()
         # Of both ranks.
-        coded_bytes = metric(server, "kvcodec_published_bytes_total")
+        coded_bytes = metric(server, "kvcodec_published_bytes_total") - before
         stored = Stored(text, answer, coded_bytes, computed_s)
         for _ in range(3):
             reply = until_planned(server, link, stored)

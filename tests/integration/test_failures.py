@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from integration.cluster import MODEL, PAGE_TOKENS, ask, clear_text, forget, metric, wait_for, wait_up
+from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.namespace import PageKey
@@ -47,8 +47,7 @@ def test_peer_killed_in_the_middle_of_a_fetch_and_back(fresh, stored):
 
 def test_peer_killed_in_the_middle_of_a_put_and_back(fresh):
     # Some twenty pages: the first are published while the answer is still being written.
-    text = fresh.fresh_text() + fresh.fresh_text()
-    answer = ask(fresh.plain, text).text
+    text, answer = fresh.clear_text(pieces=2)
     before = fresh.stat().objects
     replies = []
     asking = threading.Thread(target=lambda: replies.append(ask(fresh.a, text)))
@@ -71,15 +70,15 @@ def test_peer_is_full(fresh):
     fresh.restart_peer(capacity="700KB")
     wait_up(fresh.a)
     for _ in range(3):
-        text = fresh.fresh_text()
-        assert ask(fresh.a, text).text == ask(fresh.plain, text).text
+        text, answer = fresh.clear_text()
+        assert ask(fresh.a, text).text == answer
         assert fresh.a.client.wait_published()
     stat = fresh.stat()
     assert stat.stored_bytes <= 700_000
     assert stat.evicted_objects > 0
     forget(fresh.b)
     wait_up(fresh.b)
-    assert ask(fresh.b, text).text == ask(fresh.plain, text).text
+    assert ask(fresh.b, text).text == answer
     fresh.restart_peer()
 
 
@@ -229,10 +228,10 @@ def test_a_stored_object_that_is_not_what_it_should_be(fresh, stored, damage):
 @pytest.fixture
 def stored_and_rated(fresh):
     """As ``stored``, of some thirty pages; the second server knows its rates, so that it admits requests early."""
-    text, answer = clear_text(fresh.plain, lambda: "".join(fresh.other_text() for _ in range(3)))
+    text, answer = fresh.clear_text(pieces=3)
     assert ask(fresh.a, text).text == answer
     wait_up(fresh.b)
-    ask(fresh.b, fresh.other_text())
+    ask(fresh.b, fresh.text())
     for server in (fresh.a, fresh.b):
         assert server.client.wait_published()
         forget(server)
@@ -309,7 +308,7 @@ def test_pages_that_fail_after_admission_are_computed(fresh, stored, is_longer):
     text, answer = stored
     if is_longer:
         # SGLang lets go of the request between two chunks of it.
-        text, answer = clear_text(fresh.plain, lambda: text + fresh.other_text() + fresh.other_text())
+        text, answer = fresh.clear_text(pieces=2, after=text)
     _tamper(fresh, _unrestorable)
     wait_up(fresh.b)
     reply = ask(fresh.b, text)
@@ -319,5 +318,5 @@ def test_pages_that_fail_after_admission_are_computed(fresh, stored, is_longer):
     assert metric(fresh.b, "kvcodec_restore_failures_total") > 0
     # Nothing leaked: the server gets idle and flushes, and others are served.
     forget(fresh.b)
-    other = fresh.fresh_text()
-    assert ask(fresh.b, other).text == ask(fresh.plain, other).text
+    other, answer = fresh.clear_text()
+    assert ask(fresh.b, other).text == answer

@@ -19,14 +19,13 @@ def small(cluster):
 def fill_device(fresh, server):
     """Has other texts take the slots."""
     for _ in range(3):
-        ask(server, fresh.other_text())
+        ask(server, fresh.text())
 
 
 @pytest.mark.parametrize("origin", ["computed here", "fetched"])
 def test_evicted_pages_come_back_with_the_network_cut(fresh, small, origin):
     wait_up(small)
-    text = fresh.other_text()
-    answer = ask(fresh.plain, text).text
+    text, answer = fresh.clear_text()
     if origin == "fetched":
         assert ask(fresh.a, text).text == answer
         assert fresh.a.client.wait_published()

@@ -4,7 +4,7 @@ import concurrent.futures
 import threading
 
 import pytest
-from integration.cluster import ask, clear_text, forget, metric, wait_for, wait_up
+from integration.cluster import ask, forget, metric, wait_for, wait_up
 from integration.test_both_ends import leave
 from integration.test_failures import _all_keys, _bit_flipped, _tamper, _unrestorable
 
@@ -33,7 +33,7 @@ def server(cluster):
 def stored(fresh, server):
     """A text whose pages are stored and not in the server, and the answer to it."""
     wait_up(server)
-    text, answer = clear_text(fresh.plain, fresh.other_text)
+    text, answer = fresh.clear_text()
     assert ask(server, text).text == answer
     assert server.client.wait_published()
     forget(server)
@@ -53,7 +53,7 @@ def test_a_prefix_comes_back_to_all_stages(fresh, server, stored):
 def test_each_stage_stores_its_layers(fresh, server):
     wait_up(server)
     before = fresh.stat().objects
-    reply = ask(server, fresh.other_text())
+    reply = ask(server, fresh.text())
     assert server.client.wait_published()
     assert fresh.stat().objects - before >= STAGES * (reply.prompt_tokens // 64)
 
@@ -74,12 +74,12 @@ def test_pages_come_back_from_host_memory_with_the_network_cut(fresh, server, st
 
 def test_many_at_once_with_more_than_the_pool_holds(fresh, server):
     wait_up(server)
-    asked = [clear_text(fresh.plain, fresh.other_text) for _ in range(8)]
+    asked = [fresh.clear_text() for _ in range(8)]
     for text, answer in asked[::2]:
         assert ask(server, text).text == answer
     assert server.client.wait_published()
     forget(server)
-    leaver = threading.Thread(target=leave, args=(server, fresh.other_text(), 0.05))
+    leaver = threading.Thread(target=leave, args=(server, fresh.text(), 0.05))
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         leaver.start()
         fetched = list(pool.map(lambda each: ask(server, each[0]), asked))
@@ -100,7 +100,7 @@ def test_two_stages_of_two_ranks(fresh):
     try:
         server.wait_ready()
         wait_up(server)
-        text = fresh.other_text()
+        text, _ = fresh.clear_text()
         first = ask(server, text)
         assert server.client.wait_published()
         forget(server)
@@ -122,10 +122,7 @@ def test_what_is_bad_at_one_stage_is_computed_at_all(fresh, server, stored, stag
     text, answer = stored
     if is_longer:
         # Other chunks of the prompt are on their way through the stages when the load turns out to have failed.
-        def longer():
-            return text + fresh.other_text() + fresh.other_text()
-
-        text, answer = clear_text(fresh.plain, longer)
+        text, answer = fresh.clear_text(pieces=2, after=text)
     with fresh.store():
         namespaces = {PageKey.from_bytes(key).namespace_digest for key in _all_keys(fresh)}
     mine = sorted(digest for digest in namespaces if digest in of_server(server))

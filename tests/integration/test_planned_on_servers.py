@@ -26,10 +26,9 @@ def stored_for_planner(fresh, planner):
     """A stored text that the planner does not hold, and the answer to it; the planner knows its prefill rate."""
     wait_up(planner)
     for _ in range(2):
-        ask(planner, fresh.other_text())
+        ask(planner, fresh.text())
     assert planner.client.wait_published()
-    text = fresh.other_text()
-    answer = ask(fresh.plain, text).text
+    text, answer = fresh.clear_text()
     assert ask(fresh.a, text).text == answer
     assert fresh.a.client.wait_published()
     forget(planner)
@@ -127,7 +126,7 @@ def test_two_ranks_plan_for_themselves_and_agree(fresh):
     try:
         server.wait_ready()
         wait_up(server)
-        text = fresh.other_text()
+        text, _ = fresh.clear_text()
         first = ask(server, text)
         assert server.client.wait_published()
         for bandwidth in (None, "160Kbps"):

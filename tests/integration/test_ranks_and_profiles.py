@@ -24,7 +24,7 @@ def test_two_ranks_agree(fresh):
     server = fresh.start_server("tp2", extra_args=["--tp", "2"], env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
     try:
         server.wait_ready()
-        text = fresh.fresh_text()
+        text, _ = fresh.clear_text()
         before = fresh.stat().objects
         first, second = _store_forget_and_ask_again(server, text)
         assert second.text == first.text

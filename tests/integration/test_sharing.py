@@ -7,6 +7,7 @@ import urllib.request
 import pytest
 from integration.cluster import PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
 
+from sglang_kvcodec.testing.clear_texts import CLEAR_MARGIN
 from sglang_kvcodec.testing.sglang_client import ChatReply
 
 pytestmark = pytest.mark.sglang
@@ -24,12 +25,22 @@ def test_starts_and_answers_without_a_peer(cluster):
     assert with_kvcodec.cached.storage == 0
 
 
+def with_next_turn(fresh, messages, characters):
+    """A conversation that goes on with a question of so many characters, and the clear answer to it."""
+    while True:
+        longer = [*messages, {"role": "user", "content": fresh.text()[:characters]}]
+        answer, margin = fresh.plain.client.decided(longer, 24)
+        if margin >= CLEAR_MARGIN:
+            return longer, answer
+
+
 def test_a_chat_changes_servers_between_turns(fresh):
-    messages = [{"role": "user", "content": fresh.fresh_text()}]
+    messages = []
     for turn in range(4):
         server = (fresh.a, fresh.b)[turn % 2]
+        messages, answer = with_next_turn(fresh, messages, 600 if turn else None)
         reply: ChatReply = server.client.chat(messages, 24)
-        assert reply.text == fresh.plain.client.chat(messages, 24).text
+        assert reply.text == answer
         if turn == 1:
             # All whole pages of the first turn but the last token's.
             assert reply.cached.storage >= reply.prompt_tokens // PAGE_TOKENS // 2 * PAGE_TOKENS
@@ -37,10 +48,7 @@ def test_a_chat_changes_servers_between_turns(fresh):
             assert reply.cached.device > 0
             assert reply.cached.storage > 0
         assert server.client.wait_published()
-        messages += [
-            {"role": "assistant", "content": reply.text},
-            {"role": "user", "content": fresh.fresh_text()[:600]},
-        ]
+        messages.append({"role": "assistant", "content": reply.text})
 
 
 def test_what_was_fetched_once_stays_in_host_memory(fresh, stored):
@@ -66,8 +74,7 @@ def test_pages_the_peer_has_are_not_sent_again(fresh, stored):
 
 
 def test_two_servers_compute_and_put_the_same_pages_at_once(fresh):
-    text = fresh.fresh_text()
-    answer = ask(fresh.plain, text).text
+    text, answer = fresh.clear_text()
     replies = {}
     threads = [
         threading.Thread(target=lambda s=server: replies.__setitem__(s.name, ask(s, text)))
@@ -102,7 +109,7 @@ def test_a_salt_keeps_tenants_apart(fresh, stored):
 
 def test_a_held_request_holds_up_nobody(fresh, stored):
     text, answer = stored
-    other = fresh.fresh_text()[:300]
+    other = fresh.text()[:300]
     # About half a megabyte for the held request: two seconds or more.
     fresh.restart_peer("2Mbps")
     wait_up(fresh.b)
