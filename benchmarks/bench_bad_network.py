@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.record import record
-from benchmarks.serving import ask, load_average, parse, parser_of, prompts
+from benchmarks.serving import ask, load_average, over, parse, parser_of, prompts
 from sglang_kvcodec.config import parse_bits_per_s
 from sglang_kvcodec.latency.rows import spread
 from sglang_kvcodec.latency.samples import hit
@@ -98,11 +98,6 @@ def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) ->
                 }
             rows.append(row | common)
     return rows
-
-
-def over(values: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median of the ratios of the rounds."""
-    return round(statistics.median(a / b for a, b in zip(values, baseline, strict=True)), 3)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import concurrent.futures
 import os
 import pathlib
 import signal
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 
@@ -65,6 +66,11 @@ def cpu_s(server: SGLangProcess) -> float:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
+
+
+def over(values: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median of the ratios of the rounds."""
+    return round(statistics.median(a / b for a, b in zip(values, baseline, strict=True)), 3)
 
 
 def load_average() -> float:
