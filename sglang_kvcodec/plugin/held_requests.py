@@ -28,6 +28,7 @@ class HeldRequest:
         kept: the first of those pages, as far as they are in host memory; the fetch is of the others. In a pipeline
             only: elsewhere SGLang asks for them when it looks a prompt up.
         agreed_pages: how many of them every rank has; None until all ranks are done.
+        follows: whether it waits for another request instead of a fetch.
     """
 
     ticket: FetchTicket
@@ -36,6 +37,7 @@ class HeldRequest:
     number: int
     kept: tuple[PageObject, ...] = ()
     agreed_pages: int | None = None
+    follows: bool = False
 
     @property
     def pages(self) -> list[PageObject]:
@@ -75,9 +77,10 @@ class HeldRequests:
         start_page: int,
         hashes: tuple[bytes, ...],
         kept: tuple[PageObject, ...] = (),
+        follows: bool = False,
     ) -> None:
         """A request waits from now on; see :class:`HeldRequest`."""
-        self._held[request] = HeldRequest(ticket, start_page, hashes, self._next_number, kept)
+        self._held[request] = HeldRequest(ticket, start_page, hashes, self._next_number, kept, follows=follows)
         self._next_number += 1
         self._waiting_rids.add(request.rid)
         # The fetch may have come to its end before this knows of it.
@@ -162,7 +165,7 @@ class HeldRequests:
 
     def _waiting(self) -> Sequence[tuple[Any, HeldRequest]]:
         held: ItemsView[Any, HeldRequest] = self._held.items()
-        return [(request, each) for request, each in held if each.agreed_pages is None]
+        return [(request, each) for request, each in held if each.agreed_pages is None and not each.follows]
 
     def _settle(self, request: Any, held: HeldRequest, pages: int) -> None:
         held.agreed_pages = pages

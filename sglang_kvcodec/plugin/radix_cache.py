@@ -23,10 +23,12 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
+from sglang_kvcodec.plugin.following import Following
 from sglang_kvcodec.plugin.held_back import HeldBack
 from sglang_kvcodec.plugin.held_requests import HeldRequests
 from sglang_kvcodec.plugin.identity import build_namespace
@@ -66,6 +68,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         # Before super(): it calls reset().
         self._held = HeldRequests()
+        self._following = Following()
+        self._led_followers: list[Any] = []
         self.retries = RetryBook()
         self.scheduler_time = SchedulerTime()
         self._held_back = HeldBack(lambda req: touch_waiting_prefix(req, self), self.scheduler_time)
@@ -177,6 +181,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         wanted = self._linker.without_bad(hashes[start_page:])
         prompt_tokens = len(matched) + len(new_input_tokens) + 1
+        if self._follow(request, start_page, wanted, prompt_tokens):
+            return
         kept = self._linker.kept(wanted) if self._pipeline is not None else ()
         missing, tokens_before = wanted[len(kept) :], (start_page + len(kept)) * self.page_size
         if self._pipeline is None or (tiers and missing):
@@ -190,6 +196,45 @@ class KVCodecRadixCache(UnifiedRadixCache):
             ticket.finish()
         self._held.hold(request, ticket, start_page, wanted, kept)
         self._passes.expect(request.rid, ticket)
+        # Where there are other ranks, what this one has come to says nothing of theirs.
+        if self._pipeline is None and (self._has_other_ranks or not ticket.is_done):
+            self._following.lead(request.rid, wanted)
+
+    def _follow(self, request: Any, start_page: int, wanted: tuple[bytes, ...], prompt_tokens: int) -> bool:
+        """Has a request wait for one that fetches the same pages, if there is one; whether it does.
+
+        Not in a pipeline: its stages see at different times that a prompt has been computed.
+        """
+        assert self._runtime is not None
+        if self._pipeline is not None or len(wanted) * self.page_size < self._runtime.config.min_fetch_tokens:
+            return False
+        leader = self._following.leader_of(wanted)
+        if leader is None or leader == request.rid:
+            return False
+        ticket = FetchTicket(wanted, start_page * self.page_size, prompt_tokens, request.rid)
+        self._held.hold(request, ticket, start_page, wanted, follows=True)
+        self._following.follow(leader, request)
+        self._passes.expect(request.rid, ticket)
+        metrics.FOLLOWING_REQUESTS.inc()
+        return True
+
+    def _led(self, rid: str) -> None:
+        """Nobody needs to wait for a request any more. Its followers go on at the next pass: this one is within it."""
+        self._led_followers += self._following.over(rid)
+
+    @timed
+    def _start_followers(self) -> None:
+        """Looks up anew what those lack who have waited for others."""
+        followers, self._led_followers = self._led_followers, []
+        for request in followers:
+            held = self._held.let_go(request)
+            if held is None:
+                continue
+            if self._runtime is not None:
+                self._runtime.tracer.span(request.rid, "follows", held.ticket.start_s, time.monotonic())
+            req = next((req for req in self.scheduler.waiting_queue if req.rid == request.rid), None)
+            if req is not None:
+                self.scheduler._prefetch_kvcache(req)
 
     def _hold_again(self, request: Any) -> None:
         """At its second start a request waits for no page, but what ended its first fetch may have left it a tail."""
@@ -244,6 +289,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
         self.scheduler_time.next_pass()
+        if self._led_followers:
+            self._start_followers()
         if self._pipeline is not None:
             self._agree_in_pipeline(self._pipeline)
             return
@@ -278,6 +325,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
         if self._runtime is not None and self._held.waiting_rids:
             self._runtime.news.wait(REST_S)
+        if self._following:
+            # Nothing runs, so who is not in the queue has gone without another word.
+            queued = {req.rid for req in self.scheduler.waiting_queue}
+            for rid in self._following.leaders:
+                if rid not in queued:
+                    self._led(rid)
 
     def _pages_of(self, rid: str) -> dict[bytes, PageObject] | None:
         """Pages fetched for a request that waits; None for a request that must be computed."""
@@ -301,6 +354,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             first.ticket.second.cancel()
         self._close_tail(request.rid)
         self._passes.forget(request.rid)
+        self._led(request.rid)
 
     def _release(self, request: Any, tell: Callable[[FetchTicket], None]) -> None:
         held = self._held.let_go(request)
@@ -333,6 +387,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """A request gives back its slots: it has ended, or is retracted."""
         super().on_release(req, checkpointed=checkpointed)
         self._close_tail(req.rid)
+        self._led(req.rid)
 
     def _close_tail(self, rid: str) -> None:
         if self._tails is not None:
@@ -394,6 +449,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def passed(self, batch: Any, prefill_busy_us: int) -> None:
         """A forward pass has ended, and SGLang has accounted for it."""
         self._passes.ended(batch, prefill_busy_us)
+        if self._following:
+            for req in batch.reqs:
+                if req.output_ids:
+                    self._led(req.rid)
 
     @staticmethod
     def has_lost(reason: object) -> bool:
@@ -425,6 +484,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """Empties the tree; the peer and the host cache keep their pages."""
         self._held.clear()
+        self._following.clear()
+        self._led_followers.clear()
         if self._tails is not None:
             self._tails.reset()
         if self.linker is not None:

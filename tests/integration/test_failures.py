@@ -199,6 +199,20 @@ with env.begin() as txn:
 """
 
 
+def _tamper_at_one(cluster, server, parts, part, damage) -> int:
+    """The same for what one rank or stage of a server has stored, which are so many."""
+    log = server.log_text()
+    with cluster.store():
+        namespaces = {PageKey.from_bytes(key).namespace_digest for key in _all_keys(cluster)}
+    mine = sorted(digest for digest in namespaces if f"namespace {digest.hex()[:16]}" in log)
+    assert len(mine) == parts
+
+    def at_one(data):
+        return damage(data) if PageObject(data).key.namespace_digest == mine[part] else data
+
+    return _tamper(cluster, at_one)
+
+
 def _all_keys(cluster) -> list[bytes]:
     """Keys of everything stored. Read by a child: LMDB allows one handle of a store per process."""
     command = [sys.executable, "-c", _PRINT_KEYS, str(cluster.store_dir)]

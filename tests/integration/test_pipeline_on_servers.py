@@ -6,10 +6,7 @@ import threading
 import pytest
 from integration.cluster import ask, forget, metric, wait_for, wait_up
 from integration.test_both_ends import leave
-from integration.test_failures import _all_keys, _bit_flipped, _tamper, _unrestorable
-
-from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import PageObject
+from integration.test_failures import _bit_flipped, _tamper_at_one, _unrestorable
 
 pytestmark = pytest.mark.sglang
 
@@ -123,15 +120,7 @@ def test_what_is_bad_at_one_stage_is_computed_at_all(fresh, server, stored, stag
     if is_longer:
         # Other chunks of the prompt are on their way through the stages when the load turns out to have failed.
         text, answer = fresh.clear_text(pieces=2, after=text)
-    with fresh.store():
-        namespaces = {PageKey.from_bytes(key).namespace_digest for key in _all_keys(fresh)}
-    mine = sorted(digest for digest in namespaces if digest in of_server(server))
-    assert len(mine) == STAGES
-
-    def at_one_stage(data):
-        return damage(data) if PageObject(data).key.namespace_digest == mine[stage] else data
-
-    assert _tamper(fresh, at_one_stage) > 0
+    assert _tamper_at_one(fresh, server, STAGES, stage, damage) > 0
     wait_up(server)
     missed, failed = metric(server, "kvcodec_misses_total"), metric(server, "kvcodec_restore_failures_total")
     reply = ask(server, text)
@@ -148,13 +137,3 @@ def test_what_is_bad_at_one_stage_is_computed_at_all(fresh, server, stored, stag
         healed = ask(server, text)
         assert healed.text == answer
         assert healed.cached.storage > 0
-
-
-def of_server(server):
-    """Namespaces of a server, by what its log says of them."""
-
-    class Digests:
-        def __contains__(self, digest):
-            return f"namespace {digest.hex()[:16]}" in server.log_text()
-
-    return Digests()

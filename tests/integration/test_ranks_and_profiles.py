@@ -1,10 +1,12 @@
 """Tensor parallelism, the lossy profile and retraction, each with a server of its own."""
 
+import concurrent.futures
 import pathlib
 import sys
 
 import pytest
 from integration.cluster import ask, forget, metric, wait_up
+from integration.test_failures import _bit_flipped, _tamper_at_one, _unrestorable
 
 from sglang_kvcodec.testing.processes import SGLangProcess
 
@@ -20,19 +22,60 @@ def _store_forget_and_ask_again(server: SGLangProcess, text: str):
     return first, ask(server, text)
 
 
-def test_two_ranks_agree(fresh):
-    server = fresh.start_server("tp2", extra_args=["--tp", "2"], env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
-    try:
-        server.wait_ready()
-        text, _ = fresh.clear_text()
-        before = fresh.stat().objects
-        first, second = _store_forget_and_ask_again(server, text)
-        assert second.text == first.text
-        assert second.cached.storage >= 512
-        # Each rank stores its own heads.
-        assert fresh.stat().objects - before >= 2 * second.cached.storage // 64
-    finally:
-        server.kill()
+@pytest.fixture(scope="module")
+def two_ranks(cluster):
+    options = ["--tp", "2", "--chunked-prefill-size", "256"]
+    server = cluster.start_server("tp2", extra_args=options, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    server.wait_ready()
+    yield server
+    assert server.alive
+    server.kill()
+
+
+def test_two_ranks_agree(fresh, two_ranks):
+    text, answer = fresh.clear_text()
+    before = fresh.stat().objects
+    first, second = _store_forget_and_ask_again(two_ranks, text)
+    assert first.text == second.text == answer
+    assert second.cached.storage >= 512
+    # Each rank stores its own heads.
+    assert fresh.stat().objects - before >= 2 * second.cached.storage // 64
+    forget(two_ranks)
+
+
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("damage", [_bit_flipped, _unrestorable], ids=["bit flipped", "unrestorable"])
+def test_what_is_bad_at_one_rank_is_computed_at_both(fresh, two_ranks, rank, damage):
+    text, answer = fresh.clear_text()
+    wait_up(two_ranks)
+    assert ask(two_ranks, text).text == answer
+    assert two_ranks.client.wait_published()
+    forget(two_ranks)
+    assert _tamper_at_one(fresh, two_ranks, 2, rank, damage) > 0
+    wait_up(two_ranks)
+    missed, failed = metric(two_ranks, "kvcodec_misses_total"), metric(two_ranks, "kvcodec_restore_failures_total")
+    reply = ask(two_ranks, text)
+    assert reply.text == answer
+    if damage is _bit_flipped:
+        assert metric(two_ranks, "kvcodec_misses_total") > missed
+    else:
+        assert reply.cached.storage == 0
+        assert metric(two_ranks, "kvcodec_restore_failures_total") == failed + 1
+    # Nothing leaked.
+    assert two_ranks.client.wait_published()
+    forget(two_ranks)
+
+
+def test_two_ranks_fetch_what_several_ask_for_once(fresh, two_ranks):
+    text, answer = fresh.clear_text(pieces=2)
+    _store_forget_and_ask_again(two_ranks, text)
+    forget(two_ranks)
+    following = metric(two_ranks, "kvcodec_following_requests_total")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda _: ask(two_ranks, text), range(4)))
+    assert [reply.text for reply in replies] == [answer] * 4
+    assert metric(two_ranks, "kvcodec_following_requests_total") > following
+    forget(two_ranks)
 
 
 def test_the_lossy_profile_and_retraction(fresh, stored):
