@@ -20,6 +20,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from sglang_kvcodec import metrics, peer_metrics
 from sglang_kvcodec.cli.main import build_parser, main
+from sglang_kvcodec.cli.serve_security import check_metrics
 from sglang_kvcodec.config import Access, parse_bytes, parse_remotes
 from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc.client import GrpcPeer
@@ -232,7 +233,12 @@ def settings_of(capsys, arguments):
 
 
 def is_secured(settings):
-    """Whether a peer with these settings asks for TLS and tokens, and may be without neither."""
+    """Whether a peer with these settings asks for TLS and tokens, and may be without neither.
+
+    It takes a flag of its own to have its metrics open to other machines all the same.
+    """
+    host = settings["listen"].rpartition(":")[0]
+    check_metrics(settings["metrics-port"], host, settings["metrics-insecure"])
     return bool(settings["tls-cert"] and settings["tls-key"] and settings["tokens"]) and not settings["insecure"]
 
 

@@ -13,7 +13,13 @@ import prometheus_client
 
 from sglang_kvcodec.cli import logs
 from sglang_kvcodec.cli.serve_config import ENVIRONMENT_PREFIX, LiveSettings, Reloader, add_configuration
-from sglang_kvcodec.cli.serve_security import add_security_arguments, check_listen, security, with_client_limits
+from sglang_kvcodec.cli.serve_security import (
+    add_security_arguments,
+    check_listen,
+    check_metrics,
+    security,
+    with_client_limits,
+)
 from sglang_kvcodec.cli.serve_status import add_status_argument, check_status_page, status_page
 from sglang_kvcodec.cli.settings import Resolved, Settings
 from sglang_kvcodec.config import parse_bits_per_s, parse_bytes
@@ -93,6 +99,7 @@ def run(arguments: argparse.Namespace, reread: Callable[[], Resolved]) -> int:
     secured = security(arguments)
     host = check_listen(arguments.listen, arguments.insecure, secured)
     check_status_page(arguments.status_page, arguments.insecure, secured)
+    check_metrics(arguments.metrics_port, host, arguments.metrics_insecure or arguments.insecure)
     if arguments.ttl is not None and not arguments.ttl > 0:
         raise ConfigurationError("--ttl must be above 0")
     live = LiveSettings.parse(arguments)

@@ -47,6 +47,11 @@ def add_security_arguments(parser: Settings) -> None:
     group.add_argument(
         "--insecure", action="store_true", help="allow plaintext, or no authentication, beyond this machine"
     )
+    group.add_argument(
+        "--metrics-insecure",
+        action="store_true",
+        help="allow the metrics port, which is in plaintext and open to all, beyond this machine",
+    )
 
 
 def security(arguments: argparse.Namespace) -> PeerSecurity:
@@ -105,6 +110,27 @@ def check_listen(listen: str, insecure: bool, security: PeerSecurity) -> str:
         )
     logger.warning("%s on %s: %s", *(lacking[0], listen, lacking[2]))
     return match[1]
+
+
+def check_metrics(port: int | None, host: str, insecure: bool) -> None:
+    """Refuses a metrics port beyond this machine: it knows neither TLS nor tokens.
+
+    Args:
+        port: that of the metrics; None for none.
+        host: where they would be served, see :func:`check_listen`.
+        insecure: whether they may be all the same.
+
+    Raises:
+        ConfigurationError: other machines would reach it, without ``insecure``.
+    """
+    if port is None or is_loopback(host):
+        return
+    if not insecure:
+        raise ConfigurationError(
+            f"the metrics port on {host} is open to other machines, in plaintext without authentication; "
+            "listen on 127.0.0.1, leave out --metrics-port, or add --metrics-insecure where the network is trusted"
+        )
+    logger.warning("the metrics port on %s is in plaintext without authentication: whoever reaches it reads them", host)
 
 
 def _lacking(security: PeerSecurity) -> tuple[str, str, str] | None:

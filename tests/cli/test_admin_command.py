@@ -72,6 +72,15 @@ def test_verify_and_warm(filled, capsys):
     assert f"read 4 pages, {TOTAL_BYTES} bytes; the pages are in this peer's memory already" in capsys.readouterr().out
 
 
+def test_progress_is_shown_on_a_terminal(filled, capsys, monkeypatch):
+    # Nothing where there is no terminal.
+    assert admin("verify", "--remote", filled.remote) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert admin("verify", "--remote", filled.remote) == 0
+    assert "verify: 100%" in capsys.readouterr().err
+
+
 def test_verify_finds_what_is_damaged(tmp_path, capsys):
     """One changed byte in the payload, one in the head, a cut object, another page's object; 2 of 6 are sound."""
     pages = [make_page(f"verify {index}") for index in range(6)]

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from pki_kit import Authority
 
 from sglang_kvcodec import __version__
 from sglang_kvcodec.cli.main import main
-from sglang_kvcodec.cli.serve_security import check_listen
+from sglang_kvcodec.cli.serve_security import check_listen, check_metrics
 from sglang_kvcodec.config import parse_bits_per_s
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.rpc.server import PeerSecurity
@@ -40,6 +41,11 @@ SERVE = ["serve", "--listen", "127.0.0.1:0"]
         (["serve", "--store", "memory:", "--listen", "0.0.0.0:0"], "--insecure"),
         (["serve", "--store", "memory:", "--listen", "192.0.2.1:1", "--insecure"], "can't listen"),
         ([*SERVE, "--store", "memory:", "--metrics-port", "99999"], "can't serve metrics"),
+        # What --insecure says of the peer holds for its metrics.
+        (
+            ["serve", "--store", "memory:", "--listen", "192.0.2.1:1", "--metrics-port", "0", "--insecure"],
+            "can't serve metrics on 192.0.2.1",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(capfd, arguments, words):
@@ -62,6 +68,32 @@ def test_beyond_this_machine_needs_a_flag_and_warns(listen, caplog):
         check_listen(listen, insecure=False, security=PeerSecurity())
     assert check_listen(listen, insecure=True, security=PeerSecurity()) == listen.rpartition(":")[0]
     assert "plaintext" in caplog.text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "example.org"])
+def test_metrics_beyond_this_machine_need_a_flag_and_warn(host, caplog):
+    with pytest.raises(ConfigurationError, match="add --metrics-insecure"):
+        check_metrics(0, host, insecure=False)
+    check_metrics(None, host, insecure=False)
+    check_metrics(0, "127.0.0.1", insecure=False)
+    assert caplog.text == ""
+    check_metrics(0, host, insecure=True)
+    assert f"the metrics port on {host} is in plaintext without authentication" in caplog.text
+
+
+def test_a_secured_peer_opens_its_metrics_to_other_machines_with_a_flag_alone(tmp_path, capfd):
+    authority = Authority(tmp_path)
+    certificate, key = map(str, authority.issue("peer"))
+    tls = ["--tls-cert", certificate, "--tls-key", key, "--tls-client-ca", str(authority.file)]
+    # An address that this machine does not have: where it may listen, it can't.
+    command = ["serve", "--store", "memory:", "--listen", "192.0.2.1:1", "--metrics-port", "0", *tls]
+    assert main(command) == 2
+    (refusal,) = capfd.readouterr().err.splitlines()
+    assert refusal.startswith("kvcodec: the metrics port on 192.0.2.1 is open to other machines")
+    assert main([*command, "--metrics-insecure"]) == 2
+    warning, refusal = capfd.readouterr().err.splitlines()
+    assert "whoever reaches it reads them" in warning
+    assert refusal.startswith("kvcodec: can't serve metrics on 192.0.2.1")
 
 
 @pytest.mark.parametrize(("text", "bits"), [("1Gbps", 10**9), ("2.5 mbps", 2_500_000), ("9600bps", 9600)])

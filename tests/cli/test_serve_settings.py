@@ -127,7 +127,7 @@ def printed(capsys, *arguments):
 def test_every_flag_of_serve_is_a_setting(capsys):
     text = printed(capsys)
     assert set(re.findall(r"^(?:# )?([a-z-]+) (?:=|is not set)", text, re.MULTILINE)) == serve_flags()
-    assert serve_flags() >= {"listen", "store", "capacity", "insecure", "metrics-port", *LIVE}
+    assert serve_flags() >= {"listen", "store", "capacity", "insecure", "metrics-port", "metrics-insecure", *LIVE}
 
 
 def test_every_setting_of_serve_is_documented():
