@@ -13,7 +13,7 @@ from sglang_kvcodec.format.exchange import PeerStat
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.storage import open_engine
 from sglang_kvcodec.testing.clear_texts import clear_texts
-from sglang_kvcodec.testing.conversation import source_slices
+from sglang_kvcodec.testing.conversation import definitions_of
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess, free_port
 from sglang_kvcodec.testing.sglang_client import ChatReply
@@ -123,7 +123,9 @@ class Cluster:
 
 def _texts():
     for module in MODULES:
-        yield from source_slices([TEXT_CHARACTERS] * 12, module)
+        text = definitions_of(module)
+        for start in range(0, len(text) - TEXT_CHARACTERS, TEXT_CHARACTERS):
+            yield text[start : start + TEXT_CHARACTERS]
     raise RuntimeError("no text is left")
 
 

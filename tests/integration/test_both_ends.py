@@ -161,14 +161,14 @@ def until_turned(server, link, stored, is_promised):
     names = ["kvcodec_fetches_turned_total", *(["kvcodec_early_admissions_total"] if is_promised else [])]
     for share in (0.7, 0.8, 0.9, 0.6) if is_promised else (0.3, 0.4, 0.5, 0.2):
         # How much faster the link has to be so that nothing is computed meanwhile, the machine says.
-        for factor in (6, 12, 25):
+        for factor in (12, 25, 50, 100):
             speed = factor * stored.bytes_per_s
             link.begin(steady(speed))
             forget(server)
             assert ask(server, stored.text).text == stored.answer
             forget(server)
             before = [metric(server, name) for name in names]
-            link.begin(falls(speed, int(share * stored.coded_bytes), to=0.02))
+            link.begin(falls(speed, int(share * stored.coded_bytes), to=0.15 / factor))
             reply = ask(server, stored.text)
             link.begin(steady(speed))
             assert reply.text == stored.answer
