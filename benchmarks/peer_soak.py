@@ -7,9 +7,9 @@ and say nothing.
 
 It fails if a client gets a page that is not what was put, if the peer does not come back, or if an error is none of the
 transport's own. Memory, threads and file descriptors of the peer are noted each half minute, also across restarts, and
-compared between the first third and the last.
+compared between the first third and the last. With ``--one-process`` it is never restarted, so that a slow leak shows.
 
-python -m benchmarks.peer_soak [--minutes 30] [--fault-every-s 10]
+python -m benchmarks.peer_soak [--minutes 30] [--fault-every-s 10] [--one-process]
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 from benchmarks.record import record
 from benchmarks.serving import load_average
 from benchmarks.soak import Usage, usage_of_process
 from sglang_kvcodec.config import Timeouts
-from sglang_kvcodec.errors import PeerError
+from sglang_kvcodec.errors import FormatError, PeerError
 from sglang_kvcodec.format.exchange import FetchedHeader, FetchedMissing, PutOutcome
 from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import SideData, build_page_object
+from sglang_kvcodec.format.page_object import PageObject, SideData, build_page_object
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, layer_groups
 from sglang_kvcodec.rpc.client import GrpcPeer
 from sglang_kvcodec.storage import open_engine
@@ -64,6 +65,15 @@ def page_object(name: bytes) -> bytes:
         for _ in layer_groups(SPEC)
     ]
     return build_page_object(PageKey(NAMESPACE, name), SPEC, "raw", groups)
+
+
+def is_sound(data: bytes | bytearray, name: bytes) -> bool:
+    """Whether a client would take it for the page of that name."""
+    try:
+        PageObject(bytes(data), expected=PageKey(NAMESPACE, name))
+    except FormatError:
+        return False
+    return True
 
 
 class Counts:
@@ -137,7 +147,7 @@ class Client:
         for index, data in pages.items():
             if bytes(data) == page_object(wanted[index]):
                 self._counts.add("pages fetched")
-            elif self._damaged.is_known(wanted[index]):
+            elif self._damaged.is_known(wanted[index]) and not is_sound(data, wanted[index]):
                 # The peer does not read payloads before it sends them: the client's checksums find it.
                 self._counts.add("damaged pages fetched")
                 self._peer.delete(NAMESPACE, [wanted[index]])
@@ -185,9 +195,21 @@ def send_garbage(address: str, source: random.Random) -> None:
         connection.sendall(source.randbytes(source.randrange(1, 100_000)))
 
 
-def fault(peer: PeerProcess, store: str, silent: list[socket.socket], damaged: Damaged, source: random.Random) -> str:
+LASTING_FAULTS = ("pause", "hang up", "garbage", "silent clients")
+"""Those that the process survives."""
+FAULTS = ("kill", "stop", "damage", *LASTING_FAULTS)
+
+
+def fault(
+    peer: PeerProcess,
+    store: str,
+    silent: list[socket.socket],
+    damaged: Damaged,
+    source: random.Random,
+    kinds: Sequence[str] = FAULTS,
+) -> str:
     """Does something to the peer, which runs afterwards."""
-    kind = source.choice(["kill", "stop", "pause", "hang up", "damage", "garbage", "silent clients"])
+    kind = source.choice(kinds)
     if kind == "kill":
         peer.kill()
         time.sleep(source.uniform(0, 2))
@@ -218,11 +240,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--fault-every-s", type=float, default=10.0)
+    parser.add_argument("--one-process", action="store_true", help="only faults that the process survives")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="print, but keep no result")
     options = parser.parse_args()
     source, counts, faults = random.Random(options.seed), Counts(), collections.Counter[str]()
-    damaged = Damaged()
+    damaged, kinds = Damaged(), LASTING_FAULTS if options.one_process else FAULTS
     load_before, notes, silent = load_average(), list[Usage](), list[socket.socket]()
     with tempfile.TemporaryDirectory() as directory:
         store = f"lmdb:{pathlib.Path(directory) / 'store'}"
@@ -236,7 +259,7 @@ def main() -> int:
                     next_note_s += NOTE_EVERY_S
                     notes.append(usage_of_process(peer.pid))
                     print(f"{time.monotonic() - started_s:5.0f} s: {dict(counts.seen)} {notes[-1]}", flush=True)
-                faults[fault(peer, store, silent, damaged, source)] += 1
+                faults[fault(peer, store, silent, damaged, source, kinds)] += 1
                 if counts.wrong or not peer.alive:
                     break
             is_alive = peer.alive
@@ -244,6 +267,7 @@ def main() -> int:
                 client.end()
     third = max(1, len(notes) // 3)
     row: dict[str, object] = {
+        "one_process": options.one_process,
         "minutes": round((time.monotonic() - started_s) / 60, 1),
         "faults": dict(faults),
         "seen": dict(counts.seen),
