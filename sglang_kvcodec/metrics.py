@@ -8,14 +8,32 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+STAGE_BUCKETS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Of the stages of a request, so that one can be held against another: from a round trip to a restore's time-out."""
+
 # ---- an SGLang server's read side ----
 LOOKUP_PAGES = Counter("kvcodec_lookup_pages", "Pages asked for at the peer", ["outcome"])
 FETCHES = Counter("kvcodec_fetches", "Prefix fetches by how they ended", ["outcome"])
-FETCHED_BYTES = Counter("kvcodec_fetched_bytes", "Coded bytes received from the peer")
+FETCHED_BYTES = Counter("kvcodec_fetched_bytes", "Coded bytes received from the peer", ["tier"])
+LOOKUP_SECONDS = Histogram(
+    "kvcodec_lookup_seconds", "Time to find out which pages of a request the peer has", buckets=STAGE_BUCKETS
+)
+QUEUED_FETCHES = Gauge("kvcodec_queued_fetches", "Planned fetches that wait for a thread", multiprocess_mode="livesum")
+HELD_REQUESTS = Gauge("kvcodec_held_requests", "Requests that wait for their pages", multiprocess_mode="livesum")
 FETCH_SECONDS = Histogram("kvcodec_fetch_seconds", "Time from queueing a request to its last fetched page")
 MISSES = Counter("kvcodec_misses", "Pages that were not used although asked for, by reason", ["reason"])
-RESTORED_TOKENS = Counter("kvcodec_restored_tokens", "Tokens restored into the KV pool")
-RESTORED_BYTES = Counter("kvcodec_restored_bytes", "Bytes of KV written into the pool by restoring")
+RESTORED_TOKENS = Counter("kvcodec_restored_tokens", "Tokens restored into the KV pool", ["tier"])
+RESTORED_BYTES = Counter("kvcodec_restored_bytes", "Bytes of KV written into the pool by restoring", ["tier"])
+RESTORE_SECONDS = Histogram(
+    "kvcodec_restore_seconds", "Time from starting a request's restore to its last layer", buckets=STAGE_BUCKETS
+)
+QUEUED_RESTORE_PARTS = Gauge(
+    "kvcodec_queued_restore_parts", "Parts of restores that wait for a thread", multiprocess_mode="livesum"
+)
+LAYER_WAIT_SECONDS = Histogram(
+    "kvcodec_layer_wait_seconds", "What a forward pass waited for layers being restored", buckets=STAGE_BUCKETS
+)
+FORWARD_SECONDS = Histogram("kvcodec_forward_seconds", "Time of a prefill pass", buckets=STAGE_BUCKETS)
 DECODE_SECONDS = Histogram("kvcodec_decode_seconds", "Time to decode one segment")
 DECODERS_REPLACED = Counter("kvcodec_decoders_replaced", "Hardware decoders given up because they failed")
 DECODER_BYTES = Gauge(
@@ -81,13 +99,16 @@ CALIBRATION_TOKENS = Gauge(
 )
 
 # ---- an SGLang server's write side ----
-PUBLISHED_PAGES = Counter("kvcodec_published_pages", "Pages offered to the peer, by outcome", ["outcome"])
-PUBLISHED_BYTES = Counter("kvcodec_published_bytes", "Coded bytes stored at the peer")
-PUBLISHED_KV_BYTES = Counter("kvcodec_published_kv_bytes", "The same pages as uncoded KV bytes")
+PUBLISHED_PAGES = Counter("kvcodec_published_pages", "Pages offered to the peer, by outcome", ["outcome", "tier"])
+PUBLISHED_BYTES = Counter("kvcodec_published_bytes", "Coded bytes stored at the peer", ["tier"])
+PUBLISHED_KV_BYTES = Counter("kvcodec_published_kv_bytes", "The same pages as uncoded KV bytes", ["tier"])
 WRITE_BACK_PAGES = Counter(
     "kvcodec_write_back_pages",
     "Coded pages kept in host memory while the peer was away, by what became of them",
     ["outcome"],
+)
+WRITE_BACK_KEPT_PAGES = Gauge(
+    "kvcodec_write_back_kept_pages", "Of those, the pages that are kept now", multiprocess_mode="livesum"
 )
 PUBLISH_DROPS = Counter("kvcodec_publish_drops", "Pages not published, by reason", ["reason"])
 PUBLISH_QUEUE_BYTES = Gauge(

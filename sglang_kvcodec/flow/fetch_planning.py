@@ -104,6 +104,7 @@ class FetchPlanning:
             return "too_slow", None
         self._tracer.span(ticket.rid, "lookup queue", ticket.start_s, start_s)
         prefixes = self._prefixes.find(tiers, ticket.page_hashes)
+        metrics.LOOKUP_SECONDS.observe(time.monotonic() - start_s)
         covered_pages = max(prefix.pages for prefix in prefixes)
         ticket.stored_pages = covered_pages
         asked_pages = len(ticket.page_hashes)

@@ -6,6 +6,7 @@ import heapq
 import itertools
 import threading
 
+from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_planning import PlannedFetch
 
 MAX_TICKETS = 256
@@ -53,8 +54,11 @@ class FetchQueue:
         """One waits for a thread."""
         with self._lock:
             heapq.heappush(self._waiting, (turn, next(self._order), fetch))
+            metrics.QUEUED_FETCHES.set(len(self._waiting))
 
     def take(self) -> PlannedFetch:
         """The one whose turn is next; there must be one."""
         with self._lock:
-            return heapq.heappop(self._waiting)[-1]
+            fetch = heapq.heappop(self._waiting)[-1]
+            metrics.QUEUED_FETCHES.set(len(self._waiting))
+            return fetch

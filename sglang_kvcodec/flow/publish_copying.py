@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.offload import Offload, Target
 from sglang_kvcodec.flow.page_codec import PackedPage
@@ -138,7 +137,7 @@ class CopyLoop:
         present = self._peer.present(target.namespace_digest, hashes)
         self._pages.release((len(target.pages) - len(missing) + sum(present)) * page_bytes)
         if any(present):
-            metrics.PUBLISHED_PAGES.labels(outcome="already_stored").inc(sum(present))
+            self._peer.count_present(target.namespace_digest, sum(present))
         # So that what is not queued is not kept until the next offload.
         taken.reverse()
         for i, page_hash in enumerate(hashes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import PeerError, PeerRejectedError
@@ -44,6 +44,7 @@ class PublishPeer:
         stored: StoredPages,
         patience_s: float,
         values_bytes: int,
+        tier_of: Callable[[bytes], str],
         closed: threading.Event,
     ) -> None:
         """Nothing was asked.
@@ -54,6 +55,7 @@ class PublishPeer:
             stored: knows what it has.
             patience_s: how long to wait for it where it has gone.
             values_bytes: of a page in the pool, for the metrics.
+            tier_of: names the tier of a namespace, for the metrics.
             closed: set when no more is to be stored.
         """
         self._peer = peer
@@ -61,6 +63,7 @@ class PublishPeer:
         self._stored = stored
         self._patience_s = patience_s
         self._values_bytes = values_bytes
+        self._tier_of = tier_of
         self._closed = closed
 
     @property
@@ -90,6 +93,11 @@ class PublishPeer:
         self._stored.update(namespace_digest, hashes, lookup.present)
         return lookup.present
 
+    def count_present(self, namespace_digest: bytes, pages: int) -> None:
+        """So many pages are not coded and offered because it has them."""
+        outcome = PutOutcome.ALREADY_STORED.value
+        metrics.PUBLISHED_PAGES.labels(outcome=outcome, tier=self._tier_of(namespace_digest)).inc(pages)
+
     def put(self, namespace_digest: bytes, pages: Sequence[CodedPage]) -> PutFailure | None:
         """Hands over pages of one namespace; why they were not, if so. What the peer makes of each is counted."""
         reason, is_away = "", False
@@ -114,11 +122,12 @@ class PublishPeer:
         self._stored.update(
             namespace_digest, [page.page_hash for page in pages], [result.outcome in _KEPT for result in results]
         )
+        tier = self._tier_of(namespace_digest)
         for page, result in zip(pages, results, strict=True):
-            metrics.PUBLISHED_PAGES.labels(outcome=result.outcome.value).inc()
+            metrics.PUBLISHED_PAGES.labels(outcome=result.outcome.value, tier=tier).inc()
             if result.outcome is PutOutcome.STORED:
-                metrics.PUBLISHED_BYTES.inc(len(page.coded))
-                metrics.PUBLISHED_KV_BYTES.inc(self._values_bytes)
+                metrics.PUBLISHED_BYTES.labels(tier=tier).inc(len(page.coded))
+                metrics.PUBLISHED_KV_BYTES.labels(tier=tier).inc(self._values_bytes)
             elif result.outcome not in _KEPT:
                 count_dropped(1, result.outcome.value)
                 logger.warning("kvcodec: the peer did not store a page: %s", result.detail)

@@ -49,6 +49,7 @@ class Publisher:
         stored: StoredPages,
         pool: PagedKVPool,
         new_encoder: Callable[[bytes], PageEncoder],
+        tier_of: Callable[[bytes], str],
         config: ServerConfig,
         on_page: Callable[[Mapping[Side, torch.Tensor], int], None] | None = None,
         wants_pages: Callable[[], bool] | None = None,
@@ -64,6 +65,7 @@ class Publisher:
             stored: knows what it has.
             pool: where pages come from.
             new_encoder: opens an encoder for pages of a namespace, for one thread.
+            tier_of: names the tier of a namespace, for the metrics.
             config: bounds.
             on_page: called on the copying thread with the values ``(layers, page_tokens, kv_heads, head_dim)`` of each
                 side of a page that will be published, and the position of its first token.
@@ -80,7 +82,7 @@ class Publisher:
         self._closed = closed = threading.Event()
         self._pages = PublishQueue(config.publish_queue_bytes)
         patience_s = config.timeouts.retry_s * 2
-        self._peer = PublishPeer(peer, monitor, stored, patience_s, pool.spec.page_bytes, closed)
+        self._peer = PublishPeer(peer, monitor, stored, patience_s, pool.spec.page_bytes, tier_of, closed)
         self._copying = CopyLoop(pool, packer, self._peer, self._pages, closed, on_page, wants_pages)
         self._sending = SendLoop(self._peer, self._pages, recall, closed)
         encoding = EncodeLoop(self._pages, self._peer, pool, new_encoder, on_coded, self._sending.put, closed)

@@ -15,6 +15,9 @@ from sglang_kvcodec.transform import PageTransforms
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_TIER = "unknown"
+"""Of bytes that are counted before a header has said what they are of."""
+
 
 def bytes_of(event: FetchedHeader | FetchedFragment) -> int:
     """Of a page object that an event brings."""
@@ -73,7 +76,6 @@ class Receiver:
             self.gone.append(page.key)
             self._cut(index, "gone")
             return
-        metrics.FETCHED_BYTES.inc(bytes_of(event))
         try:
             if isinstance(event, FetchedFragment):
                 page.add(event)
@@ -90,6 +92,10 @@ class Receiver:
             logger.warning("kvcodec: stored page %s can't be used: %s", page.key, error)
             self.damaged.append(page.key)
             self._cut(index, error.reason)
+        finally:
+            # Last: a page says itself what tier it is of, and a fetch may go on in another one.
+            tier = page.header.profile_name if page.has_begun else UNKNOWN_TIER
+            metrics.FETCHED_BYTES.labels(tier=tier).inc(bytes_of(event))
 
     def promise(self) -> list[ArrivingPage]:
         """All pages, whatever has arrived of each, for who will wait for the rest."""

@@ -90,7 +90,7 @@ class Restore:
         self.number = number
         self.bad_pages: list[PageObject] = []
         self._groups = groups
-        self._page_bytes = spec.page_bytes
+        self._spec = spec
         self._open_parts = [parts] * len(groups)
         self._events: list[list[DeviceEvent]] = [[] for _ in groups]
         self._announced = 0
@@ -128,8 +128,7 @@ class Restore:
                 self._error = error
             has_ended = self._open == 0
             if has_ended and self._error is None:
-                metrics.RESTORED_TOKENS.inc(sum(job.slots.numel() for job in self.jobs))
-                metrics.RESTORED_BYTES.inc(sum(len(job.pages) for job in self.jobs) * self._page_bytes)
+                _count_restored(self.jobs, self._spec)
             while (
                 self._error is None and self._announced < len(self._groups) and self._open_parts[self._announced] == 0
             ):
@@ -251,6 +250,7 @@ class Restorer:
             if error is None:
                 with self._lock:
                     heapq.heappush(self._ready, (part.restore.number, part.group.index, next(self._order), part))
+                    metrics.QUEUED_RESTORE_PARTS.set(len(self._ready))
                 try:
                     self._executor.submit(self._restore_next)
                     continue
@@ -263,6 +263,7 @@ class Restorer:
         """The part that a forward pass needs first, of those that can be restored."""
         with self._lock:
             part = heapq.heappop(self._ready)[-1] if self._ready else None
+            metrics.QUEUED_RESTORE_PARTS.set(len(self._ready))
         if part is not None:
             self._restore_part(part)
 
@@ -270,6 +271,7 @@ class Restorer:
         """No thread is left that would restore them."""
         with self._lock:
             dropped, self._ready = [entry[-1] for entry in self._ready], []
+            metrics.QUEUED_RESTORE_PARTS.set(0)
         for part in dropped:
             self._part_ended(part, None, ArrivalError("the server ends"))
 
@@ -473,6 +475,14 @@ class Restorer:
             except KVCodecError:
                 bad.append(page)
         return bad or pages
+
+
+def _count_restored(jobs: Sequence[RestoreJob], spec: KVSpec) -> None:
+    """By tier: the pages of one request may be of several."""
+    tiers = collections.Counter(page.header.profile_name for job in jobs for page in job.pages)
+    for tier, pages in tiers.items():
+        metrics.RESTORED_TOKENS.labels(tier=tier).inc(pages * spec.page_tokens)
+        metrics.RESTORED_BYTES.labels(tier=tier).inc(pages * spec.page_bytes)
 
 
 def _segments(pages: Sequence[PageObject]) -> Iterator[tuple[int, int]]:

@@ -32,6 +32,7 @@ class WriteBack:
             while len(self._pages) > MAX_PAGES:
                 self._pages.popitem(last=False)
                 lost += 1
+            metrics.WRITE_BACK_KEPT_PAGES.set(len(self._pages))
         metrics.WRITE_BACK_PAGES.labels(outcome="kept").inc(len(page_hashes))
         return lost
 
@@ -42,4 +43,5 @@ class WriteBack:
             for _ in range(min(most_pages, len(self._pages))):
                 (namespace_digest, page_hash), _ = self._pages.popitem(last=False)
                 taken.setdefault(namespace_digest, []).append(page_hash)
+            metrics.WRITE_BACK_KEPT_PAGES.set(len(self._pages))
         return taken

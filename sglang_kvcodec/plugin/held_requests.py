@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, ItemsView, Sequence, Set
 from typing import Any
 
+from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.news import News
 from sglang_kvcodec.format.page_object import PageObject
@@ -83,6 +84,7 @@ class HeldRequests:
         self._held[request] = HeldRequest(ticket, start_page, hashes, self._next_number, kept, follows=follows)
         self._next_number += 1
         self._waiting_rids.add(request.rid)
+        self._count_waiting()
         # The fetch may have come to its end before this knows of it.
         self._news_count = -1
 
@@ -90,7 +92,7 @@ class HeldRequests:
         """A request waits no longer; None if it did not."""
         held = self._held.pop(request, None)
         if held is not None:
-            self._waiting_rids.discard(request.rid)
+            self._waits_no_longer(request.rid)
         return held
 
     def clear(self) -> None:
@@ -99,6 +101,7 @@ class HeldRequests:
             held.ticket.cancel()
         self._held.clear()
         self._waiting_rids.clear()
+        self._count_waiting()
 
     def pages_of(self, rid: str) -> dict[bytes, PageObject]:
         """The pages agreed on for a request, by their hashes; none if it is not held or must wait."""
@@ -169,7 +172,14 @@ class HeldRequests:
 
     def _settle(self, request: Any, held: HeldRequest, pages: int) -> None:
         held.agreed_pages = pages
-        self._waiting_rids.discard(request.rid)
+        self._waits_no_longer(request.rid)
+
+    def _waits_no_longer(self, rid: str) -> None:
+        self._waiting_rids.discard(rid)
+        self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        metrics.HELD_REQUESTS.set(len(self._waiting_rids))
 
 
 def _row(ticket: FetchTicket) -> list[int]:

@@ -235,8 +235,10 @@ class KVCodecLinker(UnifiedCacheLinker):
         def on_layers(group: LayerGroup, events: Sequence[DeviceEvent]) -> None:
             counter.complete_after(index, range(group.first_layer, group.first_layer + group.layers), events)
             if group.first_layer + group.layers == counter.num_layers:
+                end_s = time.monotonic()
                 for rid in rids:
-                    self._tracer.span(rid, "restore", start_s, time.monotonic())
+                    metrics.RESTORE_SECONDS.observe(end_s - start_s)
+                    self._tracer.span(rid, "restore", start_s, end_s)
 
         def on_failure(error: KVCodecError) -> None:
             counter.fail(index, error)

@@ -43,6 +43,7 @@ class PassObserver:
 
     def loaded(self, pass_number: int, waited_s: float, restored_tokens: int) -> None:
         """So many tokens are restored beside a pass, whose thread has waited so long for layers of them."""
+        metrics.LAYER_WAIT_SECONDS.observe(waited_s)
         self._loaded[pass_number] = waited_s, restored_tokens
 
     def ran(self, pass_number: int, seconds: float) -> None:
@@ -66,6 +67,8 @@ class PassObserver:
         waited_s, restored_tokens = self._loaded.pop(batch.forward_iter, (0.0, 0))
         if not batch.forward_mode.is_extend():
             return
+        if took_s > 0:
+            metrics.FORWARD_SECONDS.observe(took_s)
         # On a device a pass waits where nobody sees how long.
         is_telling = not restored_tokens or ran_s is not None or not self._prefill.is_known
         if is_telling and took_s > 0 and waited_s <= MAX_WAITED_SHARE * took_s:

@@ -169,6 +169,7 @@ class Runtime:
             stored,
             pool,
             new_encoder,
+            lambda namespace_digest: self._coding_of[namespace_digest].profile_name,
             config,
             on_page=auto.offer if auto is not None else None,
             wants_pages=auto.wants_pages if auto is not None else None,
@@ -177,6 +178,7 @@ class Runtime:
             recall=self._recall_coded,
         )
         for tier in self.tiers():
+            _count_from_zero(tier.profile_name)
             profile = self._coding_of[tier.namespace_digests[0]].profile
             logger.info(
                 "kvcodec: %s, profile %s (%s), %d layers x %d heads x %d, namespace %s",
@@ -282,6 +284,15 @@ class Runtime:
         if self._decoders is not None:
             self._decoders.close()
         self.tracer.close()
+
+
+def _count_from_zero(tier: str) -> None:
+    """Shows what is counted by tier before its first event, which else would be missing from every rate."""
+    for counter in (
+        *(metrics.FETCHED_BYTES, metrics.RESTORED_TOKENS, metrics.RESTORED_BYTES),
+        *(metrics.PUBLISHED_BYTES, metrics.PUBLISHED_KV_BYTES),
+    ):
+        counter.labels(tier=tier)
 
 
 def _cuda_device(pool: PagedKVPool) -> int | None:

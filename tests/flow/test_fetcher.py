@@ -90,7 +90,9 @@ def test_a_whole_prefix(engine, local_peer, set_up, pages, delta):
     assert setup.stored.missing(NAMESPACE, ticket.page_hashes) == []
     assert delta("kvcodec_fetches_total", outcome="whole_prefix") == 1
     assert delta("kvcodec_lookup_pages_total", outcome="stored") == len(NAMES)
-    assert delta("kvcodec_fetched_bytes_total") == sum(len(pages.coded(name)) for name in NAMES)
+    assert delta("kvcodec_fetched_bytes_total", tier="raw") == sum(len(pages.coded(name)) for name in NAMES)
+    assert delta("kvcodec_lookup_seconds_count") == 1
+    assert 0 < delta("kvcodec_lookup_seconds_sum") < LIMIT_S
     assert delta("kvcodec_misses_total", reason="not_stored") == 0
 
 
@@ -225,6 +227,8 @@ def test_a_bad_page_ends_the_prefix_and_makes_room_for_a_good_copy(
     assert [hash_of(name) in setup.cache for name in NAMES] == [True, True, False, False, False, False]
     assert delta("kvcodec_fetches_total", outcome=reason) == 1
     assert delta("kvcodec_misses_total", reason=reason) == 4
+    # A header that is refused names no tier.
+    assert (delta("kvcodec_fetched_bytes_total", tier="unknown") > 0) == (reason == "foreign_page")
     setup.settle()
     assert engine.get(pages.key(2)) is None
     assert setup.stored.missing(NAMESPACE, ticket.page_hashes) == [2]

@@ -3,7 +3,7 @@
 import threading
 import types
 
-from flow_kit import LIMIT_S, NAMESPACE
+from flow_kit import LIMIT_S, NAMESPACE, counted
 
 from sglang_kvcodec.flow.publish_peer import PutFailure
 from sglang_kvcodec.flow.publish_queue import CodedPage
@@ -71,10 +71,10 @@ def test_what_was_kept_and_can_not_be_sent_is_counted_and_the_rest_is_sent(delta
     loop.peer.put_of = {NAMESPACE: lambda: away, OTHER_NAMESPACE: lambda: away}
     loop.peer.is_up = False
     loop.send(_page(NAMESPACE, 0), _page(OTHER_NAMESPACE, 1))
-    assert loop.loop.kept_pages == 2
+    assert loop.loop.kept_pages == counted("kvcodec_write_back_kept_pages") == 2
     loop.peer.is_up, loop.peer.put_of = True, {}
     loop.peer.present_of[NAMESPACE] = _fail
     loop.send(is_back=True)
     assert loop.peer.stored == [(OTHER_NAMESPACE, hash_of(1))]
-    assert loop.loop.kept_pages == 0
+    assert loop.loop.kept_pages == counted("kvcodec_write_back_kept_pages") == 0
     assert delta("kvcodec_publish_drops_total", reason="send_failed") == 1

@@ -44,6 +44,7 @@ class Setup:
             self.stored,
             self.pool.wrapped,
             self._new_encoder,
+            self._tier_of,
             config,
             on_page,
             on_coded=self.coded.__setitem__,
@@ -62,6 +63,9 @@ class Setup:
                 return inner.encode(page_hash, values)
 
         return Encoder()
+
+    def _tier_of(self, namespace_digest):
+        return "other" if namespace_digest == OTHER_NAMESPACE else self.profile
 
     def offload(self, pages=range(4), namespace=NAMESPACE, first_position=0):
         pages = list(pages)
@@ -117,9 +121,9 @@ def test_pages_land_at_the_peer_bit_for_bit(engine, local_peer, set_up, delta, p
     assert setup.publish([2, 0, 3]).succeeded is True
     setup.assert_stored(engine, [2, 0, 3])
     assert engine.stat().objects == 3
-    assert delta("kvcodec_published_pages_total", outcome="stored") == 3
-    assert delta("kvcodec_published_kv_bytes_total") == 3 * GROUPED.page_bytes
-    assert delta("kvcodec_published_bytes_total") == engine.stat().stored_bytes
+    assert delta("kvcodec_published_pages_total", outcome="stored", tier=profile) == 3
+    assert delta("kvcodec_published_kv_bytes_total", tier=profile) == 3 * GROUPED.page_bytes
+    assert delta("kvcodec_published_bytes_total", tier=profile) == engine.stat().stored_bytes
     assert_empty()
 
 
@@ -148,7 +152,7 @@ def test_pages_that_are_known_to_be_stored_settle_at_once_and_are_not_sent(engin
     assert again.succeeded is True
     assert setup.peer.calls == []
     assert len(setup.encoded) == 4
-    assert delta("kvcodec_published_pages_total", outcome="stored") == 4
+    assert delta("kvcodec_published_pages_total", outcome="stored", tier="raw") == 4
     assert_empty()
 
 
@@ -191,8 +195,8 @@ def test_only_what_the_peer_has_not_is_coded_and_sent(engine, local_peer, set_up
     assert setup.publish().succeeded is True
     assert setup.encoded == [hash_of(0), hash_of(2)]
     setup.assert_stored(engine, [0, 2])
-    assert delta("kvcodec_published_pages_total", outcome="already_stored") == 2
-    assert delta("kvcodec_published_pages_total", outcome="stored") == 2
+    assert delta("kvcodec_published_pages_total", outcome="already_stored", tier="raw") == 2
+    assert delta("kvcodec_published_pages_total", outcome="stored", tier="raw") == 2
     assert setup.offload().succeeded is True
     assert_empty()
 
@@ -228,7 +232,7 @@ def test_a_page_that_another_server_stores_meanwhile_is_kept_as_it_is(engine, lo
     setup = set_up(local_peer, before_encode=lambda page_hash: engine.put(others.key(0), theirs))
     setup.publish([0])
     assert engine.get(others.key(0)) == theirs
-    assert delta("kvcodec_published_pages_total", outcome="already_stored") == 1
+    assert delta("kvcodec_published_pages_total", outcome="already_stored", tier="raw") == 1
     assert delta("kvcodec_publish_drops_total", reason="already_stored") == 0
     assert_empty()
 
@@ -310,6 +314,7 @@ def test_a_peer_that_dies_after_the_copy_and_stays_away(local_peer, set_up, delt
     setup = set_up(local_peer, before_encode=lambda page_hash: local_peer.stop())
     assert setup.publish().succeeded is True
     assert delta("kvcodec_write_back_pages_total", outcome="kept") == 4
+    assert counted("kvcodec_write_back_kept_pages") == 4
     assert set(setup.coded) == {hash_of(page) for page in range(4)}
     assert setup.offload().succeeded is False
     assert_empty()
@@ -338,6 +343,8 @@ def test_what_was_coded_while_the_peer_was_away_is_stored_when_it_is_back(engine
     bring_back()
     wait_until(lambda: engine.stat().objects == 3)
     setup.assert_stored(engine, [0, 1, 3])
+    assert counted("kvcodec_write_back_kept_pages") == 0
+    wait_until(lambda: delta("kvcodec_published_pages_total", outcome="stored", tier="raw") == 3)
     assert delta("kvcodec_write_back_pages_total", outcome="sent") == 3
     assert delta("kvcodec_write_back_pages_total", outcome="lost") == 1
     assert delta("kvcodec_publish_drops_total", reason="peer_down") == 1
@@ -444,7 +451,7 @@ def test_a_page_that_finds_no_room_at_the_peer_is_counted_and_may_be_offered_aga
     setup.peer.inner.put = lambda digest, objects: [PutResult(PutOutcome.NO_CAPACITY, "full") for _ in objects]
     setup.publish([1])
     assert delta("kvcodec_publish_drops_total", reason="no_capacity") == 1
-    assert delta("kvcodec_published_pages_total", outcome="no_capacity") == 1
+    assert delta("kvcodec_published_pages_total", outcome="no_capacity", tier="raw") == 1
     assert setup.stored.missing(NAMESPACE, [hash_of(1)]) == [0]
     assert_empty()
 
@@ -554,7 +561,7 @@ def test_pages_at_the_start_of_a_prompt_are_coded_before_later_ones_of_others(en
     assert_empty()
 
 
-def test_pages_of_several_tiers_are_copied_once_and_the_best_ones_coded_first(engine, local_peer, set_up, gate):
+def test_pages_of_several_tiers_are_copied_once_and_the_best_ones_coded_first(engine, local_peer, set_up, delta, gate):
     setup = set_up(
         local_peer, before_encode=lambda page_hash: gate.wait(LIMIT_S), encode_threads=1, encoder_processes=0
     )
@@ -573,6 +580,8 @@ def test_pages_of_several_tiers_are_copied_once_and_the_best_ones_coded_first(en
     setup.assert_stored(engine, [0, 2])
     setup.assert_stored(engine, [0, 1], OTHER_NAMESPACE)
     assert engine.stat().objects == 4
+    assert delta("kvcodec_published_pages_total", outcome="stored", tier="raw") == 2
+    assert delta("kvcodec_published_pages_total", outcome="stored", tier="other") == 2
     # Host memory keeps the best.
     assert setup.coded == {hash_of(page): engine.get(NAMESPACE + hash_of(page)) for page in (0, 2)}
     assert_empty()

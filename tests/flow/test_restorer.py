@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL
+from flow_kit import GROUPED, LIMIT_S, NAMESPACE, SMALL, counted, wait_until
 
 from sglang_kvcodec.errors import (
     ArrivalError,
@@ -113,8 +113,8 @@ def test_bit_exact_at_scattered_slots_through_pictures(start, exact, exact_pages
     for name, number in enumerate([2, 0, 3]):
         assert same_bits(pool.page(number), exact.values(name))
     assert pool.others_are(before, [2, 0, 3])
-    assert delta("kvcodec_restored_tokens_total") == 3 * GROUPED.page_tokens
-    assert delta("kvcodec_restored_bytes_total") == 3 * GROUPED.page_bytes
+    assert delta("kvcodec_restored_tokens_total", tier="exact") == 3 * GROUPED.page_tokens
+    assert delta("kvcodec_restored_bytes_total", tier="exact") == 3 * GROUPED.page_bytes
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -137,7 +137,7 @@ def test_several_jobs_of_more_pages_than_a_segment(start, delta, threads, monkey
         assert same_bits(pool.page(number), pages.values(name))
     assert pool.others_are(before, [9, 1, 4, 0, 7, 3, 8, 2])
     assert sorted(size for size, _ in decoded) == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
-    assert delta("kvcodec_restored_tokens_total") == 8 * SMALL.page_tokens
+    assert delta("kvcodec_restored_tokens_total", tier="raw") == 8 * SMALL.page_tokens
 
 
 def test_parts_are_measured_and_traced(closing, tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_corrupt_picture_fails_once_after_the_last_write_and_names_its_page(st
     assert restore.has_failed
     assert pool.others_are(before, [3, 0, 1])
     assert delta("kvcodec_restore_failures_total", reason=calls[-1].reason) == 1
-    assert delta("kvcodec_restored_tokens_total") == 0
+    assert delta("kvcodec_restored_tokens_total", tier="exact") == 0
     # Nothing is written or told any more, whatever the threads still do.
     outcome.close()
     assert pool.others_are(at_failure, [])
@@ -323,6 +323,17 @@ def test_a_restore_that_takes_too_long_is_given_up_between_its_parts(closing, mo
     assert decoded == [(0, Side.KEY), (0, Side.VALUE)]
     # Nothing is wrong with the page.
     assert restore.bad_pages == []
+
+
+def test_parts_that_wait_for_a_thread_are_counted(start, gate):
+    pages = Pages(GROUPED, "raw", NAMESPACE)
+    pool = KnownPool(GROUPED, 1)
+    _, outcome = start(pool, "raw", [([pages.page(0)], [0])], 1, lambda *args: gate.wait(LIMIT_S))
+    # Of three layer groups with two sides one is being decoded.
+    wait_until(lambda: counted("kvcodec_queued_restore_parts") == 5)
+    gate.set()
+    assert outcome.wait() == [0, 1, 2]
+    assert counted("kvcodec_queued_restore_parts") == 0
 
 
 class KernelInName:
@@ -418,7 +429,7 @@ def test_each_page_of_a_segment_is_restored_by_the_kernel_of_its_coding(closing)
 
 
 @pytest.mark.parametrize("has_kernels", [False, True])
-def test_pages_that_are_not_coded_are_restored_beside_pages_that_are(has_kernels, exact_pages, closing):
+def test_pages_that_are_not_coded_are_restored_beside_pages_that_are(has_kernels, exact_pages, closing, delta):
     transforms = PageTransforms(GROUPED, ("raw", "exact"))
     raw = Pages(GROUPED, "raw", NAMESPACE)
     pages = [exact_pages[0], raw.page(1), exact_pages[2]]
@@ -434,6 +445,9 @@ def test_pages_that_are_not_coded_are_restored_beside_pages_that_are(has_kernels
     for name, number in enumerate([3, 0, 2]):
         assert same_bits(pool.page(number), raw.values(name))
     assert pool.others_are(before, [3, 0, 2])
+    for tier, count in (("raw", 1), ("exact", 2)):
+        assert delta("kvcodec_restored_tokens_total", tier=tier) == count * GROUPED.page_tokens
+        assert delta("kvcodec_restored_bytes_total", tier=tier) == count * GROUPED.page_bytes
     assert {coding.profile_name for coding in map(Coding._make, kernels.opened)} == (
         {"exact"} if has_kernels else set()
     )
@@ -519,7 +533,7 @@ def test_parts_are_restored_as_they_land(start, exact, exact_pages, monkeypatch,
         assert same_bits(pool.page(number), exact.values(name))
     assert same_bits(pool.page(1), exact.values(0))
     assert pool.others_are(before, [0, 1, 2, 3])
-    assert delta("kvcodec_restored_tokens_total") == 4 * GROUPED.page_tokens
+    assert delta("kvcodec_restored_tokens_total", tier="exact") == 4 * GROUPED.page_tokens
 
 
 def test_a_page_that_never_lands_fails_the_restore_once_and_blames_no_page(start, exact, delta):

@@ -154,6 +154,9 @@ def test_the_next_block_is_of_a_smaller_tier_when_the_link_has_become_slow(setup
     assert ticket.plan.tier == "raw"
     assert setup.profiles_of(ticket) == ["raw"] + ["exact"] * 5
     assert delta("kvcodec_tier_switches_total", tier="exact") == 1
+    for tier, names in (("raw", NAMES[:1]), ("exact", NAMES[1:])):
+        coded_bytes = sum(len(setup.pages[tier].coded(name)) for name in names)
+        assert delta("kvcodec_fetched_bytes_total", tier=tier) == coded_bytes
     assert ticket.plan.pages == 6
     assert all(page_hash in setup.cache for page_hash in HASHES)
 

@@ -41,8 +41,8 @@ def prompts(seed):
     return first, first + second[:300]
 
 
-def restored(server):
-    return metric(server, "kvcodec_restored_tokens_total")
+def restored(server, tier):
+    return metric(server, "kvcodec_restored_tokens_total", tier=tier)
 
 
 def test_lossless_tiers_give_the_same_words_whichever_is_there(cluster, new_site):
@@ -58,14 +58,20 @@ def test_lossless_tiers_give_the_same_words_whichever_is_there(cluster, new_site
 
     serve(b)
     for tier in ("raw", "exact"):
-        before = restored(b)
+        assert restored(b, tier) == 0
         assert generate(b, tokens)[0] == answer
-        assert restored(b) > before
+        assert restored(b, tier) > 0
+        assert metric(b, "kvcodec_fetched_bytes_total", tier=tier) > 0
+        assert metric(a, "kvcodec_published_pages_total", tier=tier) >= len(hashes)
         assert metric(b, "kvcodec_planned_tiers_total", tier=tier) == 1
         # It published nothing: both were there.
         forget(b)
         assert b.client.wait_published()
         delete(site, tier)
+    for stage in ("lookup", "fetch", "restore", "layer_wait", "forward"):
+        assert metric(b, f"kvcodec_{stage}_seconds_count") >= 2
+    for queue in ("held_requests", "queued_fetches", "queued_restore_parts", "write_back_kept_pages"):
+        assert metric(b, f"kvcodec_{queue}") == 0
     assert metric(b, "kvcodec_restore_failures_total") == 0
 
 

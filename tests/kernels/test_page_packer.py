@@ -239,6 +239,7 @@ class Publishing:
             StoredPages(),
             rig.pool,
             Encoder,
+            lambda namespace_digest: rig.transforms.tiers[0],
             config,
             on_page,
             packer=rig.packer,

@@ -3,6 +3,8 @@
 import threading
 import types
 
+from prometheus_client import REGISTRY
+
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.news import News
 from sglang_kvcodec.flow.planner import FetchPlan
@@ -111,6 +113,23 @@ def test_nobody_waits_for_a_fetch_of_which_a_rank_will_have_nothing():
     other.tickets[1].plan = FetchPlan(0, "link_too_slow")
     agree(mine, other)
     assert mine.pages() == [0, 0]
+
+
+def waiting():
+    return REGISTRY.get_sample_value("kvcodec_held_requests")
+
+
+def test_requests_are_counted_while_they_wait_for_their_pages():
+    rank = _Rank(ticket(1), ticket(planned=4, done=False), ticket(planned=4, done=False))
+    assert waiting() == 3
+    agree(rank)
+    assert waiting() == 2
+    rank.held.let_go(rank.requests[0])
+    assert waiting() == 2
+    rank.held.let_go(rank.requests[1])
+    assert waiting() == 1
+    rank.held.clear()
+    assert waiting() == 0
 
 
 def test_what_is_settled_is_not_agreed_on_again():

@@ -1,8 +1,10 @@
 import threading
+import time
 import types
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from sglang_kvcodec.config import ServerConfig, Timeouts
@@ -53,7 +55,9 @@ class Setup:
         self.before_encode = lambda: None
         self.encoded = {}
         self.restorer = Restorer(self.pool.wrapped, self._new_decoder, 2)
-        self.publisher = Publisher(peer, monitor, StoredPages(), self.pool.wrapped, self._new_encoder, config)
+        self.publisher = Publisher(
+            peer, monitor, StoredPages(), self.pool.wrapped, self._new_encoder, lambda namespace: "raw", config
+        )
         for part in (self.publisher, peer, monitor, self.restorer):
             closing.callback(part.close)
         self.linker = KVCodecLinker(
@@ -176,6 +180,26 @@ def test_pages_that_are_computed_sooner_are_not_restored_and_every_look_up_says_
     # What was fetched was planned.
     setup.held["held"] = {hash_of(1): setup.pages.page(1)}
     assert setup.lookup("held", [0, 1]) == [1, 2]
+
+
+def restores():
+    return tuple(REGISTRY.get_sample_value(f"kvcodec_restore_seconds_{what}") for what in ("count", "sum"))
+
+
+def test_what_the_restore_of_a_request_takes_is_measured_to_its_last_layer(setup):
+    setup.cache_pages(0, 1)
+    for rid, name in [("a", 0), ("b", 1)]:
+        setup.lookup(rid, [name])
+        setup.load(rid, [name], [name])
+    before, begun_s = restores(), time.monotonic()
+    pause = threading.Event()
+    setup.before_decode = lambda pages, group, side: group == 2 and pause.wait(0.05)
+    assert setup.linker.finish_layer_wise_loading(setup.linker.start_layer_wise_loading())
+    # The forward pass goes on first.
+    setup.restorer.close()
+    after, took_s = restores(), time.monotonic() - begun_s
+    assert after[0] - before[0] == 2
+    assert 2 * 0.05 <= after[1] - before[1] <= 2 * took_s
 
 
 def test_waits_for_layers_are_measured(setup):

@@ -84,6 +84,23 @@ def test_how_long_a_pass_has_waited_on_a_device_nobody_knows(passes):
     assert passes.meter.model().restored_s == 0
 
 
+def stage(name):
+    return tuple(REGISTRY.get_sample_value(f"kvcodec_{name}_seconds_{what}") for what in ("count", "sum"))
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_prefill_passes_and_their_waits_for_layers_are_shown(passes, on_cpu):
+    forward, wait = stage("forward"), stage("layer_wait")
+    passes.run([100], [0], 0.5, on_cpu=on_cpu)
+    passes.run([100], [64], 0.8, waited_s=0.3, restored=64, on_cpu=on_cpu)
+    passes.run([100], [64], 0.2, waited_s=0.0, restored=64, on_cpu=on_cpu)
+    passes.run(mode=ForwardMode.DECODE, seconds=9, on_cpu=on_cpu)
+    # Not accounted for.
+    passes.run([100], [0], 0.0)
+    assert stage("forward") == (forward[0] + 3, pytest.approx(forward[1] + 1.5))
+    assert stage("layer_wait") == (wait[0] + 2, pytest.approx(wait[1] + 0.3))
+
+
 def test_a_pass_that_was_not_accounted_for_says_nothing(passes):
     passes.run([100], [0], 0.0)
     assert passes.seconds(100) is None

@@ -127,6 +127,12 @@ def test_pages_on_their_way_are_coded_as_their_namespace_says(start):
     assert (coded_with[old], coded_with[new]) == (Coding("high"), Coding("compact", CALIBRATION.digest))
 
 
+def test_what_is_counted_by_tier_is_shown_before_the_first_event(start):
+    start()
+    for name in ("fetched_bytes", "restored_tokens", "restored_bytes", "published_bytes", "published_kv_bytes"):
+        assert counted(f"kvcodec_{name}_total", tier="high") is not None
+
+
 class FakeDecoders:
     """A source that keeps what it was prepared with."""
 
