@@ -16,7 +16,7 @@ DECODERS = ("auto", "nvdec", "software")
 ENCODERS = ("auto", "nvenc", "x265")
 PLANS = ("auto", "always")
 ADMISSIONS = ("early", "landed")
-COMPUTE_WHILE_FETCHING = ("idle", "always", "never")
+COMPUTE_WHILE_FETCHING = ("idle", "always", "failing", "never")
 PROFILES = ("raw", "exact", "high", "balanced", "compact")
 LOSSLESS_PROFILES = ("raw", "exact")
 """Those that restore what was in the pool, bit for bit."""
@@ -186,7 +186,8 @@ class ServerConfig:
     """``early``: admit a request when what is missing of its pages will be in time; ``landed``: when all is there."""
     compute_while_fetching: str = "idle"
     """When a prompt's start may be computed while the end of its stored prefix is fetched, if that is predicted to be
-    faster. ``idle``: while nothing else is computed; ``always``: while no other prompt is; ``never``."""
+    no slower. ``idle``: while nothing else is computed; ``always``: while no other prompt is; ``failing``: as ``idle``,
+    but only once the link has failed in the middle of a fetch; ``never``."""
     trace: str = ""
     """File for a trace of every request; empty for none."""
     tls_ca: str = ""

@@ -136,7 +136,7 @@ class FetchPlanning:
             for stored in prefixes
         ]
         choice, plan = plan_tiers(choices, bounds, was_fetching, self._always)
-        if ticket.may_compute and not self._always:
+        if ticket.may_compute and not self._always and self._config.compute_while_fetching != "failing":
             choice, plan = plan_meeting(choices, choice, plan, bounds)
         prefix = choices[choice].prefix
         plan = dataclasses.replace(plan, tier=prefixes[choice].profile_name)

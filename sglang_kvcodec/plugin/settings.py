@@ -34,7 +34,8 @@ _HELP = {
     "plan": "auto: fetch a stored prefix if that is predicted to be faster than computing it; always: fetch every one.",
     "admit": "early: admit a request when what is missing of its pages will land in time; landed: when all is there.",
     "compute_while_fetching": "When to compute a prompt's start while the end of its stored prefix is fetched, if that "
-    "is faster. idle: while nothing else is computed; always: while no other prompt is; never.",
+    "is no slower. idle: while nothing else is computed; always: while no other prompt is; failing: as idle, but only "
+    "once the link has failed in the middle of a fetch; never.",
     "trace": "File for a trace of every request, for ui.perfetto.dev; ranks above 0 write theirs beside it.",
     "encode_threads": "Threads that pack new pages, and encode them without encoder processes.",
     "decoder": "What decodes pictures: nvdec (the GPU's video engines), software, or auto: the best there is.",

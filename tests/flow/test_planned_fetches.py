@@ -79,8 +79,14 @@ class Setup:
 
 
 @pytest.fixture
-def setup(engine, local_peer, connect, config, closing):
-    setup = Setup(engine, connect(local_peer.remote), dataclasses.replace(config, plan="auto"))
+def compute_while_fetching():
+    return "idle"
+
+
+@pytest.fixture
+def setup(engine, local_peer, connect, config, closing, compute_while_fetching):
+    config = dataclasses.replace(config, plan="auto", compute_while_fetching=compute_while_fetching)
+    setup = Setup(engine, connect(local_peer.remote), config)
     closing.callback(setup.fetcher.close)
     return setup
 
@@ -466,11 +472,23 @@ def failing(setup, monkeypatch):
     held.go_on.set()
 
 
+@pytest.mark.parametrize("compute_while_fetching", ["failing"])
+def test_a_model_that_is_left_alone_while_the_link_holds(setup, gate):
+    setup.peer.before = lambda call: call == "fetch" and gate.wait(LIMIT_S)
+    ticket = both_ends(setup)
+    wait_until(lambda: ticket.plan is not None)
+    assert ticket.plan.reason != planner.BOTH_ENDS
+    assert ticket.tail is None
+    gate.set()
+    assert ticket.wait(LIMIT_S)
+
+
 def start_to_turn(setup, may_compute=True):
     hashes = [hash_of(name) for name in NAMES]
     return setup.fetcher.start([Tier("raw", (NAMESPACE,))], hashes, rid="r", may_compute=may_compute)
 
 
+@pytest.mark.parametrize("compute_while_fetching", ["idle", "failing"])
 def test_a_fetch_whose_link_fails_goes_on_from_the_other_end(setup, failing, delta):
     ticket = start_to_turn(setup)
     wait_until(lambda: ticket.was_cut())
