@@ -1,19 +1,19 @@
 """Two real servers under load while their peer is killed and started again every few seconds.
 
-Each server answers one prompt after another, drawn from a few that share their beginnings; both have so little room on
-the device and in host memory that prefixes keep coming from the peer, when it is there. Every answer is compared with
-that of a server without kvcodec. Every half minute memory, threads and file descriptors of the servers are noted, after
-the first two minutes as a baseline.
+Each server has several clients, which ask one prompt after another of a few that share their beginnings; both have so
+little room on the device and in host memory that prefixes keep coming from the peer, when it is there. Every answer is
+compared with that of a server without kvcodec. Every half minute memory, threads and file descriptors of the servers
+are noted, after the first two minutes as a baseline.
 
-It fails if a request fails, if a server ends, or if words differ where the server without kvcodec always gives the
-same.
+It fails if a request fails, if a server ends, or if words differ.
 
-python -m benchmarks.soak [--minutes 10] [--kill-every-s 5]
+python -m benchmarks.soak [--minutes 10] [--kill-every-s 5] [--clients 3]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import random
@@ -22,11 +22,12 @@ import sys
 import threading
 import time
 import urllib.error
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from benchmarks.record import record
 from benchmarks.serving import ask, load_average, parse, parser_of, prompts
 from sglang_kvcodec.latency.servers import Lab
+from sglang_kvcodec.testing.clear_texts import clear_texts
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.processes import KVCodecArgs, ProcessError, SGLangProcess, free_port, process_tree
 
@@ -34,6 +35,7 @@ ANSWER_TOKENS = 8
 SMALL = ("--max-total-tokens", "6000", "--chunked-prefill-size", "512")
 NOTE_EVERY_S = 30.0
 SETTLE_S = 120.0
+STEMS, TEXTS_OF_A_STEM = 6, 4
 
 
 @dataclasses.dataclass
@@ -62,35 +64,41 @@ def usage_of(server: SGLangProcess) -> Usage:
 
 
 class Load:
-    """One server's requests, on a thread of its own."""
+    """One server's requests, of several clients at once."""
 
-    def __init__(self, server: SGLangProcess, expected: dict[str, str], seed: int) -> None:
+    def __init__(self, server: SGLangProcess, expected: dict[str, str], seed: int, clients: int) -> None:
         self.server, self.expected = server, expected
         self.answered = self.storage_tokens = 0
         self.failures: list[str] = []
         self.different: list[str] = []
         self.is_over = threading.Event()
-        self._random = random.Random(seed)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._run, args=(random.Random(f"{seed} {client}"),), daemon=True)
+            for client in range(clients)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _run(self) -> None:
+    def _run(self, source: random.Random) -> None:
         texts = list(self.expected)
         while not self.is_over.is_set():
-            text = self._random.choice(texts)
+            text = source.choice(texts)
             try:
                 reply = ask(self.server, text, ANSWER_TOKENS)
             except (OSError, urllib.error.URLError, ProcessError, RuntimeError, ValueError) as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
                 continue
-            self.answered += 1
-            self.storage_tokens += reply.cached.storage
+            with self._lock:
+                self.answered += 1
+                self.storage_tokens += reply.cached.storage
             if reply.text != self.expected[text]:
                 self.different.append(text)
 
     def end(self) -> None:
         self.is_over.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
 
 def errors_of(log: str) -> list[str]:
@@ -103,30 +111,26 @@ def errors_of(log: str) -> list[str]:
     return found
 
 
-def expected_answers(plain: SGLangProcess, texts: Sequence[str]) -> dict[str, str]:
-    """Text -> answer, of the texts to which the answer is the same whatever is cached before it."""
-    answers: dict[str, set[str]] = {text: set() for text in texts}
-    for _ in range(3):
-        for text in random.Random(0).sample(texts, len(texts)):
-            answers[text].add(ask(plain, text, ANSWER_TOKENS).text)
-        plain.client.flush_cache()
-        for text in texts:
-            plain.client.flush_cache()
-            answers[text].add(ask(plain, text, ANSWER_TOKENS).text)
-    return {text: found.pop() for text, found in answers.items() if len(found) == 1}
+def expected_answers(plain: SGLangProcess, source: Iterator[str]) -> dict[str, str]:
+    """Text -> clear answer, of texts of which several begin alike."""
+    answers: dict[str, str] = {}
+    for _ in range(STEMS):
+        stem = next(source)
+        clear = clear_texts(plain.client, (stem + tail[:800] for tail in source), ANSWER_TOKENS)
+        answers |= dict(itertools.islice(clear, TEXTS_OF_A_STEM))
+    return answers
 
 
 def main() -> int:
     parser = parser_of(__doc__, rounds=0)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--kill-every-s", type=float, default=5.0)
+    parser.add_argument("--clients", type=int, default=3, help="of each server, at once")
     parser.add_argument("--profile", default="exact", help="also several, raw,exact")
     options = parse(parser)
     if options.quick:
         options.minutes = 1.0
     source = prompts(options.model, 700)
-    stems = [next(source) for _ in range(6)]
-    texts = [stem + next(source)[:800] for stem in stems for _ in range(4)]
     load_before = load_average()
     kills = 0
     with Lab(options.model) as lab:
@@ -135,14 +139,14 @@ def main() -> int:
         peer = PeerProcess(store, "1GB", port, arguments=("--log-level", "error"))
         try:
             plain = lab.start_server("plain", None, 3)
-            expected = expected_answers(plain, texts)
-            print(f"{len(expected)} of {len(texts)} prompts have one answer", flush=True)
+            expected = expected_answers(plain, source)
+            print(f"{len(expected)} prompts", flush=True)
             arguments = ("--kvcodec-host-cache", "2MB", "--kvcodec-publish-queue", "16MB")
             servers = [
                 lab.start_server(name, KVCodecArgs(peer.remote, options.profile, (*arguments, *SMALL), plan=plan), 3)
                 for name, plan in (("always", "always"), ("auto", "auto"))
             ]
-            loads = [Load(server, expected, seed) for seed, server in enumerate(servers)]
+            loads = [Load(server, expected, seed, options.clients) for seed, server in enumerate(servers)]
             notes: list[list[Usage]] = []
             started_s = time.monotonic()
             next_note_s = started_s
@@ -168,7 +172,7 @@ def main() -> int:
                 for server in servers:
                     # Fails if a request or a slot is still held.
                     server.client.flush_cache()
-            errors = [error for server in servers for error in errors_of(server.log_text())]
+            errors = [errors_of(server.log_text()) for server in servers]
         finally:
             peer.kill()
     settled = max(1, min(len(notes) - 1, int(SETTLE_S / NOTE_EVERY_S)))
@@ -180,6 +184,7 @@ def main() -> int:
                 "server": load.server.name,
                 "profile": options.profile,
                 "minutes": options.minutes,
+                "clients": options.clients,
                 "kills": kills,
                 "answers": load.answered,
                 "tokens_from_peer": load.storage_tokens,
@@ -191,7 +196,7 @@ def main() -> int:
                     for name in ("memory_bytes", "threads", "file_descriptors")
                     for when, usages in (("settled", first), ("end", last))
                 },
-                "tracebacks_logged": len(errors),
+                "logged": {error: errors[index].count(error) for error in sorted(set(errors[index]))},
                 "load_average_before": load_before,
                 "load_average_after": load_average(),
             }
@@ -199,8 +204,6 @@ def main() -> int:
         print(rows[-1])
         for failure in load.failures[:5]:
             print(f"failed: {failure}")
-    for error in sorted(set(errors)):
-        print(f"logged {errors.count(error)} times: {error}")
     if not options.dry:
         print(record("soak", rows))
     return int(not alive or any(load.failures or load.different for load in loads))

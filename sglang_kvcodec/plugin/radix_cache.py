@@ -203,10 +203,13 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def _follow(self, request: Any, start_page: int, wanted: tuple[bytes, ...], prompt_tokens: int) -> bool:
         """Has a request wait for one that fetches the same pages, if there is one; whether it does.
 
-        Not in a pipeline: its stages see at different times that a prompt has been computed.
+        Not in a pipeline: its stages see at different times that a prompt has been computed. Nor where requests have
+        priorities: one that has to go first could wait for one that is kept waiting.
         """
         assert self._runtime is not None
-        if self._pipeline is not None or len(wanted) * self.page_size < self._runtime.config.min_fetch_tokens:
+        if self._pipeline is not None or self.scheduler.enable_priority_scheduling:
+            return False
+        if len(wanted) * self.page_size < self._runtime.config.min_fetch_tokens:
             return False
         leader = self._following.leader_of(wanted)
         if leader is None or leader == request.rid:
