@@ -159,7 +159,8 @@ class Fetcher:
         if planned.plan.first_page:
             self._begin_tail(planned)
         elif planned.plan.pages:
-            turn = turn_s(ticket.start_s, sum(planned.prefix.page_bytes), self._rates.link.bytes_per_s())
+            flight.queued_bytes = sum(planned.prefix.page_bytes)
+            turn = turn_s(ticket.start_s, flight.queued_bytes, self._rates.link.bytes_per_s())
             self._queue.put(turn, planned)
             self._threads.submit(self._run_next)
         elif planned.plan.reason == LINK_TOO_SLOW and not self._always:

@@ -148,6 +148,8 @@ class Flight:
         """Of the tier that is fetched; empty where there is one only."""
         self.may_turn = False
         """As of :class:`Stage`."""
+        self.queued_bytes = 0
+        """What it will receive, while it is planned and no thread is free for it."""
         self.given_up_at_bytes_per_s: float | None = None
         """What the link brings at most, as it looked when this was given up; None if that was not known."""
         self._give_up = give_up
@@ -192,6 +194,7 @@ class Flight:
     def begin(self, phase: str, now_s: float, prefix: Prefix | None = None) -> None:
         """The next phase begins, with another prefix if one is given."""
         self._stage = Stage(phase, now_s, prefix or self._stage.prefix)
+        self.queued_bytes = 0
 
     def progress(self, received_bytes: int, whole_pages: int, last_block_bytes: int | None = None) -> None:
         """So much has arrived, of all; the last argument as of :class:`Stage`."""
@@ -316,11 +319,18 @@ class Pacer:
 
 
 def _missing_bytes(flights: Iterable[Flight]) -> dict[Flight, int]:
-    """What each of those that receive has yet to receive."""
-    sizes = {flight: flight.stage.missing_bytes for flight in flights if flight.phase != LOOKUP}
+    """What each of those that receive, or will as soon as it is their turn, has yet to receive."""
+    sizes = {
+        flight: flight.queued_bytes if flight.phase == LOOKUP else flight.stage.missing_bytes for flight in flights
+    }
     return {flight: size for flight, size in sizes.items() if size}
 
 
 def _beside(flight: Flight, known: Knowledge, missing: Mapping[Flight, int]) -> Knowledge:
-    """What is known, for one of the flights."""
-    return dataclasses.replace(known, others_bytes=[size for other, size in missing.items() if other is not flight])
+    """What is known, for one of the flights. One that receives shares the link with none that wait for their turn."""
+    others_bytes = [
+        size
+        for other, size in missing.items()
+        if other is not flight and (flight.phase == LOOKUP or other.phase != LOOKUP)
+    ]
+    return dataclasses.replace(known, others_bytes=others_bytes)

@@ -109,6 +109,23 @@ def test_the_others_are_all_but_oneself():
     pacer.close()
 
 
+def test_who_plans_sees_those_that_wait_for_their_turn():
+    pacer = Pacer(lambda profile_name: known(1e6), is_watching=False)
+    receiving = Flight(progress(), lambda phase: None)
+    waiting, planning = (Flight(Stage(LOOKUP, 0.0, PREFIX), lambda phase: None) for _ in range(2))
+    for flight in (receiving, waiting, planning):
+        pacer.add(flight)
+    receiving.progress(19_000, 0)
+    assert pacer.knowledge(planning).others_bytes == [1_000]
+    waiting.queued_bytes = 7_000
+    assert pacer.knowledge(planning).others_bytes == [1_000, 7_000]
+    # They don't share the link yet.
+    assert pacer.knowledge(receiving).others_bytes == []
+    waiting.begin(FIRST_BYTE, 1.0)
+    assert pacer.knowledge(receiving).others_bytes == [20_000]
+    pacer.close()
+
+
 def test_a_fetch_that_nobody_waits_for_is_not_judged():
     given_up = []
     flight = Flight(progress(), given_up.append)
