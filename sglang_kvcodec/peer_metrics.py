@@ -32,9 +32,6 @@ PEER_CALIBRATION_RECEIVED_BYTES = Counter("kvcodec_peer_calibration_received_byt
 PEER_READY = Gauge("kvcodec_peer_ready", "1 while it serves: its store answers and it is not shutting down")
 PEER_ADMIN_SENT_BYTES = Counter("kvcodec_peer_admin_sent_bytes", "Object bytes read by an operator")
 STORE_DAMAGED = Counter("kvcodec_store_damaged", "Stored objects that could not be read and were deleted", ["reason"])
-STORE_LATER_FORMAT = Counter(
-    "kvcodec_store_later_format", "Stored objects that a Fetch could not read because they may be of a later format"
-)
 STORE_EXPIRED = Counter("kvcodec_store_expired", "Stored objects deleted because their time was over")
 STORE_SCRUBBED_BYTES = Counter("kvcodec_store_scrubbed_bytes", "Bytes of stored objects that the scrub has checked")
 STORE_SCRUB_PASSES = Counter("kvcodec_store_scrub_passes", "Passes of the scrub over all stored objects")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from sglang_kvcodec.cli.admin_peers import AdminPeer, byte_bar, hashes_of, is_a_tenants, steps, utc
-from sglang_kvcodec.errors import FormatError
+from sglang_kvcodec.errors import FormatError, UnknownFormatError
 from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import may_be_later
+from sglang_kvcodec.format.page_object import MAGIC
 from sglang_kvcodec.rpc.admin_client import NamespaceUse, StoredPage
 
 _KEEPS_WHAT_IT_READS = {
@@ -90,7 +90,7 @@ def _verdict(key: PageKey, data: bytes | None) -> str:
     try:
         return "tenants" if is_a_tenants(key, data) else "sound"
     except FormatError as error:
-        if may_be_later(data, error):
+        if isinstance(error, UnknownFormatError) and data.startswith(MAGIC):
             return "unknown"
         with tqdm.external_write_mode():
             print(f"{key.namespace_digest.hex()} {key.page_hash.hex()} is damaged: {error}")

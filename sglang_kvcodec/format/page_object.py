@@ -182,16 +182,6 @@ def header_bytes(prefix: Buffer) -> int:
     return PREFIX.size + int(manifest_bytes)
 
 
-def may_be_later(data: Buffer, error: FormatError) -> bool:
-    """Whether an object is perhaps not damaged, but of a later version of this package, which may be able to read it.
-
-    Args:
-        data: the object, or its start.
-        error: what is wrong with it, in the eyes of this version.
-    """
-    return isinstance(error, UnknownFormatError) and bytes(memoryview(data)[: len(MAGIC)]) == MAGIC
-
-
 @dataclasses.dataclass(frozen=True)
 class PageHeader:
     """The checked header of a page object.

@@ -17,7 +17,7 @@ from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.errors import ForeignPageError, FormatError, TruncatedError
 from sglang_kvcodec.format.digest import Buffer
 from sglang_kvcodec.format.namespace import NAMESPACE_BYTES, PageKey
-from sglang_kvcodec.format.page_object import PREFIX, PageHeader, header_bytes, may_be_later, read_header
+from sglang_kvcodec.format.page_object import PREFIX, PageHeader, header_bytes, read_header
 from sglang_kvcodec.rpc.wire import encode_fragments
 from sglang_kvcodec.storage.base import RangeReader, StorageEngine
 
@@ -54,9 +54,7 @@ def _header_of(header: bytes) -> PageHeader:
 def read_page(
     engine: StorageEngine, key: bytes, object_bytes: int, has_tenants: bool = False
 ) -> tuple[bytes, PageLayout] | None:
-    """Header and layout of a stored object; None if it is not stored or can't be read.
-
-    What is damaged is deleted. What may be of a later format stays: other peers on the same store may be newer.
+    """Header and layout of a stored object; None if it is not stored, or can't be read and was therefore deleted.
 
     Args:
         engine: where it is.
@@ -73,10 +71,11 @@ def read_page(
         return None
     try:
         size = header_bytes(memoryview(start)[: PREFIX.size])
-        whole = start if size <= len(start) else engine.get_range(key, 0, size)
-        if whole is None:
-            return None
-        encoded = bytes(memoryview(whole)[:size])
+        if size > len(start):
+            start = engine.get_range(key, 0, size)
+            if start is None:
+                return None
+        encoded = bytes(memoryview(start)[:size])
         header = _header_of(encoded) if size <= _FIRST_READ_BYTES else read_header(encoded)
         if header.key.to_bytes() != key:
             if has_tenants and header.key.page_hash == key[NAMESPACE_BYTES:]:
@@ -85,10 +84,6 @@ def read_page(
         if header.object_bytes != object_bytes:
             raise TruncatedError(f"{object_bytes} of {header.object_bytes} bytes are stored")
     except FormatError as error:
-        if may_be_later(start, error):
-            peer_metrics.STORE_LATER_FORMAT.inc()
-            logger.debug("left stored page %s, which may be of a later format: %s", PageKey.from_bytes(key), error)
-            return None
         peer_metrics.STORE_DAMAGED.labels(error.reason).inc()
         logger.warning("deleting stored page %s, which can't be read: %s", PageKey.from_bytes(key), error)
         engine.delete(key)

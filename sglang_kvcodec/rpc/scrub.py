@@ -8,9 +8,9 @@ import time
 
 from sglang_kvcodec import peer_metrics
 from sglang_kvcodec.config import MAX_OBJECT_BYTES
-from sglang_kvcodec.errors import ForeignPageError, FormatError, StorageError
+from sglang_kvcodec.errors import ForeignPageError, FormatError, StorageError, UnknownFormatError
 from sglang_kvcodec.format.namespace import PageKey
-from sglang_kvcodec.format.page_object import PageObject, may_be_later
+from sglang_kvcodec.format.page_object import MAGIC, PageObject
 from sglang_kvcodec.storage.base import StorageEngine
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ class Scrubber:
             if stored.page_hash != page_hash:
                 raise ForeignPageError(f"page {stored} is stored under another key")
         except (FormatError, ValueError) as error:
-            if isinstance(error, FormatError) and may_be_later(data, error):
+            if isinstance(error, UnknownFormatError) and data.startswith(MAGIC):
+                # Of another version of this package, which may be able to read it.
                 return False
             reason = error.reason if isinstance(error, FormatError) else "foreign_page"
             logger.warning("scrub: deleting %s, which is damaged: %s", key.hex(), error)

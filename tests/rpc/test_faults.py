@@ -220,18 +220,6 @@ def test_a_stored_object_that_is_damaged_is_missing_counted_and_deleted(peer, en
     assert peer.put(namespace, [(hash_a, data_a)])[0].outcome is PutOutcome.STORED
 
 
-def test_a_stored_object_of_a_later_format_is_missing_and_stays(peer, engine, namespace, page):
-    (hash_a, data_a), (hash_b, data_b) = page("a"), page("b")
-    later = data_a[:4] + b"\x02" + data_a[5:]
-    engine.put(namespace + hash_a, later)
-    engine.put(namespace + hash_b, data_b)
-    for _ in range(2):
-        events = list(peer.fetch(namespace, [hash_a, hash_b]))
-        assert events[0].page_index == 1
-        assert events[1] == FetchedMissing(0)
-    assert engine.get(namespace + hash_a) == later
-
-
 # ---- clients that go, or say nothing ----
 
 
