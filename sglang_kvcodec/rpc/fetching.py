@@ -84,6 +84,7 @@ def read_page(
         if header.object_bytes != object_bytes:
             raise TruncatedError(f"{object_bytes} of {header.object_bytes} bytes are stored")
     except FormatError as error:
+        # One of a later format, too: the format is in the key, and who asks for this key is of this one.
         peer_metrics.STORE_DAMAGED.labels(error.reason).inc()
         logger.warning("deleting stored page %s, which can't be read: %s", PageKey.from_bytes(key), error)
         engine.delete(key)
