@@ -71,10 +71,7 @@ class SGLangClient:
             OSError: the server is gone or refused the request.
         """
         body = {
-            "model": "default",
-            "messages": list(messages),
-            "temperature": 0,
-            "max_tokens": max_tokens,
+            **_greedy(messages, max_tokens),
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_cached_tokens_details": True,
@@ -121,14 +118,7 @@ class SGLangClient:
         Raises:
             OSError: the server is gone or refused the request.
         """
-        body = {
-            "model": "default",
-            "messages": list(messages),
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "logprobs": True,
-            "top_logprobs": 2,
-        }
+        body = {**_greedy(messages, max_tokens), "logprobs": True, "top_logprobs": 2}
         with self._post("/v1/chat/completions", body) as response:
             choice = json.load(response)["choices"][0]
         margins = []
@@ -245,3 +235,7 @@ class SGLangClient:
                 data = line.removeprefix(b"data: ").strip()
                 if line.startswith(b"data: ") and data != b"[DONE]":
                     yield json.loads(data)
+
+
+def _greedy(messages: Sequence[Message], max_tokens: int) -> dict[str, object]:
+    return {"model": "default", "messages": list(messages), "temperature": 0, "max_tokens": max_tokens}

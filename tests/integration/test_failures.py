@@ -213,6 +213,22 @@ def _tamper_at_one(cluster, server, parts, part, damage) -> int:
     return _tamper(cluster, at_one)
 
 
+def _is_computed(server, text, answer, damage) -> None:
+    """Asks for what :func:`_tamper_at_one` has spoilt: it is counted where it is found, and computed everywhere."""
+    wait_up(server)
+    missed, failed = metric(server, "kvcodec_misses_total"), metric(server, "kvcodec_restore_failures_total")
+    reply = ask(server, text)
+    assert reply.text == answer
+    if damage is _bit_flipped:
+        assert metric(server, "kvcodec_misses_total") > missed
+    else:
+        assert reply.cached.storage == 0
+        assert metric(server, "kvcodec_restore_failures_total") == failed + 1
+    # Nothing leaked.
+    assert server.client.wait_published()
+    forget(server)
+
+
 def _all_keys(cluster) -> list[bytes]:
     """Keys of everything stored. Read by a child: LMDB allows one handle of a store per process."""
     command = [sys.executable, "-c", _PRINT_KEYS, str(cluster.store_dir)]
