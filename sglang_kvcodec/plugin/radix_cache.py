@@ -179,10 +179,11 @@ class KVCodecRadixCache(UnifiedRadixCache):
         if len(key) // self.page_size <= start_page:
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
-        wanted = self._linker.without_bad(hashes[start_page:])
+        lacking = hashes[start_page:]
         prompt_tokens = len(matched) + len(new_input_tokens) + 1
-        if self._follow(request, start_page, wanted, prompt_tokens):
+        if self._follow(request, start_page, lacking, prompt_tokens):
             return
+        wanted = self._linker.without_bad(lacking)
         kept = self._linker.kept(wanted) if self._pipeline is not None else ()
         missing, tokens_before = wanted[len(kept) :], (start_page + len(kept)) * self.page_size
         if self._pipeline is None or (tiers and missing):
@@ -198,24 +199,25 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._passes.expect(request.rid, ticket)
         # Where there are other ranks, what this one has come to says nothing of theirs.
         if self._pipeline is None and (self._has_other_ranks or not ticket.is_done):
-            self._following.lead(request.rid, wanted)
+            self._following.lead(request.rid, lacking)
 
-    def _follow(self, request: Any, start_page: int, wanted: tuple[bytes, ...], prompt_tokens: int) -> bool:
+    def _follow(self, request: Any, start_page: int, lacking: tuple[bytes, ...], prompt_tokens: int) -> bool:
         """Has a request wait for one that fetches the same pages, if there is one; whether it does.
 
         Not in a pipeline: its stages see at different times that a prompt has been computed. Nor where requests have
-        priorities: one that has to go first could wait for one that is kept waiting.
+        priorities: one that has to go first could wait for one that is kept waiting. ``lacking`` is the same on all
+        ranks, whatever one of them has found bad: they must hold the same requests for the same reason.
         """
         assert self._runtime is not None
         if self._pipeline is not None or self.scheduler.enable_priority_scheduling:
             return False
-        if len(wanted) * self.page_size < self._runtime.config.min_fetch_tokens:
+        if len(lacking) * self.page_size < self._runtime.config.min_fetch_tokens:
             return False
-        leader = self._following.leader_of(wanted)
+        leader = self._following.leader_of(lacking)
         if leader is None or leader == request.rid:
             return False
-        ticket = FetchTicket(wanted, start_page * self.page_size, prompt_tokens, request.rid)
-        self._held.hold(request, ticket, start_page, wanted, follows=True)
+        ticket = FetchTicket(lacking, start_page * self.page_size, prompt_tokens, request.rid)
+        self._held.hold(request, ticket, start_page, lacking, follows=True)
         self._following.follow(leader, request)
         self._passes.expect(request.rid, ticket)
         metrics.FOLLOWING_REQUESTS.inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -354,8 +355,9 @@ class SeveralPeers:
             }
         except RuntimeError as error:
             raise PeerUnavailableError("the client of several peers is closed") from error
-        started_s, left_s, waiting = time.monotonic(), None, set(futures)
+        started_s, until_s, waiting = time.monotonic(), math.inf, set(futures)
         while waiting:
+            left_s = None if until_s == math.inf else max(0.0, until_s - time.monotonic())
             answered, waiting = concurrent.futures.wait(waiting, left_s, concurrent.futures.FIRST_COMPLETED)
             if not answered:
                 break
@@ -367,8 +369,9 @@ class SeveralPeers:
                     continue
                 has_answer = True
                 yield *futures[future], answer
-            if is_enough():
-                left_s = max(_LEAST_GRACE_S, _GRACE * (time.monotonic() - started_s)) if left_s is None else left_s
+            if until_s == math.inf and is_enough():
+                now_s = time.monotonic()
+                until_s = now_s + max(_LEAST_GRACE_S, _GRACE * (now_s - started_s))
         if not has_answer:
             raise last_error or PeerUnavailableError(f"none of {len(self._members)} peers answers")
 
