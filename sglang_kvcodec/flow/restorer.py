@@ -53,6 +53,10 @@ OnLayers = Callable[[LayerGroup, Sequence[DeviceEvent]], None]
 
 SEGMENT_PAGES = 32
 """Pages per decode call: bounds decoded planes in memory, lets several threads share one request. A power of two."""
+PATIENCE = 4.0
+"""A restore may take so many times as long as it is expected to, counted from when the last of its pages has landed."""
+LEAST_PATIENCE_S = 3.0
+"""And so long in any case: computing its requests instead takes as long as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +85,15 @@ class Restore:
         on_failure: Callable[[KVCodecError], None],
         number: int = 0,
         timeout_s: float = math.inf,
+        patience_s: float = math.inf,
     ) -> None:
-        """A restore of all layer groups of ``spec``, each in ``parts`` parts; the least ``number`` is first."""
+        """A restore of all layer groups of ``spec``, each in ``parts`` parts; the least ``number`` is first.
+
+        It ends after ``timeout_s``, or ``patience_s`` after the last of its pages has landed.
+        """
         self._timeout_s = timeout_s
-        self._start_s = time.monotonic()
+        self._patience_s = patience_s
+        self._start_s = self._landed_s = time.monotonic()
         groups = layer_groups(spec)
         self.jobs = jobs
         self.number = number
@@ -111,8 +120,18 @@ class Restore:
         Raises:
             RestoreTimeoutError: it has taken too long already.
         """
-        if time.monotonic() - self._start_s > self._timeout_s:
+        now_s = time.monotonic()
+        if now_s - self._start_s > self._timeout_s:
             raise RestoreTimeoutError(f"a restore is not done after {self._timeout_s:g} s")
+        if now_s - self._landed_s > self._patience_s:
+            raise RestoreTimeoutError(
+                f"a restore is not done {self._patience_s:.3g} s after its pages have landed: expected were "
+                f"{self._patience_s / PATIENCE:.3g} s at most"
+            )
+
+    def landed(self) -> None:
+        """More of its pages can be restored."""
+        self._landed_s = time.monotonic()
 
     def queued(self, group_index: int, event: DeviceEvent) -> None:
         """Takes note of writes to the slots that will have ended with ``event``."""
@@ -232,22 +251,38 @@ class Restorer:
             for job in jobs
             for start, stop in _segments(job.pages)
         ]
-        restore = Restore(
-            jobs, spec, len(segments) * len(spec.sides), on_layers, on_failure, next(self._order), self._timeout_s
-        )
         sizes = [sum(map(len, pages)) for pages, _ in segments]
         if self._meter is not None:
             self._meter.queued(sum(sizes))
+        restore = Restore(
+            jobs,
+            spec,
+            len(segments) * len(spec.sides),
+            on_layers,
+            on_failure,
+            next(self._order),
+            self._timeout_s,
+            self._patience_s(len(segments)),
+        )
         for group in layer_groups(spec):
             for (pages, slots), size_bytes in zip(segments, sizes, strict=True):
                 parts = [_Part(restore, group, side, pages, slots, after, size_bytes) for side in spec.sides]
                 when_all_landed(pages, group.index, functools.partial(self._landed, parts))
         return restore
 
+    def _patience_s(self, segments: int) -> float:
+        """How long a restore of so many segments may take that has just been queued; endless where nothing is known."""
+        known = self._meter.model(refit=False) if self._meter is not None else None
+        if known is None:
+            return math.inf
+        parts_s = segments * known.parts * known.part_s / known.threads
+        return max(LEAST_PATIENCE_S, PATIENCE * (known.queued_s + parts_s))
+
     def _landed(self, parts: Sequence[_Part], error: KVCodecError | None) -> None:
         """Parts can be restored, or never will."""
         for part in parts:
             if error is None:
+                part.restore.landed()
                 with self._lock:
                     heapq.heappush(self._ready, (part.restore.number, part.group.index, next(self._order), part))
                     metrics.QUEUED_RESTORE_PARTS.set(len(self._ready))

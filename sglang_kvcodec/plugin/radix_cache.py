@@ -300,11 +300,15 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self._agree_in_pipeline(self._pipeline)
             return
         super().check_hicache_events()
+        self._agree()
+
+    @timed
+    def _agree(self) -> None:
         assert self._runtime is not None
+        assert self._tails is not None
         if self._held and (self._has_other_ranks or self._held.has_news(self._runtime.news)):
-            self._agree_with_ranks()
-        if self._tails is not None:
-            self._tails.reap()
+            self._held.agree(self.smallest_of_ranks, self._tails)
+        self._tails.reap()
 
     @property
     def _has_other_ranks(self) -> bool:
@@ -313,10 +317,6 @@ class KVCodecRadixCache(UnifiedRadixCache):
         return max([self.tp_world_size, *sizes]) > 1
 
     @timed
-    def _agree_with_ranks(self) -> None:
-        assert self._tails is not None
-        self._held.agree(self.smallest_of_ranks, self._tails)
-
     def _agree_in_pipeline(self, pipeline: PipelineAgreement) -> None:
         if not self._held.waiting_rids and not self.linker.pending_offloads:
             return
@@ -341,6 +341,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Pages fetched for a request that waits; None for a request that must be computed."""
         return self._held.pages_of(rid) if rid in self.retries else None
 
+    @timed
     def finish_storage_prefetch_admission(self, request: Any, fulfilled_tokens: int, reason: str | None) -> None:
         """The request is in a batch."""
         super().finish_storage_prefetch_admission(request, fulfilled_tokens, reason)
@@ -351,6 +352,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         if self._tails is not None:
             self._tails.admitted(request.rid)
 
+    @timed
     def release_aborted_request(self, request: Any) -> None:
         """The request is gone."""
         super().release_aborted_request(request)
@@ -373,10 +375,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
 
     # ---- computing while the end is fetched ----
 
+    @timed
     def most_tokens(self, req: Any, prefix_tokens: int) -> int | None:
         """How much of a prompt the next pass is to compute after a prefix; None for as much as SGLang likes."""
         return None if self._tails is None else self._tails.most_tokens(req.rid, prefix_tokens)
 
+    @timed
     def launched(self, req: Any, is_last: bool) -> None:
         """The next pass computes a request's prompt up to its ``extend_end``; ``is_last`` if that is all of it."""
         if self._tails is not None:
@@ -385,8 +389,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Takes what a request has computed into the tree, and what is restored behind it."""
         if self._tails is not None and not req.finished():
-            up_to = self._tails.join(req, up_to)
+            up_to = self._join(self._tails, req, up_to)
         super().checkpoint(req, up_to=up_to, **kwargs)
+
+    @timed
+    def _join(self, tails: TailBook, req: Any, up_to: int) -> int:
+        return tails.join(req, up_to)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         """A request gives back its slots: it has ended, or is retracted."""
@@ -394,6 +402,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._close_tail(req.rid)
         self._led(req.rid)
 
+    @timed
     def _close_tail(self, rid: str) -> None:
         if self._tails is not None:
             self._tails.close(rid)
@@ -419,12 +428,14 @@ class KVCodecRadixCache(UnifiedRadixCache):
             unjudged.launched([req for req in reqs if req.rid in loading], not failed)
         return []
 
+    @timed
     def _after_loads(self) -> None:
         self._linker.note_restored()
         waited_s, restored_tokens = self._linker.take_loaded()
         if restored_tokens:
             self._passes.loaded(self.scheduler.forward_ct, waited_s, restored_tokens)
 
+    @timed
     def _judged(self, loading: Sequence[str], failed: Sequence[Any]) -> None:
         self.retries.mark_failed(failed)
         lost = {req.rid for req in failed}
@@ -433,6 +444,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             if rid not in lost:
                 self.retries.forget(rid)
 
+    @timed
     def result_comes(self, batch: Any) -> None:
         """A pass's output is about to be looked at; in a pipeline it has been through all stages."""
         if not self._unjudged:
@@ -451,6 +463,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         if self._runtime is not None and self._runtime.pool.device.type == "cpu":
             self._passes.ran(batch.forward_iter, seconds)
 
+    @timed
     def passed(self, batch: Any, prefill_busy_us: int) -> None:
         """A forward pass has ended, and SGLang has accounted for it."""
         self._passes.ended(batch, prefill_busy_us)

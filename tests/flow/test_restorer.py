@@ -325,6 +325,66 @@ def test_a_restore_that_takes_too_long_is_given_up_between_its_parts(closing, mo
     assert restore.bad_pages == []
 
 
+class Clock:
+    """Of the restorer and its meter; each part takes ``part_s`` of it."""
+
+    def __init__(self, monkeypatch):
+        self.now_s, self.part_s = 0.0, 0.1
+        monkeypatch.setattr(restorer_module.time, "monotonic", lambda: self.now_s)
+
+    def part(self, segment, group, side):
+        self.now_s += self.part_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def measured(closing, clock):
+    """A restorer that knows how long parts take: 0.1 s."""
+    meter = RestoreMeter(3, 2, 32, 1, lambda: clock.now_s)
+    meter.on_idle = meter.model
+    restorer = Restorer(
+        (pool := KnownPool(GROUPED, 3)).wrapped,
+        lambda: ScriptedDecoder(new_decoder(GROUPED, "raw"), clock.part),
+        1,
+        meter=meter,
+    )
+    closing.callback(restorer.close)
+    page = Pages(GROUPED, "raw", NAMESPACE).page(0)
+    for number in range(3):
+        outcome = Outcome()
+        restorer.start([RestoreJob([page], pool.slots([number]))], outcome.on_layers, outcome.on_failure)
+        assert outcome.wait() == [0, 1, 2]
+    return restorer, pool
+
+
+def test_a_restore_that_takes_much_longer_than_expected_is_given_up(measured, clock):
+    restorer, pool = measured
+    pages = Pages(GROUPED, "raw", NAMESPACE)
+    clock.part_s = restorer_module.LEAST_PATIENCE_S / 2 + 0.1
+    outcome = Outcome()
+    restore = restorer.start([RestoreJob([pages.page(1)], pool.slots([1]))], outcome.on_layers, outcome.on_failure)
+    *layers, error = outcome.wait()
+    assert isinstance(error, RestoreTimeoutError)
+    assert layers == [0]
+    assert restore.bad_pages == []
+
+
+def test_pages_that_come_late_do_not_make_a_restore_take_long(measured, clock):
+    restorer, pool = measured
+    arriving = Arriving(Pages(GROUPED, "raw", NAMESPACE), range(1))
+    outcome = Outcome()
+    restorer.start([RestoreJob(arriving.pages, pool.slots([1]))], outcome.on_layers, outcome.on_failure)
+    arriving.header(0)
+    for group in range(3):
+        clock.now_s += 2 * restorer_module.LEAST_PATIENCE_S
+        arriving.group(0, group)
+        wait_until(lambda done=list(range(group + 1)): outcome.calls == done)
+
+
 def test_parts_that_wait_for_a_thread_are_counted(start, gate):
     pages = Pages(GROUPED, "raw", NAMESPACE)
     pool = KnownPool(GROUPED, 1)
