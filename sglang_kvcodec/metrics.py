@@ -52,7 +52,7 @@ RESTORE_FAILURES = Counter("kvcodec_restore_failures", "Restores that failed aft
 HOST_CACHE_BYTES = Gauge("kvcodec_host_cache_bytes", "Page objects held in host memory", multiprocess_mode="livesum")
 PEER_UP = Gauge("kvcodec_peer_up", "1 while the peer answers", multiprocess_mode="livemin")
 PEERS_UP = Gauge("kvcodec_peers_up", "Of several peers, those that answer", multiprocess_mode="livemin")
-FETCH_SWITCHES = Counter("kvcodec_fetch_switches", "Pages asked of another peer because one was silent or slow")
+FETCH_SWITCHES = Counter("kvcodec_fetch_switches", "Pages asked of another peer as well because one was silent or slow")
 FOLLOWING_REQUESTS = Counter("kvcodec_following_requests", "Requests that waited for one that fetched the same pages")
 PEER_ERRORS = Counter("kvcodec_peer_errors", "Failed RPCs by kind", ["rpc", "reason"])
 

@@ -6,8 +6,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from typing import NamedTuple
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import PeerError
@@ -60,6 +61,7 @@ class _Run:
         size_bytes: that came since its first word.
         spoke_s: for how long it has delivered.
         object_bytes: page -> its size, of those of which a header has come.
+        was_left: it was ended for others that deliver all that was asked of it.
     """
 
     def __init__(self, peer: int, indices: Sequence[int], stop: _Stop) -> None:
@@ -72,6 +74,12 @@ class _Run:
         self.size_bytes = 0
         self.spoke_s = 0.0
         self.object_bytes: dict[int, int] = {}
+        self.was_left = False
+
+    def leave(self) -> None:
+        """Others deliver what was asked of it."""
+        self.was_left = True
+        self.stop.set()
 
     def heard(self, size_bytes: int) -> None:
         """The peer has said something."""
@@ -103,9 +111,25 @@ class _Run:
         return left_s > _BEHIND * anew_s + _BEHIND_S
 
 
+class _Rivals(NamedTuple):
+    """Two streams of a page.
+
+    Attributes:
+        first: it was asked first, and fell silent or behind.
+        second: it was asked as well.
+        was_silent: the next word of the page decides, whoever says it; else the second one's first word does.
+    """
+
+    first: _Run
+    second: _Run
+    was_silent: bool
+
+
 class MergedFetch:
-    """One fetch. A page whose peer fails, falls silent in the middle or is far behind starts again with its header,
-    from the next peer that has it.
+    """One fetch. A page whose peer fails starts again with its header, from the next peer that has it.
+
+    Where a peer falls silent in the middle or is far behind, the next one is asked as well: the request is hedged (Dean
+    and Barroso, "The Tail at Scale", CACM 2013). From then on one of them delivers the page.
     """
 
     def __init__(
@@ -133,12 +157,14 @@ class MergedFetch:
         self._batches: queue.Queue[tuple[_Run | None, list[FetchEvent]] | None] = queue.Queue(_BATCHES_AHEAD)
         self._lock = threading.Lock()
         self._owners: dict[int, _Run] = {}
-        """Page -> the stream whose events of it count. Changed by the reader alone once a stream has begun."""
+        """Page -> the stream whose events of it count; what another one has said, the reader leaves out."""
         self._runs: list[_Run] = []
         self._ended: list[_Run] = []
         """Streams that have brought all that was asked of them."""
-        self._moved: set[int] = set()
-        """Pages that were taken from a peer that was silent or slow."""
+        self._hedged: set[int] = set()
+        """Pages of which another peer was asked because theirs was silent or slow."""
+        self._rivals: dict[int, _Rivals] = {}
+        """Pages of which has not been decided which of two streams delivers them."""
         self._running = 1
         self._ask(range(len(self._routes)))
         self._one_ended()
@@ -147,7 +173,7 @@ class MergedFetch:
         """The events, as they come."""
         try:
             while not self._stop.is_set():
-                self._leave_the_slow()
+                self._hedge()
                 try:
                     batch = self._batches.get(timeout=_POLL_S)
                 except queue.Empty:
@@ -162,38 +188,56 @@ class MergedFetch:
         finally:
             self._stop.set()
 
-    def _leave_the_slow(self) -> None:
-        """Asks others for the pages of peers that say nothing, or are far behind one that has no more to say.
+    def _hedge(self) -> None:
+        """Asks others as well for the pages of peers that say nothing, or are far behind one that has no more to say.
 
-        A peer that was left comes last from then on. Where all are silent it is this server's own link, and there is
-        nobody better to ask. A page is moved once: on a link that is slower than the patience here it would else start
-        again and again.
+        Where all are silent it is this server's own link, and there is nobody better to ask. It is done once for each
+        page: on a link that is slower than the patience here it would else start again and again.
         """
-        moved = []
         with self._lock:
-            for run, pages in self._silent() or self._behind():
-                for index in pages:
-                    del run.left[index]
-                    self._routes[index].append(run.peer)
-                moved += pages
-                if not run.left:
-                    run.stop.set()
-            self._moved.update(moved)
-            # Before a stream that was left can end: the fetch is over when none is running.
-            begun, missing = self._assign(moved)
-        if moved:
-            metrics.FETCH_SWITCHES.inc(len(moved))
-            logger.info("kvcodec: a peer is silent or slow in a fetch, others are asked for %d pages", len(moved))
-            self._begin(begun, missing)
+            silent = self._silent()
+            first = {index: run for run, pages in silent or self._behind() for index in pages}
+            if not first:
+                return
+            self._hedged.update(first)
+            begun, missing = self._assign(first)
+            for index, run in first.items():
+                self._rivals[index] = _Rivals(run, self._owners[index], bool(silent))
+            # As long as nothing is decided.
+            self._owners.update(first)
+        metrics.FETCH_SWITCHES.inc(len(first))
+        logger.info("kvcodec: a peer is silent or slow in a fetch, others are asked for %d pages", len(first))
+        self._begin(begun, missing)
+
+    def _decide(self, index: int, winner: _Run) -> None:
+        """One of its two streams delivers a page; the other one's peer comes last from now on. Under the lock."""
+        first, second, _ = self._rivals.pop(index)
+        loser = second if winner is first else first
+        self._owners[index] = winner
+        self._routes[index].append(loser.peer)
+        del loser.left[index]
+        if not loser.left:
+            loser.leave()
+
+    def _has_gone(self, run: _Run) -> None:
+        """Pages of this stream, which has ended, are the other one's where there are two; under the lock."""
+        for index in [index for index in run.left if index in self._rivals]:
+            first, second, _ = self._rivals.pop(index)
+            self._owners[index] = second if run is first else first
+            del run.left[index]
+            if run is second:
+                # And if the first goes on saying nothing, the next one may be asked.
+                self._hedged.discard(index)
 
     def _silent(self) -> list[tuple[_Run, list[int]]]:
         """Streams of peers that say nothing, and those of their pages that others have; under the lock."""
         silent = [run for run in self._runs if run.left and run.is_silent]
         if len(silent) == len(self._runs) and len(silent) > 1:
             return []
-        return [
-            (run, [index for index in run.left if self._routes[index] and index not in self._moved]) for run in silent
+        left = [
+            (run, [index for index in run.left if self._routes[index] and index not in self._hedged]) for run in silent
         ]
+        return [(run, pages) for run, pages in left if pages]
 
     def _behind(self) -> list[tuple[_Run, list[int]]]:
         """The same of streams that are much slower than one that has ended; what they ask next is that one's peer."""
@@ -203,7 +247,7 @@ class MergedFetch:
                 pages = [
                     index
                     for index, left_bytes in run.left.items()
-                    if left_bytes >= 0 and index not in self._moved and ended.peer in self._routes[index]
+                    if left_bytes >= 0 and index not in self._hedged and ended.peer in self._routes[index]
                 ]
                 if run.is_behind(pages, ended):
                     for index in pages:
@@ -219,7 +263,7 @@ class MergedFetch:
             begun, missing = self._assign(indices)
         self._begin(begun, missing)
 
-    def _assign(self, indices: Sequence[int]) -> tuple[list[tuple[_Run, list[int]]], list[FetchEvent]]:
+    def _assign(self, indices: Iterable[int]) -> tuple[list[tuple[_Run, list[int]]], list[FetchEvent]]:
         """The streams to begin, which count as running from now on, and the pages that are missing; under the lock."""
         by_peer: dict[int, list[int]] = {}
         missing: list[FetchEvent] = []
@@ -262,8 +306,9 @@ class MergedFetch:
         finally:
             with self._lock:
                 self._runs.remove(run)
+                self._has_gone(run)
                 left = list(run.left)
-                if not left:
+                if not left and not run.was_left:
                     self._ended.append(run)
             self._on_delivered(
                 run.peer, run.size_bytes, run.spoke_s, sum(run.object_bytes.values()) / max(1, len(run.object_bytes))
@@ -285,6 +330,9 @@ class MergedFetch:
                 with self._lock:
                     if index not in run.left:
                         continue
+                    rivals = self._rivals.get(index)
+                    if rivals is not None and (rivals.was_silent or run is rivals.second):
+                        self._decide(index, run)
                     if isinstance(event, FetchedHeader):
                         run.left[index] = event.object_bytes - len(event.header)
                         run.object_bytes[index] = event.object_bytes
@@ -295,6 +343,8 @@ class MergedFetch:
                         batch.append(FetchedFragment(index, event.offset, event.data))
                         batch_bytes += len(event.data)
                     if run.left[index] == 0:
+                        if index in self._rivals:
+                            self._decide(index, run)
                         del run.left[index]
                 if len(batch) >= _BATCH_EVENTS or batch_bytes >= _BATCH_BYTES:
                     self._hand_over((run, batch))

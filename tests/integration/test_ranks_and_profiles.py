@@ -67,6 +67,28 @@ def test_two_ranks_fetch_what_several_ask_for_once(fresh, two_ranks):
     forget(two_ranks)
 
 
+@pytest.mark.parametrize("damage", [_bit_flipped, _unrestorable], ids=["bit flipped", "unrestorable"])
+def test_what_is_bad_at_one_rank_while_several_ask_for_it(fresh, two_ranks, damage):
+    """One fetches and the others wait for it, whatever only one of the ranks finds wrong."""
+    text, answer = fresh.clear_text(pieces=2)
+    wait_up(two_ranks)
+    assert ask(two_ranks, text).text == answer
+    assert two_ranks.client.wait_published()
+    forget(two_ranks)
+    assert _tamper_at_one(fresh, two_ranks, 2, 1, damage) > 0
+    wait_up(two_ranks)
+    following = metric(two_ranks, "kvcodec_following_requests_total")
+    for _ in range(2):
+        # The second time what was bad has been found, and was computed and stored anew or not.
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(lambda _: ask(two_ranks, text), range(4)))
+        assert [reply.text for reply in replies] == [answer] * 4
+        assert two_ranks.client.wait_published()
+        forget(two_ranks)
+    assert metric(two_ranks, "kvcodec_following_requests_total") > following
+    assert two_ranks.alive
+
+
 def test_the_lossy_profile_and_retraction(fresh, stored):
     text, answer = stored
     server = fresh.start_server(

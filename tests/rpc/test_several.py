@@ -331,6 +331,76 @@ def test_a_peer_that_falls_silent_in_a_fetch_is_left(several, fakes, namespace, 
     assert before < switches() < before + len(hashes)
 
 
+class Second:
+    """A fake peer whose second fetch waits, or does what it is told to."""
+
+    def __init__(self, fake, act):
+        self.act = act
+        self.fetches = 0
+        self._fetch = fake.fetch
+        fake.fetch = self
+
+    def __call__(self, namespace_digest, page_hashes, cancelled=None):
+        self.fetches += 1
+        if self.fetches > 1:
+            self.act(cancelled)
+        yield from self._fetch(namespace_digest, page_hashes, cancelled)
+
+
+def test_a_peer_that_speaks_again_before_another_one_goes_on(several, fakes, namespace, objects, hashes, impatient):
+    """What it has sent of a page counts then, and the others are told to stop."""
+    before = switches()
+    peer = several(2)
+    peer.put(namespace, objects)
+    peer.lookup(namespace, hashes)
+    silent = Silent(fakes["c:3"], 12)
+    has_stopped = threading.Semaphore(0)
+
+    def wait(cancelled):
+        silent.go_on.set()
+        while not cancelled.wait(0.01):
+            pass
+        has_stopped.release()
+
+    others = [Second(fakes[name], wait) for name in ("a:1", "b:2", "d:4")]
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert switches() > before
+    assert not silent.was_stopped.is_set()
+    for _ in range(sum(other.fetches - 1 for other in others)):
+        assert has_stopped.acquire(timeout=LIMIT_S)
+
+
+def test_others_that_fail_while_a_peer_is_silent(several, fakes, namespace, objects, hashes, impatient):
+    """It still has what it was asked for, and nothing else is asked of the peers that have failed."""
+    peer = several(2)
+    peer.put(namespace, objects)
+    peer.lookup(namespace, hashes)
+    silent = Silent(fakes["c:3"], 12)
+    threading.Timer(2.0, silent.go_on.set).start()
+
+    def fail(cancelled):
+        raise PeerUnavailableError("gone")
+
+    others = [Second(fakes[name], fail) for name in ("a:1", "b:2", "d:4")]
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert max(other.fetches for other in others) == 2
+    assert not silent.was_stopped.is_set()
+
+
+def test_a_silent_peer_counts_as_none_that_is_done(several, fakes, namespace, page, impatient):
+    """It was fast as long as it spoke, but others that are slow are not left for it."""
+    objects = [(page(i, (1,) * 6)[0], bytes([i]) * 5_000) for i in range(40)]
+    hashes = [page_hash for page_hash, _ in objects]
+    peer = several(4)
+    peer.put(namespace, objects)
+    peer.lookup(namespace, [*hashes, bytes(32)])
+    silent = Silent(fakes["c:3"], 60)
+    for name in ("a:1", "b:2", "d:4"):
+        Slow(fakes[name], 0.002)
+    assert assemble(peer.fetch(namespace, hashes)) == {index: data for index, (_, data) in enumerate(objects)}
+    assert silent.was_stopped.wait(LIMIT_S)
+
+
 def test_a_peer_that_is_far_behind_is_left(several, fakes, namespace, page):
     """The other one has nothing left to do, and delivers all of it anew long before."""
     objects = [(page(i, (1,) * 6)[0], bytes([i]) * 5_000) for i in range(40)]
