@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -119,9 +120,7 @@ class RedisIndex:
 
     def commit(self, key: bytes, token: bytes) -> bytes:
         """Makes an object visible: ``stored``; ``there`` if another put was faster; ``lost`` if its lease ran out."""
-        outcome = self._run(scripts.COMMIT, key, token)
-        assert isinstance(outcome, bytes)
-        return outcome
+        return bytes(self._run(scripts.COMMIT, key, token))
 
     def abandon(self, key: bytes, token: bytes) -> None:
         """Gives up a put; its object is to be deleted, whether or not it got there."""
@@ -140,22 +139,19 @@ class RedisIndex:
 
     def overflow(self, capacity_bytes: int) -> list[bytes]:
         """Names of some objects that are over a capacity, which leave the index; empty once there are none."""
-        names: list[bytes] = self._run(scripts.TRIM, capacity_bytes, _NAMES_PER_STEP)
-        return names
+        return list(self._run(scripts.TRIM, capacity_bytes, _NAMES_PER_STEP))
 
     def strays(self, names: Sequence[bytes]) -> list[bytes]:
         """Those of the names of objects that the index knows nothing of."""
-        names = self._run(scripts.STRAYS, *names)
-        return list(names)
+        return list(self._run(scripts.STRAYS, *names))
 
-    def begin_rebuild(self, token: bytes) -> bytes:
-        """Tells that all objects are about to be listed, and those it does not know adopted; see :meth:`end_rebuild`.
+    def begin_rebuild(self) -> bytes:
+        """Tells that all objects are about to be listed, and those that it does not know adopted.
 
         Returns:
-            The token for that: another one's where it began before.
+            A token for :meth:`end_rebuild`, the same for all peers until the index is lost.
         """
-        token = self._run(scripts.REBUILD, token)
-        return token
+        return bytes(self._run(scripts.REBUILD, secrets.token_hex(TOKEN_BYTES // 2)))
 
     def adopt(self, found: Iterable[FoundName]) -> list[bytes]:
         """Makes entries of the strays among objects that are there, to be evicted before all others.
@@ -164,8 +160,7 @@ class RedisIndex:
             Names to delete and :meth:`bury`: those whose key has an entry of another object.
         """
         arguments = [part for name, size, at_s in found for part in (name, size, int(at_s * 1000))]
-        names: list[bytes] = self._run(scripts.ADOPT, *arguments)
-        return names
+        return list(self._run(scripts.ADOPT, *arguments))
 
     def end_rebuild(self, token: bytes) -> bool:
         """Marks the index as complete; False if it was lost since the rebuild began, which is to begin anew."""

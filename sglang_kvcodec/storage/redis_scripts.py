@@ -3,8 +3,8 @@
 ``KEYS``: ``entries`` (hash: key -> ``size:token:time of the put in ms``), ``order`` (sorted set: key -> sequence number
 of the last use), ``leases`` (hash: token -> ``expiry in ms:size:key``, of puts under way), ``doomed`` (hash: name of an
 object that is to be deleted -> size) and ``counts`` (hash: ``held`` bytes of all three, ``stored`` bytes of the
-entries, ``evicted``, ``sequence``; where objects outlive the index ``rebuild``, the token of the one that began it, and
-``complete``, 1 once all objects that were there have been counted).
+entries, ``evicted``, ``sequence``; where objects outlive the index ``life``, a token that is there until the index is
+lost, and ``complete``, 1 once all objects that were there have been counted).
 
 Bytes count as held from before an object is written until after it is deleted, so that what lies in the servers is
 never more than what is counted. Objects lie elsewhere, under names that are used once: ``NAME`` + key + token.
@@ -205,9 +205,9 @@ return strays
 REBUILD = (
     _PRELUDE
     + """
--- ARGV: NAME, token. The token of the rebuild that is under way, or was the last one, since the index is there.
-redis.call('HSETNX', counts, 'rebuild', ARGV[2])
-return redis.call('HGET', counts, 'rebuild')
+-- ARGV: NAME, a new token. The token that the index has had since it is there.
+redis.call('HSETNX', counts, 'life', ARGV[2])
+return redis.call('HGET', counts, 'life')
 """
 )
 
@@ -239,8 +239,8 @@ return names
 COMPLETE = (
     _PRELUDE
     + """
--- ARGV: NAME, token. All objects have been counted since that rebuild began; 0 if the index has been lost meanwhile.
-if redis.call('HGET', counts, 'rebuild') ~= ARGV[2] then return 0 end
+-- ARGV: NAME, the token of before all objects were counted. 0 if the index has been lost since.
+if redis.call('HGET', counts, 'life') ~= ARGV[2] then return 0 end
 redis.call('HSET', counts, 'complete', 1)
 return 1
 """
