@@ -87,15 +87,19 @@ class RedisIndex:
             return self._entries.get(key)
 
     def key_batches(self) -> Iterator[list[bytes]]:
-        """All keys, some at a time."""
-        cursor = 0
-        while True:
-            self.require_open()
-            cursor, entries = self._connection.call("HSCAN", self._keys[0], cursor, "COUNT", 1000)
+        """All keys, some at a time.
+
+        Raises:
+            StorageUnavailableError: an index that is not complete does not know them.
+        """
+        cursor = None
+        while cursor != 0:
+            self._require_complete()
+            cursor, entries = self._connection.call("HSCAN", self._keys[0], cursor or 0, "COUNT", 1000)
             if entries:
                 yield list(entries)
-            if not int(cursor):
-                return
+            cursor = int(cursor)
+        self._require_complete()
 
     def begin(
         self, key: bytes, size_bytes: int, token: bytes, capacity_bytes: int, lease_s: float
@@ -127,10 +131,16 @@ class RedisIndex:
         self._run(scripts.ABANDON, key, token)
 
     def remove(self, key: bytes, token: bytes = b"") -> bytes | None:
-        """Removes an entry, that of the token where one is given; the name to delete, None if there was none."""
-        name = self._run(scripts.REMOVE, key, token)
+        """Removes an entry, that of the token where one is given; the name to delete, None if there was none.
+
+        Raises:
+            StorageUnavailableError: an index that is not complete can't tell that there is none.
+        """
+        name = self._run(scripts.REMOVE, key, token, int(self._objects_outlive_it and not token))
         with self._lock:
             self._entries.pop(key, None)
+        if name == 0:
+            raise StorageUnavailableError("the index is being rebuilt")
         return name or None
 
     def bury(self, names: Sequence[bytes]) -> None:
@@ -184,6 +194,11 @@ class RedisIndex:
         """Raises StorageUnavailableError once it is closed."""
         if self._is_closed:
             raise StorageUnavailableError("the store is closed")
+
+    def _require_complete(self) -> None:
+        self.require_open()
+        if self._objects_outlive_it and not self.is_complete():
+            raise StorageUnavailableError("the index is being rebuilt")
 
     def _remember(self, keys: Sequence[bytes], found: Sequence[bytes | None]) -> list[Entry | None]:
         entries = [None if text is None else Entry.parse(text) for text in found]

@@ -162,8 +162,10 @@ return 1
 REMOVE = (
     _PRELUDE
     + """
--- ARGV: NAME, key, token or nothing for any. The name of what is to be deleted, '' if it is not there.
+-- ARGV: NAME, key, token or nothing for any, 1 if the index has to be complete to say that something is not there.
+-- The name of what is to be deleted, '' if it is not there, 0 if nobody knows.
 local size, token = entry_of(ARGV[2])
+if not size and ARGV[4] == '1' and counted('complete') ~= 1 then return 0 end
 if not size or (ARGV[3] ~= '' and ARGV[3] ~= token) then return '' end
 drop(ARGV[2], size, token)
 return ARGV[1] .. ARGV[2] .. token

@@ -18,7 +18,7 @@ from sglang_kvcodec.storage.s3_bucket import S3Address, S3Bucket
 _OBJECTS = "indexed"
 _NAME = re.compile(rf"{_OBJECTS}/([0-9a-f]{{{2 * KEY_BYTES}}})-([0-9a-f]{{{TOKEN_BYTES}}})")
 _LEASE_S = 900.0
-"""An object of 256 MiB is put in four steps, each up to 80 s with what is tried anew."""
+"""More than twice what the largest object takes: four steps, each up to 80 s with what is tried anew."""
 _WATCH_S = 10.0
 
 _logger = logging.getLogger(__name__)
