@@ -144,7 +144,7 @@ class IndexedEngine(StorageEngine):
         self._objects.delete(names)
         self._index.bury(names)
 
-    def _is_incomplete(self) -> None:
+    def _found_incomplete(self) -> None:
         """Called when a put finds an index that is not complete, before the next try."""
 
     def _begin(self, key: bytes, size_bytes: int, token: bytes, lease_s: float) -> bool:
@@ -158,7 +158,7 @@ class IndexedEngine(StorageEngine):
                 self._bury(names)
                 continue
             if verdict == b"incomplete":
-                self._is_incomplete()
+                self._found_incomplete()
             if time.monotonic() > deadline_s:
                 reason = "puts under way hold everything" if verdict == b"room" else "the index is being rebuilt"
                 raise StorageUnavailableError(f"no room for {size_bytes} bytes: {reason}")

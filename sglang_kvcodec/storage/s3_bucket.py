@@ -70,6 +70,9 @@ class S3Address:
         index_url = options.pop("index", None)
         if index_url is not None and "://" not in index_url:
             index_url = _decoded(index_url)
+        if options and index_url is not None:
+            # Not named: they may be what follows an & in a password.
+            raise ConfigurationError("an S3 store has only endpoint, region and index; encode an index that has an &")
         if options:
             raise ConfigurationError(
                 f"an S3 store has no option {', '.join(options)}; there are endpoint, region and index"
@@ -126,7 +129,7 @@ class S3Bucket:
     def create(self, name: str, value: bytes) -> bool:
         """Stores an object unless there is one, in one request, by a condition that the store checks.
 
-        Never in parts: the library drops the parts, or would drop the condition. S3 takes 5 GB in one request.
+        Never in parts, whatever the size: the library has no condition for those. S3 takes 5 GB in one request.
         """
         try:
             with self._errors_in_our_words():

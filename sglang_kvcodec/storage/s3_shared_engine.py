@@ -106,7 +106,7 @@ class SharedS3Engine(IndexedEngine):
         super().close()
         self._watch.join()
 
-    def _is_incomplete(self) -> None:
+    def _found_incomplete(self) -> None:
         self._waker.set()
 
     def _watch_store(self, period_s: float) -> None:
