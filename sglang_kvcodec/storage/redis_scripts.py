@@ -1,12 +1,13 @@
-"""The index of a Redis store as Lua: each script is one atomic step, and all of them work on the keys of one slot.
+"""The index of a shared store as Lua: each script is one atomic step, and all of them work on the keys of one slot.
 
 ``KEYS``: ``entries`` (hash: key -> ``size:token:time of the put in ms``), ``order`` (sorted set: key -> sequence number
 of the last use), ``leases`` (hash: token -> ``expiry in ms:size:key``, of puts under way), ``doomed`` (hash: name of an
 object that is to be deleted -> size) and ``counts`` (hash: ``held`` bytes of all three, ``stored`` bytes of the
-entries, ``evicted``, ``sequence``).
+entries, ``evicted``, ``sequence``; where objects outlive the index ``life``, a token that is there until the index is
+lost, and ``complete``, 1 once all objects that were there have been counted).
 
 Bytes count as held from before an object is written until after it is deleted, so that what lies in the servers is
-never more than what is counted. Objects lie in other slots, under names that are used once: ``NAME`` + key + token.
+never more than what is counted. Objects lie elsewhere, under names that are used once: ``NAME`` + key + token.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ local function drop(key, size, token)
   redis.call('ZREM', order, key)
   count('stored', -size)
   doom(ARGV[1] .. key .. token, size)
+end
+local function parts_of(name) return string.sub(name, #ARGV[1] + 1, -17), string.sub(name, -16) end
+local function is_stray(name)
+  local key, token = parts_of(name)
+  local _, known = entry_of(key)
+  return known ~= token and redis.call('HEXISTS', leases, token) == 0 and redis.call('HEXISTS', doomed, name) == 0
 end
 -- Names to delete so that `size` bytes fit: what others left behind first, then the least recently used.
 local function room_for(size, capacity, most)
@@ -95,14 +102,16 @@ return found
 BEGIN = (
     _PRELUDE
     + """
--- ARGV: NAME, key, size, token, capacity, most names, lease in ms.
--- 'there'; or 'go', the bytes are held; or 'room' and what to delete first, nothing while others hold everything.
+-- ARGV: NAME, key, size, token, capacity, most names, lease in ms, 1 if the index has to be complete.
+-- 'there'; or 'go', the bytes are held; or 'room' and what to delete first, nothing while others hold everything; or
+-- 'incomplete': there may be more than what is counted.
 local key, size, token = ARGV[2], tonumber(ARGV[3]), ARGV[4]
 if redis.call('HEXISTS', entries, key) == 1 then
   use(key)
   return {'there'}
 end
 if redis.call('HEXISTS', leases, token) == 1 then return {'go'} end
+if ARGV[8] == '1' and counted('complete') ~= 1 then return {'incomplete'} end
 if counted('held') + size > tonumber(ARGV[5]) then
   return {'room', unpack(room_for(size, tonumber(ARGV[5]), tonumber(ARGV[6])))}
 end
@@ -153,8 +162,10 @@ return 1
 REMOVE = (
     _PRELUDE
     + """
--- ARGV: NAME, key, token or nothing for any. The name of what is to be deleted, '' if it is not there.
+-- ARGV: NAME, key, token or nothing for any, 1 if the index has to be complete to say that something is not there.
+-- The name of what is to be deleted, '' if it is not there, 0 if nobody knows.
 local size, token = entry_of(ARGV[2])
+if not size and ARGV[4] == '1' and counted('complete') ~= 1 then return 0 end
 if not size or (ARGV[3] ~= '' and ARGV[3] ~= token) then return '' end
 drop(ARGV[2], size, token)
 return ARGV[1] .. ARGV[2] .. token
@@ -187,13 +198,60 @@ STRAYS = (
 -- ARGV: NAME, names of objects that were found. Those that the index knows nothing of.
 local strays = {}
 for i = 2, #ARGV do
-  local key, token = string.sub(ARGV[i], #ARGV[1] + 1, -17), string.sub(ARGV[i], -16)
-  local size, known = entry_of(key)
-  if known ~= token and redis.call('HEXISTS', leases, token) == 0 and redis.call('HEXISTS', doomed, ARGV[i]) == 0 then
-    strays[#strays + 1] = ARGV[i]
-  end
+  if is_stray(ARGV[i]) then strays[#strays + 1] = ARGV[i] end
 end
 return strays
+"""
+)
+
+REBUILD = (
+    _PRELUDE
+    + """
+-- ARGV: NAME, a new token. The token that the index has had since it is there.
+redis.call('HSETNX', counts, 'life', ARGV[2])
+return redis.call('HGET', counts, 'life')
+"""
+)
+
+ADOPT = (
+    _PRELUDE
+    + """
+-- ARGV: NAME, then name, size and time in ms of each object that is there. Strays become entries, to be evicted before
+-- all that has been used, the oldest first. The names of those whose key has an entry, which are to be deleted.
+local names = {}
+for i = 2, #ARGV, 3 do
+  local name, size = ARGV[i], tonumber(ARGV[i + 1])
+  if is_stray(name) then
+    local key, token = parts_of(name)
+    count('held', size)
+    if entry_of(key) then
+      doom(name, size)
+      names[#names + 1] = name
+    else
+      redis.call('HSET', entries, key, string.format('%.0f:%s:', size, token) .. ARGV[i + 2])
+      redis.call('ZADD', order, tonumber(ARGV[i + 2]) - 1e13, key)
+      count('stored', size)
+    end
+  end
+end
+return names
+"""
+)
+
+COMPLETE = (
+    _PRELUDE
+    + """
+-- ARGV: NAME, the token of before all objects were counted. 0 if the index has been lost since.
+if redis.call('HGET', counts, 'life') ~= ARGV[2] then return 0 end
+redis.call('HSET', counts, 'complete', 1)
+return 1
+"""
+)
+
+IS_COMPLETE = (
+    _PRELUDE
+    + """
+return counted('complete')
 """
 )
 

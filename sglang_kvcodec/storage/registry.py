@@ -8,12 +8,24 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.storage.artifact_directory import DirectoryArtifactStore
 from sglang_kvcodec.storage.artifact_memory import MemoryArtifactStore
 from sglang_kvcodec.storage.artifacts import ARTIFACTS_DIRECTORY, ArtifactStore
 from sglang_kvcodec.storage.base import StorageEngine
+
+if TYPE_CHECKING:
+    from sglang_kvcodec.storage.s3_bucket import S3Address
+
+_REDIS_SCHEMES = {
+    "redis": "HOST:PORT",
+    "rediss": "HOST:PORT",
+    "rediscluster": "HOST:PORT,...",
+    "redisscluster": "HOST:PORT,...",
+}
+"""Scheme -> how what follows it is written."""
 
 
 @contextlib.contextmanager
@@ -54,8 +66,8 @@ def open_engine(url: str, capacity_bytes: int) -> StorageEngine:
 
     Args:
         url: ``memory:`` (lost at exit), ``lmdb:DIR`` (kept in that directory, which is created if need be),
-            ``redis://HOST:PORT`` and ``rediscluster://HOST:PORT,...`` (see :class:`RedisAddress`) or ``s3://BUCKET/PREFIX``
-            (see :class:`S3Address`).
+            ``redis://HOST:PORT`` and ``rediscluster://HOST:PORT,...`` (see :class:`RedisAddress`) or
+            ``s3://BUCKET/PREFIX``, which peers share where it names an ``index`` in Redis (see :class:`S3Address`).
         capacity_bytes: bound of the bytes of all objects together.
 
     Raises:
@@ -70,6 +82,8 @@ def open_engine(url: str, capacity_bytes: int) -> StorageEngine:
 
 def without_password(url: str) -> str:
     """A store's URL as it may be logged."""
+    # An index's URL inside that of a store may be percent-encoded.
+    url = re.sub(r"([?&]index=(?:\w+(?::|%3A)(?:/|%2F){2})?).*(@|%40)", r"\1***\2", url, flags=re.IGNORECASE)
     return re.sub(r"//[^/?]*@", "//***@", url)
 
 
@@ -121,7 +135,20 @@ def _open_s3(location: str, capacity_bytes: int) -> StorageEngine:
         from sglang_kvcodec.storage.s3_engine import S3Engine
     except ModuleNotFoundError as error:
         raise _needs_package(error, "s3", "obstore", "s3") from error
-    return S3Engine(S3Address.parse(location), capacity_bytes)
+    address = S3Address.parse(location)
+    return S3Engine(address, capacity_bytes) if address.index_url is None else _open_shared_s3(address, capacity_bytes)
+
+
+def _open_shared_s3(address: S3Address, capacity_bytes: int) -> StorageEngine:
+    try:
+        from sglang_kvcodec.storage.redis_connection import RedisAddress
+        from sglang_kvcodec.storage.s3_shared_engine import SharedS3Engine
+    except ModuleNotFoundError as error:
+        raise _needs_package(error, "s3", "redis", "redis,s3") from error
+    scheme, _, location = (address.index_url or "").partition(":")
+    if scheme not in _REDIS_SCHEMES:
+        raise ConfigurationError("the index of an S3 store is in Redis: index=redis://HOST:PORT or its like")
+    return SharedS3Engine(address, RedisAddress.parse(scheme, location), capacity_bytes)
 
 
 def _needs_package(error: ModuleNotFoundError, scheme: str, package: str, extra: str) -> Exception:
@@ -158,12 +185,7 @@ _SCHEMES = {
     "lmdb": _Scheme("lmdb:DIR", _open_lmdb, _open_artifact_directory),
     **{
         scheme: _Scheme(f"{scheme}://{hosts}", functools.partial(_open_redis, scheme), _open_no_artifacts)
-        for scheme, hosts in (
-            ("redis", "HOST:PORT"),
-            ("rediss", "HOST:PORT"),
-            ("rediscluster", "HOST:PORT,..."),
-            ("redisscluster", "HOST:PORT,..."),
-        )
+        for scheme, hosts in _REDIS_SCHEMES.items()
     },
     "s3": _Scheme("s3://BUCKET/PREFIX", _open_s3, _open_no_artifacts),
 }

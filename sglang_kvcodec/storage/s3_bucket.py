@@ -27,6 +27,11 @@ _RETRY: Any = {
         "max_backoff": datetime.timedelta(seconds=2),
     },
 }
+_MIB = 1 << 20
+_MULTIPART_BYTES = 16 * _MIB
+"""Larger objects are put in parts where no condition is needed."""
+_PART_BYTES = 8 * _MIB
+_PARTS_AT_ONCE = 16
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
@@ -40,31 +45,48 @@ class S3Address:
         prefix: of all names in it; empty for the whole bucket.
         endpoint: URL of a store that is not Amazon's; None for Amazon, or what ``AWS_ENDPOINT_URL`` says.
         region: of the bucket; None for what ``AWS_REGION`` says.
+        index_url: of the Redis that has the index of a store that peers share; None if one peer has it for itself.
     """
 
     bucket: str
     prefix: str
     endpoint: str | None
     region: str | None
+    index_url: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def parse(cls, location: str) -> S3Address:
-        """The address in ``s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME]``.
+        """The address in ``s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME&index=URL]``.
+
+        The URL of an index is written as it is, up to the next ``&``, or percent-encoded as a whole.
 
         Raises:
             ConfigurationError: not such an address.
         """
         url = urllib.parse.urlsplit(location)
-        options = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        endpoint, region = options.pop("endpoint", None), options.pop("region", None)
+        # An index may be a URL that has parts of its own encoded: each value is decoded where it is known what it is.
+        options = dict(option.partition("=")[::2] for option in url.query.split("&") if option)
+        endpoint, region = (_decoded(options.pop(name, None)) for name in ("endpoint", "region"))
+        index_url = options.pop("index", None)
+        if index_url is not None and "://" not in index_url:
+            index_url = _decoded(index_url)
+        if options and index_url is not None:
+            # Not named: they may be what follows an & in a password.
+            raise ConfigurationError("an S3 store has only endpoint, region and index; encode an index that has an &")
         if options:
-            raise ConfigurationError(f"an S3 store has no option {', '.join(options)}; there are endpoint and region")
+            raise ConfigurationError(
+                f"an S3 store has no option {', '.join(options)}; there are endpoint, region and index"
+            )
         prefix = url.path.strip("/")
         if not _BUCKET.fullmatch(url.netloc) or not (prefix == "" or _PREFIX.fullmatch(prefix)):
             raise ConfigurationError("not an S3 store; write s3://BUCKET/PREFIX")
         if endpoint is not None and not re.fullmatch(r"https?://[^/@]+/?", endpoint):
             raise ConfigurationError(f"not an endpoint: {endpoint!r}; write https://HOST")
-        return cls(url.netloc, prefix, endpoint, region)
+        return cls(url.netloc, prefix, endpoint, region, index_url)
+
+
+def _decoded(value: str | None) -> str | None:
+    return None if value is None else urllib.parse.unquote(value)
 
 
 class FoundObject(NamedTuple):
@@ -76,7 +98,7 @@ class FoundObject(NamedTuple):
 
 
 class S3Bucket:
-    """Whole objects under names, each put once. Credentials come from ``AWS_*`` or the machine's role. Thread-safe."""
+    """Whole objects under names. Credentials come from ``AWS_*`` or the machine's role. Thread-safe."""
 
     def __init__(self, address: S3Address) -> None:
         """Connects with the first call.
@@ -107,7 +129,7 @@ class S3Bucket:
     def create(self, name: str, value: bytes) -> bool:
         """Stores an object unless there is one, in one request, by a condition that the store checks.
 
-        Parts would be several requests, and S3 takes 5 GB in one.
+        Never in parts, whatever the size: the library has no condition for those. S3 takes 5 GB in one request.
         """
         try:
             with self._errors_in_our_words():
@@ -117,9 +139,21 @@ class S3Bucket:
         return True
 
     def replace(self, name: str, value: bytes) -> None:
-        """Stores an object, whatever is there."""
+        """Stores an object, whatever is there; a large one in parts, several at once.
+
+        The parts of an upload that fails are deleted if the store still answers; those of a process that dies stay,
+        unseen, until a rule of the bucket deletes them.
+        """
         with self._errors_in_our_words():
-            obstore.put(self._store, name, value, mode="overwrite")
+            obstore.put(
+                self._store,
+                name,
+                value,
+                mode="overwrite",
+                use_multipart=len(value) > _MULTIPART_BYTES,
+                chunk_size=_PART_BYTES,
+                max_concurrency=_PARTS_AT_ONCE,
+            )
 
     def get(self, name: str) -> bytes | None:
         """An object, None if there is none."""

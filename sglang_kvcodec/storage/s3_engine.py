@@ -15,9 +15,9 @@ from sglang_kvcodec.errors import StorageUnavailableError
 from sglang_kvcodec.storage.base import KEY_BYTES, StorageEngine, StoredObject, StoreStat
 from sglang_kvcodec.storage.lru_index import LruIndex
 from sglang_kvcodec.storage.s3_bucket import S3Address, S3Bucket
+from sglang_kvcodec.storage.s3_layouts import OWNER, take_alone
 
 _OBJECTS = "objects"
-_OWNER = "owner"
 _ORDER = "order"
 _NAME = re.compile(rf"{_OBJECTS}/([0-9a-f]{{{2 * KEY_BYTES}}})")
 _ORDER_MARK = b"kvcodec-order-1\n"
@@ -47,7 +47,7 @@ class S3Engine(StorageEngine):
         """Takes over the prefix, lists it, and evicts what is over the capacity.
 
         Raises:
-            ConfigurationError: the library refuses the address or the environment.
+            ConfigurationError: the library refuses the address or the environment, or peers share the prefix.
             StorageUnavailableError: no answer, or a refusal.
         """
         self._capacity_bytes = capacity_bytes
@@ -56,7 +56,7 @@ class S3Engine(StorageEngine):
         self._closed = threading.Event()
         self._is_owner = True
         self._away = ""
-        self._bucket.replace(_OWNER, self._token)
+        take_alone(self._bucket, self._token)
         evicted_objects, order = self._read_order()
         found = dict(self._listed())
         # What the order does not know was put after it was written, or it was never written.
@@ -210,7 +210,7 @@ class S3Engine(StorageEngine):
     def _watch_owner(self, period_s: float) -> None:
         while not self._closed.wait(period_s):
             try:
-                token = self._bucket.get(_OWNER)
+                token = self._bucket.get(OWNER)
             except StorageUnavailableError as error:
                 _logger.warning("can't tell whose %s is: %s", self._bucket.where, error)
                 self._away = str(error)

@@ -137,3 +137,45 @@ def test_s3_is_killed_and_started_again(start, tmp_path, monkeypatch):
         check_away(process, client)
         bucket.restart()
         check_back(process, client)
+
+
+@pytest.fixture
+def shared_bucket(tmp_path, monkeypatch):
+    with SeaweedProcess(tmp_path / "seaweedfs") as bucket:
+        for name, value in bucket.env.items():
+            monkeypatch.setenv(name, value)
+        yield bucket
+
+
+def test_a_bucket_that_peers_share_is_killed_and_started_again(start, tmp_path, shared_bucket):
+    with ValkeyProcess(tmp_path / "valkey") as valkey:
+        store = f"s3://kvcodec?endpoint={shared_bucket.endpoint}&index=redis://{valkey.address}"
+        process, client = start(store)
+        _, other = start(store)
+        client.put(NAMESPACE, PAGES)
+        shared_bucket.kill()
+        check_away(process, client)
+        shared_bucket.restart()
+        check_back(process, client)
+        assert fetch_all(other) == OBJECTS
+
+
+def test_the_index_of_a_bucket_is_killed_and_started_again_without_what_it_had(start, tmp_path, shared_bucket):
+    """What lies in the bucket is counted anew, by a peer that was there all the time."""
+    with contextlib.ExitStack() as stack:
+        valkey = stack.enter_context(ValkeyProcess(tmp_path / "valkey"))
+        store = f"s3://kvcodec?endpoint={shared_bucket.endpoint}&index=redis://{valkey.address}"
+        process, client = start(store)
+        _, other = start(store)
+        client.put(NAMESPACE, PAGES)
+        valkey.kill()
+        check_away(process, client)
+        stack.enter_context(valkey.restart())
+        deadline_s = time.monotonic() + PATIENCE_S
+        wait_until_ready(process, True)
+        while client.lookup(NAMESPACE, HASHES).covered_pages < 4:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        check_back(process, client)
+        assert fetch_all(other) == OBJECTS
+        assert other.stat().objects == 5

@@ -105,6 +105,27 @@ def test_peers_on_one_cluster_are_interchangeable(cluster, tmp_path):
         reader.close()
 
 
+def test_peers_on_one_bucket_with_an_index_are_interchangeable(bucket, cluster):
+    store = f"{bucket.replace('/peer', '/shared')}&index=rediscluster://{cluster[1].address}"
+    with PeerProcess(store, arguments=("--metrics-port", "0")) as one, PeerProcess(store) as other:
+        writer, reader = GrpcPeer(one.remote, PATIENT), GrpcPeer(other.remote, PATIENT)
+        assert put_all(writer) == [PutOutcome.STORED] * 4
+        assert 'kvcodec_store_call_seconds_count{method="put"} 4.0' in metrics_of(one)
+        assert fetch_all(reader) == [data for _, data in PAGES]
+        one.kill()
+        assert put_all(reader) == [PutOutcome.ALREADY_STORED] * 4
+        assert reader.delete(NAMESPACE, HASHES[:1]) == 1
+        assert put_all(reader) == [PutOutcome.STORED] + [PutOutcome.ALREADY_STORED] * 3
+        assert reader.delete(NAMESPACE, HASHES[1:2]) == 1
+        one.restart()
+        assert writer.lookup(NAMESPACE, HASHES).present == (True, False, True, True)
+        assert fetch_all(writer, HASHES[:1]) == [PAGES[0][1]]
+        assert writer.stat().engine == "s3"
+        assert writer.stat().objects == reader.stat().objects == 3
+        writer.close()
+        reader.close()
+
+
 def test_a_password_shows_nowhere(tmp_path, capfd):
     with ValkeyProcess(tmp_path / "valkey", ("--requirepass", "hush-hush")) as valkey:
         with PeerProcess(f"redis://:hush-hush@{valkey.address}") as process:

@@ -6,6 +6,7 @@ import pytest
 from peer_kit import HASHES, NAMESPACE, PAGES, PATIENT, fetch_all, metrics_of
 
 from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.storage.s3_bucket import S3Address, S3Bucket
 from sglang_kvcodec.testing.kills import kill_again_and_again
 from sglang_kvcodec.testing.peer import PeerProcess
 from sglang_kvcodec.testing.seaweedfs import SeaweedProcess
@@ -43,6 +44,34 @@ def test_a_peer_on_s3_is_killed(tmp_path, monkeypatch):
     assert report.kills == 7
     assert report.acknowledged > 0
     assert report.evicted == 0
+
+
+def test_one_of_the_peers_on_a_bucket_is_killed(tmp_path, monkeypatch):
+    """As in Redis; and the bucket itself never holds more than the capacity."""
+    with SeaweedProcess(tmp_path / "seaweedfs") as bucket, ValkeyProcess(tmp_path / "valkey") as valkey:
+        for name, value in bucket.env.items():
+            monkeypatch.setenv(name, value)
+        address = f"//kvcodec?endpoint={bucket.endpoint}"
+        store = f"s3:{address}&index=redis://{valkey.address}"
+        objects = S3Bucket(S3Address.parse(address))
+        stored_bytes = []
+
+        def count(report):
+            # Nothing is put now.
+            stored_bytes.append(sum(found.size_bytes for batch in objects.list("indexed") for found in batch))
+
+        with start(store) as process, start(store) as other:
+            report = kill_again_and_again(
+                process, CAPACITY_BYTES, kills=10, seed=5, held_bytes_per_kill=60_000, on_kill=count
+            )
+            client = GrpcPeer(other.remote, PATIENT)
+            stat = client.stat()
+            client.close()
+    assert report.kills == 10
+    assert report.evicted > 0
+    assert 0 < max(stored_bytes) <= CAPACITY_BYTES
+    assert 0 < stat.stored_bytes <= stored_bytes[-1]
+    assert stat.evicted_objects > 0
 
 
 def test_the_check_finds_what_is_lost(tmp_path):

@@ -8,7 +8,7 @@ import redis
 import redis.cluster
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
-from sglang_kvcodec.storage import redis_engine, redis_scripts
+from sglang_kvcodec.storage import redis_engine, redis_index, redis_scripts
 from sglang_kvcodec.storage.base import StoreStat
 from sglang_kvcodec.storage.redis_connection import RedisAddress
 from sglang_kvcodec.storage.redis_engine import RedisEngine
@@ -82,7 +82,7 @@ def test_all_is_there_for_the_next_peer(server, open_store):
 
 
 def test_a_smaller_capacity_evicts_at_the_next_start(server, open_store, monkeypatch):
-    monkeypatch.setattr(redis_engine, "_NAMES_PER_STEP", 7)
+    monkeypatch.setattr(redis_index, "_NAMES_PER_STEP", 7)
     store = open_store("redis", server.address, 10_000, "shrinks")
     fill(store, range(100), 100)
     store = open_store("redis", server.address, 1_234, "shrinks")

@@ -37,13 +37,29 @@ def test_unknown_engines_are_refused_with_the_known_ones(url):
         ("lmdb:/a//b@c", "lmdb:/a//***@c"),
         ("redis://user:secret@host:1/2?prefix=a@b", "redis://***@host:1/2?prefix=a@b"),
         ("redis://host/1", "redis://host/1"),
+        ("s3://b/p?index=redis://u:se@/?&cret@h:1/2&region=eu", "s3://b/p?index=redis://***@h:1/2&region=eu"),
+        ("s3://b?region=eu&index=rediss%3a%2F%2f:se%2Fcret%40h", "s3://b?region=eu&index=rediss%3a%2F%2f***%40h"),
+        ("s3://b?index=redis:%2F%2F:secret@h", "s3://b?index=redis:%2F%2F***@h"),
+        ("s3://b?index=:secret%40h", "s3://b?index=***%40h"),
+        ("s3://b?index=redis://h", "s3://b?index=redis://h"),
     ],
 )
 def test_a_password_is_not_logged(url, logged):
     assert without_password(url) == logged
 
 
-@pytest.mark.parametrize(("url", "says"), [("lmdb:", "directory"), ("memory:4GB", "no location")])
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("lmdb:", "directory"),
+        ("memory:4GB", "no location"),
+        ("s3://bucket?index=", "index=redis://HOST:PORT"),
+        ("s3://bucket?index=lmdb:/x", "index=redis://HOST:PORT"),
+        ("s3://bucket?index=redis://", "HOST:PORT"),
+        ("s3://bucket?index=redis://h?prefix=%7B", "prefix"),
+        ("s3://bucket?%69ndex=redis://h", "no option"),
+    ],
+)
 def test_wrong_locations_are_refused(url, says):
     with pytest.raises(ConfigurationError, match=says):
         open_engine(url, 1000)
@@ -57,7 +73,12 @@ def test_a_store_without_capacity_is_refused(capacity_bytes):
 
 @pytest.mark.parametrize(
     ("package", "url", "extra"),
-    [("lmdb", "lmdb:{}", "server"), ("redis", "redis://127.0.0.1:1", "redis"), ("obstore", "s3://bucket", "s3")],
+    [
+        ("lmdb", "lmdb:{}", "server"),
+        ("redis", "redis://127.0.0.1:1", "redis"),
+        ("obstore", "s3://bucket", "s3"),
+        ("redis", "s3://bucket?index=redis://127.0.0.1:1", "redis,s3"),
+    ],
 )
 def test_a_machine_without_a_package_has_the_memory_engine_and_a_clear_refusal(tmp_path, package, url, extra):
     code = f"""

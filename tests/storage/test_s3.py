@@ -252,6 +252,7 @@ def test_addresses(location, address):
         ("//user:secret@bucket", "BUCKET"),
         ("//bucket/a//b", "BUCKET"),
         ("//bucket/a?x=1", "no option x"),
+        ("//bucket/a?index=redis://u:a&b@h", "encode"),
         ("//bucket?endpoint=ftp://host", "endpoint"),
         ("//bucket?endpoint=http://u:p@host", "endpoint"),
     ],
