@@ -36,18 +36,35 @@ from sglang_kvcodec.latency.samples import hit
 from sglang_kvcodec.latency.servers import Lab, ShapedPeer, wait_for
 from sglang_kvcodec.latency.sweep import rotated
 from sglang_kvcodec.latency.trace_file import Span, read_trace
-from sglang_kvcodec.testing.processes import KVCodecArgs
+from sglang_kvcodec.testing.processes import KVCodecArgs, SGLangProcess
+from sglang_kvcodec.testing.sglang_client import ChatReply, Message, SGLangClient
 
 BANDWIDTHS = ("30Mbps", "50Mbps", "100Mbps", "300Mbps", "unlimited")
 WAYS = ("early", "landed")
 ANSWER_TOKENS = 8
 
 
-def measure(server, trace: pathlib.Path, text: str) -> dict:
+class CpuClient(SGLangClient):
+    """Notes what a request takes of a server's CPU time, up to the end of its reply: an idle scheduler takes some."""
+
+    def __init__(self, server: SGLangProcess) -> None:
+        super().__init__(server.url)
+        self._server = server
+        self.took_s = 0.0
+
+    def chat(
+        self, messages: Sequence[Message], max_tokens: int, extra: Mapping[str, object] | None = None
+    ) -> ChatReply:
+        before_s = cpu_s(self._server)
+        reply = super().chat(messages, max_tokens, extra)
+        self.took_s = cpu_s(self._server) - before_s
+        return reply
+
+
+def measure(server: SGLangProcess, trace: pathlib.Path, text: str) -> dict:
     """One request whose prefix only the peer has, with the seconds of its spans by name."""
-    cpu_before_s = cpu_s(server)
-    sample = hit(server.client, [{"role": "user", "content": text}], 1)
-    took_cpu_s = cpu_s(server) - cpu_before_s
+    client = CpuClient(server)
+    sample = hit(client, [{"role": "user", "content": text}], 1)
     words = ask(server, text, ANSWER_TOKENS).text
     spans: list[Span] = []
 
@@ -59,7 +76,7 @@ def measure(server, trace: pathlib.Path, text: str) -> dict:
     durations_s: dict[str, float] = defaultdict(float)
     for span in spans:
         durations_s[span.name] += span.duration_s
-    return {"hit": sample, "spans": dict(durations_s), "cpu_s": took_cpu_s, "words": words}
+    return {"hit": sample, "spans": dict(durations_s), "cpu_s": client.took_s, "words": words}
 
 
 def rows_of(rounds: Mapping[str, Sequence[Mapping[str, dict]]], common: dict) -> list[dict]:
