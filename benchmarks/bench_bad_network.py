@@ -1,4 +1,4 @@
-"""TTFT of a hit on links that fall to a tenth in mid-fetch, jitter or stall for a second, on real servers.
+"""TTFT of a hit on links that fall to a tenth before or in mid-fetch, jitter or stall for a second, on real servers.
 
 A relay between servers and peer gives the link its shape; before each measured request the link is steady, and the
 servers learn it so. ``exact`` takes every hit; ``auto`` plans, gives up and turns round; ``tiers`` does so with
@@ -33,7 +33,7 @@ from sglang_kvcodec.testing.shaped_link import Shape, ShapedLink, falls, jitters
 WAYS = {"exact": ("exact", "always"), "auto": ("exact", "auto"), "tiers": ("raw,exact", "auto")}
 """Name -> profiles and plan."""
 ANSWER_TOKENS = 8
-SHAPES = ("steady", "falls to a tenth", "jitters", "stalls for 1 s")
+SHAPES = ("steady", "is at a tenth", "falls to a tenth", "jitters", "stalls for 1 s")
 _EVENTS = (
     "fetch_cuts_total",
     "fetches_turned_total",
@@ -48,6 +48,7 @@ def shape_of(name: str, bytes_per_s: float, fetched_bytes: float, number: int) -
     middle = int(fetched_bytes / 2)
     made: Mapping[str, Callable[[], Shape]] = {
         "steady": lambda: steady(bytes_per_s),
+        "is at a tenth": lambda: steady(bytes_per_s / 10),
         "falls to a tenth": lambda: falls(bytes_per_s, middle),
         "jitters": lambda: jitters(bytes_per_s, seed=number),
         "stalls for 1 s": lambda: stalls(bytes_per_s, middle),

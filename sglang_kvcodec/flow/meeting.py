@@ -19,9 +19,12 @@ import numpy as np
 
 from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, Bounds, Choice, FetchPlan
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
+from sglang_kvcodec.flow.rates import PrefillModel
 
 PASS_DIVISORS = (1, 2, 4, 8, 16)
 """Passes that are tried: the start in so many."""
+MOST_LONGER = 0.1
+"""Where nothing comes, computing in those may take so much longer than in passes that SGLang likes."""
 LEARNING_PASSES = 8
 """All of a prefix would take so many, while it is not known how long they take."""
 BLOCKS = 8
@@ -77,6 +80,7 @@ def predict_meeting(prefix: Prefix, known: Knowledge, pages: int) -> Meeting | N
         pass_tokens = max(1, guess // divisor) * prefix.page_tokens
         if prefill.pass_tokens and pass_tokens > prefill.pass_tokens:
             continue
+        pass_tokens = _not_too_short(prefill, pass_tokens, pages * prefix.page_tokens, prefix.tokens_before)
         passes = dataclasses.replace(prefill, pass_tokens=pass_tokens)
         compute_s = passes.seconds_of(tokens, given)
         half_s = compute_s / np.maximum(1, -(-tokens // pass_tokens)) / 2
@@ -85,6 +89,17 @@ def predict_meeting(prefix: Prefix, known: Knowledge, pages: int) -> Meeting | N
         if best is None or ttft_s[index] < best.ttft_s:
             best = Meeting(int(firsts[index]), pass_tokens, float(ttft_s[index]), float(fetch_s[index]))
     return best
+
+
+def _not_too_short(prefill: PrefillModel, pass_tokens: int, new_tokens: int, prefix_tokens: int) -> int:
+    """Tokens of a pass, at least those given, so that all can be computed in no more than a little longer."""
+    most_tokens = min(prefill.pass_tokens or new_tokens, new_tokens)
+    allowed_s = prefill.seconds(new_tokens, prefix_tokens) * (1 + MOST_LONGER)
+    while pass_tokens < most_tokens:
+        if dataclasses.replace(prefill, pass_tokens=pass_tokens).seconds(new_tokens, prefix_tokens) <= allowed_s:
+            break
+        pass_tokens = min(2 * pass_tokens, most_tokens)
+    return pass_tokens
 
 
 def plan_meeting(choices: Sequence[Choice], chosen: int, plan: FetchPlan, bounds: Bounds) -> tuple[int, FetchPlan]:

@@ -14,11 +14,7 @@ from sglang_kvcodec.flow.fetch_planning import PlannedFetch
 from sglang_kvcodec.flow.meeting import predict_meeting
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.prefix_fetch import Fetched
-from sglang_kvcodec.flow.rates import PrefillModel
 from sglang_kvcodec.flow.tail import Tail
-
-MOST_LONGER = 0.1
-"""Where nothing comes, computing in short passes may take so much longer than in those that SGLang likes."""
 
 
 def turn(
@@ -47,19 +43,7 @@ def turn(
     meeting = predict_meeting(rest, dataclasses.replace(known, bytes_per_s=bytes_per_s), end - head)
     if meeting is None:
         return None
-    pass_tokens = _not_too_short(known.prefill, meeting.pass_tokens, (end - head) * page_tokens, before)
     prefix = dataclasses.replace(planned.prefix, page_bytes=stored.page_bytes[:end])
-    tail = Tail(prefix, head + meeting.first_page, pass_tokens, head, doubted)
+    tail = Tail(prefix, head + meeting.first_page, meeting.pass_tokens, head, doubted)
     metrics.FETCHES_TURNED.inc()
     return dataclasses.replace(planned, choice=fetched.choice, prefix=prefix), tail
-
-
-def _not_too_short(prefill: PrefillModel, pass_tokens: int, new_tokens: int, prefix_tokens: int) -> int:
-    """Tokens of a pass, at least those given, so that all can be computed in no more than a little longer."""
-    most_tokens = min(prefill.pass_tokens or new_tokens, new_tokens)
-    allowed_s = prefill.seconds(new_tokens, prefix_tokens) * (1 + MOST_LONGER)
-    while pass_tokens < most_tokens:
-        if dataclasses.replace(prefill, pass_tokens=pass_tokens).seconds(new_tokens, prefix_tokens) <= allowed_s:
-            break
-        pass_tokens *= 2
-    return pass_tokens

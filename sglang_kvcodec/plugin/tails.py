@@ -172,7 +172,8 @@ class TailBook:
         tail, page = entry.tail, up_to // self._page_tokens - entry.start_page
         outlook = tail.outlook()
         restored_from, until = self._smallest_of_ranks([-outlook.restored_from, outlook.compute_until])
-        entry.limit_page = entry.start_page + until
+        # Where nothing is about to be there, a pass goes beyond the end of the tail: it saves another one.
+        entry.limit_page = entry.start_page + until if until < tail.end else NO_TAIL
         if page >= tail.end:
             self.close(req.rid, "overtaken")
             return up_to

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planning_kit import PLENTY, PREFILL, RESTORE, known, link_s, prefix, restore_s
 
-from sglang_kvcodec.flow.meeting import BLOCKS, plan_meeting, predict_meeting
+from sglang_kvcodec.flow.meeting import BLOCKS, MOST_LONGER, plan_meeting, predict_meeting
 from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, REASONS, WHOLE_PREFIX, Bounds, Choice, plan_fetch
 from sglang_kvcodec.flow.prediction import NOTHING_KNOWN
 from sglang_kvcodec.flow.rates import PrefillModel
@@ -83,6 +83,22 @@ def test_dear_passes_are_few():
     cheap = predict_meeting(prefix(60), known(1e7), 60)
     dear = predict_meeting(prefix(60), known(1e7, prefill=dataclasses.replace(PREFILL, pass_s=0.1)), 60)
     assert dear.pass_tokens > cheap.pass_tokens
+
+
+@given(
+    pages=st.integers(2, 60),
+    bytes_per_s=st.floats(1e5, 1e10),
+    pass_s=st.floats(0, 0.2),
+    whole_s=st.floats(0, 1e-7),
+    most=st.sampled_from([0, 64, 192, 256, 1000, 8192]),
+)
+def test_computing_all_takes_hardly_longer_in_such_passes(pages, bytes_per_s, pass_s, whole_s, most):
+    """For nothing may come."""
+    prefill = PrefillModel(pass_s, 1e-4, 1e-9, most, whole_s)
+    meeting = predict_meeting(prefix(pages), known(bytes_per_s, prefill=prefill), pages)
+    if meeting is not None:
+        passes = dataclasses.replace(prefill, pass_tokens=meeting.pass_tokens)
+        assert passes.seconds(pages * 64, 0) <= prefill.seconds(pages * 64, 0) * (1 + MOST_LONGER) + 1e-9
 
 
 def plans(facts, stored=None, bounds=PLENTY):

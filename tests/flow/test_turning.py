@@ -7,12 +7,13 @@ import pytest
 
 from sglang_kvcodec.flow.fetch_planning import PlannedFetch
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
+from sglang_kvcodec.flow.meeting import MOST_LONGER
 from sglang_kvcodec.flow.pacing import PROGRESS, Flight, Stage
 from sglang_kvcodec.flow.planner import FetchPlan
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.prefix_fetch import Fetched
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
-from sglang_kvcodec.flow.turning import MOST_LONGER, turn
+from sglang_kvcodec.flow.turning import turn
 
 PAGES = 30
 PAGE_TOKENS = 64

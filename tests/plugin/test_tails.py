@@ -150,6 +150,12 @@ def test_passes_are_short_and_end_where_pages_are_about_to_land(setup):
     assert setup.book.most_tokens("r", (START + 4) * PAGE) == PAGE
 
 
+def test_where_nothing_comes_the_last_pass_is_no_shorter_for_the_tail(setup):
+    setup.begin()
+    setup.launch(PAGES - 1)
+    assert setup.book.most_tokens("r", (START + PAGES - 1) * PAGE) == 2 * PAGE
+
+
 def test_all_ranks_join_at_once(setup):
     setup.begin()
     setup.restored(5, 5)
