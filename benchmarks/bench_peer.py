@@ -1,8 +1,8 @@
 """A peer under many streams, among many pages, and while it is written to.
 
-``streams``: Fetch with 1, 8 and 64 streams at once against a plain TCP copy over as many connections, in turn, in the
-same run, and the peer's memory meanwhile. All streams take all the CPU they get; peer, TCP sender and client are on one
-machine.
+``streams``: Fetch with 1, 8 and 64 streams at once against a plain TCP copy over as many connections and as many bare
+gRPC streams with no work of ours, in turn, in the same run, and the peer's memory meanwhile. All streams take all the
+CPU they get; peer, senders and client are on one machine.
 
 ``lookup``: 1024 page hashes, all stored, one after the other in a prefix, in a store of few objects and in one of many
 (``--objects``). The objects are of one byte and are written past the engine, sorted and in large transactions: a peer
@@ -30,10 +30,13 @@ import tempfile
 import threading
 import time
 
-from benchmarks.bench_rpc import MIB, TIMEOUTS, fetch_all, make_pages, tcp_copy
+import grpc
+
+from benchmarks.bench_rpc import MIB, TIMEOUTS, fetch_all, grpc_copy, make_pages, sender, tcp_copy
 from benchmarks.record import record
 from sglang_kvcodec.format.exchange import PutOutcome
 from sglang_kvcodec.rpc.client import GrpcPeer
+from sglang_kvcodec.rpc.limits import channel_options
 from sglang_kvcodec.storage.lmdb_engine import LmdbEngine
 from sglang_kvcodec.testing.peer import PeerProcess
 
@@ -144,6 +147,17 @@ def tcp_port(total_bytes):
             process.kill()
 
 
+@contextlib.contextmanager
+def bare_channel(total_bytes):
+    """To a sender of bare gRPC streams, a process of its own."""
+    options = channel_options(TIMEOUTS)
+    with (
+        sender("grpc", total_bytes) as (_, port),
+        grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel,
+    ):
+        yield channel
+
+
 def bench_streams(directory, megabytes, rounds):
     """Every stream fetches pages of its own; the bytes in all are the same for every number of streams."""
     namespace, pages = make_pages(CODED_BITS_PER_VALUE, megabytes * MIB)
@@ -159,6 +173,7 @@ def streams_of(store, namespace, pages, rounds):
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(peer_process(store, 2 * total_bytes))
         ports = {streams: stack.enter_context(tcp_port(total_bytes // streams)) for streams in STREAMS}
+        bare = {streams: stack.enter_context(bare_channel(total_bytes // streams)) for streams in STREAMS}
         peer = stack.enter_context(contextlib.closing(GrpcPeer(process.remote, TIMEOUTS)))
         assert all(result.outcome is PutOutcome.STORED for result in peer.put(namespace, pages))
         at_rest_mib = rss_mib(process.pid, "RssAnon")
@@ -169,17 +184,18 @@ def streams_of(store, namespace, pages, rounds):
 
         def one_turn(streams):
             tcp = rate(streams, lambda _: tcp_copy(ports[streams]))
+            bare_grpc = rate(streams, lambda _: grpc_copy(bare[streams]))
             with watched_memory(process.pid) as peak:
                 fetched = rate(streams, lambda index: fetch_all(peer, namespace, hashes[index::streams]))
-            rates.setdefault(streams, []).append((fetched, tcp))
+            rates.setdefault(streams, []).append((fetched, tcp, bare_grpc))
             memory.setdefault(streams, []).append(peak[0])
 
         for number in range(rounds):
             for streams in STREAMS[number % len(STREAMS) :] + STREAMS[: number % len(STREAMS)]:
                 one_turn(streams)
-    one_stream = statistics.median(fetched for fetched, _ in rates[1])
+    one_stream = statistics.median(fetched for fetched, _, _ in rates[1])
     for streams, each in rates.items():
-        fetch, tcp = zip(*each, strict=True)
+        fetch, tcp, bare_grpc = zip(*each, strict=True)
         yield {
             "what": "fetch",
             "store": store.partition(":")[0],
@@ -191,7 +207,10 @@ def streams_of(store, namespace, pages, rounds):
             "mb_per_s_all": [round(value) for value in fetch],
             "tcp_mb_per_s_median": round(statistics.median(tcp)),
             "tcp_mb_per_s_all": [round(value) for value in tcp],
-            "ratio_to_tcp_median": round(statistics.median(f / t for f, t in each), 3),
+            "bare_grpc_mb_per_s_median": round(statistics.median(bare_grpc)),
+            "bare_grpc_mb_per_s_all": [round(value) for value in bare_grpc],
+            "ratio_to_tcp_median": round(statistics.median(f / t for f, t, _ in each), 3),
+            "ratio_to_bare_grpc_median": round(statistics.median(f / g for f, _, g in each), 3),
             "ratio_to_one_stream": round(statistics.median(fetch) / one_stream, 3),
             "peer_own_memory_mib_peak": round(max(memory[streams]), 1),
             "peer_own_memory_mib_before": round(at_rest_mib, 1),
