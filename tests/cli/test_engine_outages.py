@@ -127,44 +127,41 @@ def test_redis_hangs(start, tmp_path):
         hasty.close()
 
 
-def test_s3_is_killed_and_started_again(start, tmp_path, monkeypatch):
-    with SeaweedProcess(tmp_path / "seaweedfs") as bucket:
-        for name, value in bucket.env.items():
-            monkeypatch.setenv(name, value)
-        process, client = start(f"s3://kvcodec?endpoint={bucket.endpoint}")
-        client.put(NAMESPACE, PAGES)
-        bucket.kill()
-        check_away(process, client)
-        bucket.restart()
-        check_back(process, client)
-
-
 @pytest.fixture
-def shared_bucket(tmp_path, monkeypatch):
-    with SeaweedProcess(tmp_path / "seaweedfs") as bucket:
-        for name, value in bucket.env.items():
+def bucket_server(tmp_path, monkeypatch):
+    with SeaweedProcess(tmp_path / "seaweedfs") as server:
+        for name, value in server.env.items():
             monkeypatch.setenv(name, value)
-        yield bucket
+        yield server
 
 
-def test_a_bucket_that_peers_share_is_killed_and_started_again(start, tmp_path, shared_bucket):
+def test_s3_is_killed_and_started_again(start, bucket_server):
+    process, client = start(f"s3://kvcodec?endpoint={bucket_server.endpoint}")
+    client.put(NAMESPACE, PAGES)
+    bucket_server.kill()
+    check_away(process, client)
+    bucket_server.restart()
+    check_back(process, client)
+
+
+def test_a_bucket_that_peers_share_is_killed_and_started_again(start, tmp_path, bucket_server):
     with ValkeyProcess(tmp_path / "valkey") as valkey:
-        store = f"s3://kvcodec?endpoint={shared_bucket.endpoint}&index=redis://{valkey.address}"
+        store = f"s3://kvcodec?endpoint={bucket_server.endpoint}&index=redis://{valkey.address}"
         process, client = start(store)
         _, other = start(store)
         client.put(NAMESPACE, PAGES)
-        shared_bucket.kill()
+        bucket_server.kill()
         check_away(process, client)
-        shared_bucket.restart()
+        bucket_server.restart()
         check_back(process, client)
         assert fetch_all(other) == OBJECTS
 
 
-def test_the_index_of_a_bucket_is_killed_and_started_again_without_what_it_had(start, tmp_path, shared_bucket):
+def test_the_index_of_a_bucket_is_killed_and_started_again_without_what_it_had(start, tmp_path, bucket_server):
     """What lies in the bucket is counted anew, by a peer that was there all the time."""
     with contextlib.ExitStack() as stack:
         valkey = stack.enter_context(ValkeyProcess(tmp_path / "valkey"))
-        store = f"s3://kvcodec?endpoint={shared_bucket.endpoint}&index=redis://{valkey.address}"
+        store = f"s3://kvcodec?endpoint={bucket_server.endpoint}&index=redis://{valkey.address}"
         process, client = start(store)
         _, other = start(store)
         client.put(NAMESPACE, PAGES)
