@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import lmdb
 import lmdb_child
 import pytest
+from store_kit import contents
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
 from sglang_kvcodec.storage import lmdb_engine, lmdb_uses
@@ -42,10 +43,6 @@ class TestLmdbEngine(StorageEngineContract):
     def make_engine(self, tmp_path, open_store):
         numbers = iter(range(10**6))
         return lambda capacity_bytes: open_store(capacity_bytes, tmp_path / str(next(numbers)))
-
-
-def contents(engine, names):
-    return {name: value for name in names if (value := engine.get(make_key(name))) is not None}
 
 
 def test_objects_counts_and_order_outlive_the_process(open_store):

@@ -6,6 +6,7 @@ import time
 import pytest
 import redis
 import redis.cluster
+from store_kit import contents, fill
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
 from sglang_kvcodec.storage import redis_engine, redis_index, redis_scripts
@@ -16,18 +17,6 @@ from sglang_kvcodec.testing.storage import StorageEngineContract, make_key, make
 from sglang_kvcodec.testing.valkey import ValkeyProcess, valkey_cluster
 
 PREFIXES = (f"store{number}" for number in itertools.count())
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with ValkeyProcess(tmp_path_factory.mktemp("valkey")) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with valkey_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
-        yield nodes
 
 
 @pytest.fixture
@@ -45,8 +34,8 @@ def open_store():
 
 class TestRedisEngine(StorageEngineContract):
     @pytest.fixture
-    def make_engine(self, server, open_store):
-        return lambda capacity_bytes: open_store("redis", server.address, capacity_bytes)
+    def make_engine(self, valkey, open_store):
+        return lambda capacity_bytes: open_store("redis", valkey.address, capacity_bytes)
 
 
 class TestRedisClusterEngine(StorageEngineContract):
@@ -55,40 +44,31 @@ class TestRedisClusterEngine(StorageEngineContract):
         return lambda capacity_bytes: open_store("rediscluster", cluster[0].address, capacity_bytes)
 
 
-def fill(store, names, size_bytes=30):
-    for name in names:
-        store.put(make_key(name), make_value(name, size_bytes))
-
-
-def contents(store, names):
-    return {name: value for name in names if (value := store.get(make_key(name))) is not None}
-
-
 def objects_in(process, prefix):
     with redis.Redis(port=process.port) as client:
         return {name: client.strlen(name) for name in client.scan_iter(match=f"{prefix}:o:*")}
 
 
-def test_all_is_there_for_the_next_peer(server, open_store):
-    store = open_store("redis", server.address, 100, "kept")
+def test_all_is_there_for_the_next_peer(valkey, open_store):
+    store = open_store("redis", valkey.address, 100, "kept")
     fill(store, "abcd")  # evicts a
     store.get(make_key("b"))
     store.close()
-    store = open_store("redis", server.address, 100, "kept")
+    store = open_store("redis", valkey.address, 100, "kept")
     assert store.stat() == StoreStat(3, 90, 100, 1)
     fill(store, "e")
     assert contents(store, "abcde") == {name: make_value(name, 30) for name in "bde"}
     assert store.stat() == StoreStat(3, 90, 100, 2)
 
 
-def test_a_smaller_capacity_evicts_at_the_next_start(server, open_store, monkeypatch):
+def test_a_smaller_capacity_evicts_at_the_next_start(valkey, open_store, monkeypatch):
     monkeypatch.setattr(redis_index, "_NAMES_PER_STEP", 7)
-    store = open_store("redis", server.address, 10_000, "shrinks")
+    store = open_store("redis", valkey.address, 10_000, "shrinks")
     fill(store, range(100), 100)
-    store = open_store("redis", server.address, 1_234, "shrinks")
+    store = open_store("redis", valkey.address, 1_234, "shrinks")
     assert store.stat() == StoreStat(12, 1_200, 1_234, 88)
     assert set(contents(store, range(100))) == set(range(88, 100))
-    assert sum(objects_in(server, "shrinks").values()) == 1_200
+    assert sum(objects_in(valkey, "shrinks").values()) == 1_200
 
 
 def test_peers_that_share_a_store(cluster, open_store):
@@ -146,10 +126,10 @@ def test_many_peers_never_exceed_the_capacity(cluster, open_store):
 
 
 @pytest.mark.parametrize("reached", [False, True])
-def test_a_peer_that_dies_in_a_put(server, open_store, monkeypatch, reached):
+def test_a_peer_that_dies_in_a_put(valkey, open_store, monkeypatch, reached):
     """What it held is free when its lease has run out, and its object, if it got there, is deleted."""
     prefix = f"dies-{reached}"
-    store = open_store("redis", server.address, 100, prefix)
+    store = open_store("redis", valkey.address, 100, prefix)
     fill(store, "a")
 
     class Killed(BaseException):
@@ -165,18 +145,18 @@ def test_a_peer_that_dies_in_a_put(server, open_store, monkeypatch, reached):
     monkeypatch.setattr(store._connection, "call", dies)
     with pytest.raises(Killed):
         store.put(make_key("b"), bytes(70))
-    after = open_store("redis", server.address, 100, prefix)
+    after = open_store("redis", valkey.address, 100, prefix)
     assert contents(after, "ab") == {"a": make_value("a", 30)}
     time.sleep(0.1)
     # The lease of this put is as long as usual, however slow the machine is.
     monkeypatch.undo()
     assert after.put(make_key("b"), make_value("b", 65)) is True
     assert contents(after, "ab") == {"a": make_value("a", 30), "b": make_value("b", 65)}
-    assert sum(objects_in(server, prefix).values()) == 95
+    assert sum(objects_in(valkey, prefix).values()) == 95
 
 
-def test_a_put_that_fails_gives_its_room_back(server, open_store, monkeypatch):
-    store = open_store("redis", server.address, 100, "fails")
+def test_a_put_that_fails_gives_its_room_back(valkey, open_store, monkeypatch):
+    store = open_store("redis", valkey.address, 100, "fails")
     run = store._connection.run
 
     def fail_commits(script, *rest):
@@ -188,25 +168,25 @@ def test_a_put_that_fails_gives_its_room_back(server, open_store, monkeypatch):
         patch.setattr(store._connection, "run", fail_commits)
         with pytest.raises(StorageUnavailableError, match="gone"):
             store.put(make_key("a"), bytes(100))
-    assert objects_in(server, "fails") == {}
+    assert objects_in(valkey, "fails") == {}
     assert store.put(make_key("b"), bytes(100)) is True
     assert store.stat() == StoreStat(1, 100, 100, 0)
 
 
-def test_a_put_that_outlives_its_lease_is_refused(server, open_store, monkeypatch):
-    store = open_store("redis", server.address, 100, "late")
+def test_a_put_that_outlives_its_lease_is_refused(valkey, open_store, monkeypatch):
+    store = open_store("redis", valkey.address, 100, "late")
     monkeypatch.setattr(redis_engine, "_LEASE_S", -1.0)
     with pytest.raises(StorageUnavailableError, match="too long"):
         store.put(make_key("a"), bytes(100))
-    assert objects_in(server, "late") == {}
+    assert objects_in(valkey, "late") == {}
     assert store.get(make_key("a")) is None
 
 
-def test_objects_that_the_servers_have_lost_are_misses(server, open_store):
-    store = open_store("redis", server.address, 100, "lost")
+def test_objects_that_the_servers_have_lost_are_misses(valkey, open_store):
+    store = open_store("redis", valkey.address, 100, "lost")
     fill(store, "abc")
-    with redis.Redis(port=server.port) as client:
-        for name in objects_in(server, "lost"):
+    with redis.Redis(port=valkey.port) as client:
+        for name in objects_in(valkey, "lost"):
             if name[7:71] in (make_key("a"), make_key("b")):
                 client.delete(name)
     assert store.get(make_key("a")) is None
@@ -285,9 +265,9 @@ def test_nobody_there(open_store):
         open_store("rediscluster", "127.0.0.1:1", 1000)
 
 
-def test_no_cluster(server, open_store):
-    with pytest.raises(StorageUnavailableError, match=str(server.port)):
-        open_store("rediscluster", server.address, 1000)
+def test_no_cluster(valkey, open_store):
+    with pytest.raises(StorageUnavailableError, match=str(valkey.port)):
+        open_store("rediscluster", valkey.address, 1000)
 
 
 @pytest.mark.parametrize(

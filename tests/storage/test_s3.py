@@ -4,31 +4,23 @@ import threading
 import time
 
 import pytest
+from store_kit import contents, fill
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
 from sglang_kvcodec.storage.base import StoreStat
 from sglang_kvcodec.storage.s3_bucket import S3Address
 from sglang_kvcodec.storage.s3_engine import S3Engine
-from sglang_kvcodec.testing.seaweedfs import SeaweedProcess
 from sglang_kvcodec.testing.storage import StorageEngineContract, make_key, make_value
 
 PREFIXES = (f"store/{number}" for number in itertools.count())
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with SeaweedProcess(tmp_path_factory.mktemp("seaweedfs")) as process, pytest.MonkeyPatch.context() as patch:
-        for name, value in process.env.items():
-            patch.setenv(name, value)
-        yield process
-
-
 @pytest.fixture
-def open_store(server):
+def open_store(seaweed):
     with contextlib.ExitStack() as stack:
 
         def open_it(capacity_bytes, prefix=None, **options):
-            address = S3Address.parse(f"//kvcodec/{prefix or next(PREFIXES)}?endpoint={server.endpoint}")
+            address = S3Address.parse(f"//kvcodec/{prefix or next(PREFIXES)}?endpoint={seaweed.endpoint}")
             return stack.enter_context(contextlib.closing(S3Engine(address, capacity_bytes, **options)))
 
         yield open_it
@@ -38,15 +30,6 @@ class TestS3Engine(StorageEngineContract):
     @pytest.fixture
     def make_engine(self, open_store):
         return open_store
-
-
-def fill(store, names, size_bytes=30):
-    for name in names:
-        store.put(make_key(name), make_value(name, size_bytes))
-
-
-def contents(store, names):
-    return {name: value for name in names if (value := store.get(make_key(name))) is not None}
 
 
 def test_objects_counts_and_order_outlive_the_peer(open_store):
@@ -221,13 +204,13 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_a_refusal_is_told(server, monkeypatch):
+def test_a_refusal_is_told(seaweed, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageUnavailableError, match="s3://kvcodec/refused"):
-        S3Engine(S3Address.parse(f"//kvcodec/refused?endpoint={server.endpoint}"), 100)
+        S3Engine(S3Address.parse(f"//kvcodec/refused?endpoint={seaweed.endpoint}"), 100)
 
 
-def test_nobody_there(server):
+def test_nobody_there(seaweed):
     with pytest.raises(StorageUnavailableError, match="s3://kvcodec/nobody"):
         S3Engine(S3Address.parse("//kvcodec/nobody?endpoint=http://127.0.0.1:1"), 100)
 

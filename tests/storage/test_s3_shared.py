@@ -8,6 +8,7 @@ import obstore
 import pytest
 import redis
 import redis.cluster
+from store_kit import contents, fill
 
 from sglang_kvcodec.errors import ConfigurationError, StorageUnavailableError
 from sglang_kvcodec.storage import redis_index, redis_scripts, s3_layouts, s3_shared_engine
@@ -16,37 +17,16 @@ from sglang_kvcodec.storage.redis_connection import RedisAddress
 from sglang_kvcodec.storage.s3_bucket import S3Address, S3Bucket
 from sglang_kvcodec.storage.s3_engine import S3Engine
 from sglang_kvcodec.storage.s3_shared_engine import SharedS3Engine
-from sglang_kvcodec.testing.seaweedfs import SeaweedProcess
 from sglang_kvcodec.testing.storage import StorageEngineContract, make_key, make_value
-from sglang_kvcodec.testing.valkey import ValkeyProcess, valkey_cluster
+from sglang_kvcodec.testing.valkey import ValkeyProcess
 
 PREFIXES = (f"shared/{number}" for number in itertools.count())
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with SeaweedProcess(tmp_path_factory.mktemp("seaweedfs")) as process, pytest.MonkeyPatch.context() as patch:
-        for name, value in process.env.items():
-            patch.setenv(name, value)
-        yield process
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory):
-    with ValkeyProcess(tmp_path_factory.mktemp("valkey")) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with valkey_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
-        yield nodes
-
-
 @pytest.fixture
-def address_of(server):
-    return lambda prefix: S3Address.parse(f"//kvcodec/{prefix}?endpoint={server.endpoint}")
+def address_of(seaweed):
+    return lambda prefix: S3Address.parse(f"//kvcodec/{prefix}?endpoint={seaweed.endpoint}")
 
 
 @pytest.fixture
@@ -67,15 +47,6 @@ class TestSharedS3Engine(StorageEngineContract):
     @pytest.fixture
     def make_engine(self, open_store):
         return open_store
-
-
-def fill(store, names, size_bytes=30):
-    for name in names:
-        store.put(make_key(name), make_value(name, size_bytes))
-
-
-def contents(store, names):
-    return {name: value for name in names if (value := store.get(make_key(name))) is not None}
 
 
 def objects_in(store):
@@ -512,7 +483,7 @@ class _NoParts(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_the_parts_of_an_upload_that_fails_are_given_up(server):
+def test_the_parts_of_an_upload_that_fails_are_given_up(seaweed):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NoParts) as store:
         store.calls = []
         thread = threading.Thread(target=store.serve_forever)
@@ -635,7 +606,7 @@ def test_redis_dies_and_comes_back(tmp_path, open_store):
         assert store.stat() == StoreStat(4, 120, 1000, 0)
 
 
-def test_nobody_there(open_store, server):
+def test_nobody_there(open_store, seaweed):
     with pytest.raises(StorageUnavailableError, match=r"127\.0\.0\.1:1"):
         open_store(100, "no-redis", "redis://127.0.0.1:1")
     with pytest.raises(StorageUnavailableError, match="s3://kvcodec/nobody"):
