@@ -61,6 +61,11 @@ PLANS = Counter("kvcodec_plans", "Requests by what was planned for their stored 
 PLANNED_TIERS = Counter("kvcodec_planned_tiers", "Fetches by the tier that was planned", ["tier"])
 TIER_SWITCHES = Counter("kvcodec_tier_switches", "Fetches that went on with another tier, by that tier", ["tier"])
 FETCH_CUTS = Counter("kvcodec_fetch_cuts", "Fetches given up because computing became faster, by phase", ["phase"])
+AHEAD_RESTORES = Counter(
+    "kvcodec_ahead_restores_total",
+    "Requests whose pages were restored while they waited, because others use the model, by what came of it.",
+    ["outcome"],
+)
 MEETINGS = Counter(
     "kvcodec_meetings", "Prefixes of which the start was computed while the end was fetched, by outcome", ["outcome"]
 )

@@ -17,7 +17,8 @@ from benchmarks.gpu.video_parts import VALUES_PER_TOKEN, Row
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder
-from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, RestoreJob, Restorer
+from sglang_kvcodec.flow.restore import RestoreJob
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.streams import stream_of
 from sglang_kvcodec.format.spec import Side, layer_groups
 from sglang_kvcodec.kernels import PageRestores

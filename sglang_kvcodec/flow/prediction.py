@@ -249,3 +249,25 @@ def restoring_pays(
     groups = restore.layer_groups
     hit_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
     return hit_s <= prefill.seconds(page_tokens + 1, 0)
+
+
+def waits_s(
+    restore: RestoreModel, prefill: PrefillModel, pages: int, coded_bytes: int, prefix_tokens: int, prompt_tokens: int
+) -> tuple[float, float]:
+    """How long a forward pass over the rest of a prompt waits for what is restored beside it, and how long it computes.
+
+    Args:
+        restore: what decoding and restoring take.
+        prefill: what computing takes.
+        pages: to restore.
+        coded_bytes: of all of them.
+        prefix_tokens: of the prompt, that are there then.
+        prompt_tokens: of the whole prompt.
+
+    Returns:
+        Seconds of both.
+    """
+    forward_s = prefill.seconds(max(1, prompt_tokens - prefix_tokens), prefix_tokens)
+    restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
+    groups = restore.layer_groups
+    return max(restore_s + forward_s / groups, restore_s / groups + forward_s) - forward_s, forward_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,11 @@ from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.blocks import MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK, block_pages
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
 from sglang_kvcodec.flow.rates import PrefillModel
-from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, OnLayers, Restore, RestoreJob
+from sglang_kvcodec.flow.restore import Restore, RestoreJob, StartRestore
+from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.format.spec import LayerGroup
-
-StartRestore = Callable[[Sequence[RestoreJob], OnLayers, Callable[[KVCodecError], None]], Restore]
-"""As ``Restorer.start``, with the events to wait for given."""
 
 
 @dataclasses.dataclass(eq=False)

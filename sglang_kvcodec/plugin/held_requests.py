@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, ItemsView, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
@@ -15,6 +15,12 @@ from sglang_kvcodec.flow.news import News
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.pipeline import NOT_YET, Fetch, PipelineAgreement
 from sglang_kvcodec.plugin.tails import TailBook
+
+if TYPE_CHECKING:
+    from sglang_kvcodec.plugin.ahead import AheadBook
+
+TAIL_NUMBERS = 4
+"""Of a rank's row, those that :class:`TailBook` offers."""
 
 
 @dataclasses.dataclass
@@ -30,6 +36,10 @@ class HeldRequest:
             only: elsewhere SGLang asks for them when it looks a prompt up.
         agreed_pages: how many of them every rank has; None until all ranks are done.
         follows: whether it waits for another request instead of a fetch.
+        key: SGLang's, of all pages of the prompt; None where nothing of it is restored before it is in a batch.
+        before: the pages before ``start_page``, by their hashes.
+        device_pages: how many of those are on the device; the others are in host memory.
+        ahead_pages: how many of them every rank has, where the request waits until they are restored.
     """
 
     ticket: FetchTicket
@@ -39,6 +49,15 @@ class HeldRequest:
     kept: tuple[PageObject, ...] = ()
     agreed_pages: int | None = None
     follows: bool = False
+    key: Any = None
+    before: tuple[bytes, ...] = ()
+    device_pages: int = 0
+    ahead_pages: int | None = None
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether it waits for its own fetch."""
+        return self.agreed_pages is None and self.ahead_pages is None and not self.follows
 
     @property
     def pages(self) -> list[PageObject]:
@@ -79,9 +98,22 @@ class HeldRequests:
         hashes: tuple[bytes, ...],
         kept: tuple[PageObject, ...] = (),
         follows: bool = False,
+        key: Any = None,
+        before: tuple[bytes, ...] = (),
+        device_pages: int = 0,
     ) -> None:
         """A request waits from now on; see :class:`HeldRequest`."""
-        self._held[request] = HeldRequest(ticket, start_page, hashes, self._next_number, kept, follows=follows)
+        self._held[request] = HeldRequest(
+            ticket,
+            start_page,
+            hashes,
+            self._next_number,
+            kept,
+            follows=follows,
+            key=key,
+            before=before,
+            device_pages=device_pages,
+        )
         self._next_number += 1
         self._waiting_rids.add(request.rid)
         self._count_waiting()
@@ -116,27 +148,38 @@ class HeldRequests:
         is_new, self._news_count = count != self._news_count, count
         return is_new
 
-    def agree(self, smallest_of_ranks: Callable[[Sequence[int]], list[int]], tails: TailBook) -> None:
+    def agree(self, smallest_of_ranks: Callable[[Sequence[int]], list[int]], tails: TailBook, ahead: AheadBook) -> None:
         """Agrees with the ranks of the same stage on the fetches that are over at all of them.
 
         Args:
             smallest_of_ranks: number by number, the smallest of what the ranks give at once.
             tails: told of what is fetched while the beginning is computed.
+            ahead: told of what could be restored before a request is in a batch.
         """
         waiting = self._waiting()
         if not waiting:
             return
-        rows = [_row(held.ticket) for _, held in waiting]
+        offers = ahead.offers([held for _, held in waiting])
+        rows = [[*_row(held.ticket), *offered] for (_, held), offered in zip(waiting, offers, strict=True)]
         smallest = iter(smallest_of_ranks([number for row in rows for number in row]))
         for (request, held), row in zip(waiting, rows, strict=True):
             pages, most_pages, *offer = (next(smallest) for _ in row)
             if pages >= 0:
+                if ahead.agreed(request, held, pages, offer[TAIL_NUMBERS:]):
+                    held.ahead_pages = pages
+                    continue
                 self._settle(request, held, pages)
-                tails.agreed(request.rid, held.ticket, held.start_page, offer)
+                tails.agreed(request.rid, held.ticket, held.start_page, offer[:TAIL_NUMBERS])
             elif most_pages == 0:
                 # A rank will have none, so the others need not wait for theirs.
                 self._settle(request, held, 0)
                 held.ticket.cancel()
+
+    def restored(self, request: Any) -> None:
+        """The pages for which a request has waited are where it will find them."""
+        held = self._held[request]
+        assert held.ahead_pages is not None
+        self._settle(request, held, held.ahead_pages)
 
     def agree_in_pipeline(
         self, pipeline: PipelineAgreement, first_offload: int, offloads: Sequence[bool]
@@ -168,7 +211,7 @@ class HeldRequests:
 
     def _waiting(self) -> Sequence[tuple[Any, HeldRequest]]:
         held: ItemsView[Any, HeldRequest] = self._held.items()
-        return [(request, each) for request, each in held if each.agreed_pages is None and not each.follows]
+        return [(request, each) for request, each in held if each.is_fetched]
 
     def _settle(self, request: Any, held: HeldRequest, pages: int) -> None:
         held.agreed_pages = pages

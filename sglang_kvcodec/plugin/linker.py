@@ -21,7 +21,8 @@ from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.offload import Offload, Target
 from sglang_kvcodec.flow.publisher import Publisher
-from sglang_kvcodec.flow.restorer import Restore, RestoreJob, Restorer
+from sglang_kvcodec.flow.restore import Restore, RestoreJob
+from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.flow.trace import Tracer
@@ -187,6 +188,17 @@ class KVCodecLinker(UnifiedCacheLinker):
             return ()
         self._cache.mark_used([page.key.page_hash for page in pages])
         return tuple(pages)
+
+    def in_host_memory(self, page_hashes: Sequence[bytes]) -> list[PageObject] | None:
+        """These pages; None if one of them is not there, or could not be restored."""
+        digests = self._usable_digests()
+        pages = []
+        for page_hash in page_hashes:
+            page = None if page_hash in self._bad_pages else self._cache.get(page_hash)
+            if page is None or page.key.namespace_digest not in digests:
+                return None
+            pages.append(page)
+        return pages
 
     def forget(self, rid: str) -> None:
         """The request is admitted or gone."""

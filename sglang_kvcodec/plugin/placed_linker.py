@@ -16,6 +16,11 @@ class PlacedLinkerWrapper(UnifiedCacheLinkerWrapper):
     the gain of a page.
     """
 
+    def hit_pages(self, rid: str) -> int:
+        """How many pages the last look-up of a request has found that are not on the device; the same on all ranks."""
+        hit = self.hit_markers.get(rid)
+        return 0 if hit is None else len(hit.tail_hashes)
+
     def _offload_node(self, node_id: Any, transfers: Any) -> None:
         before = self.cache.tree_core.get_prefix_hash_values(node_id)
         with self.cache_linker.offload_after(before):

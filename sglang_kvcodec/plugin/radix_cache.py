@@ -27,6 +27,7 @@ from sglang_kvcodec import metrics
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.plugin.ahead import AheadBook
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
 from sglang_kvcodec.plugin.following import Following
 from sglang_kvcodec.plugin.held_back import HeldBack
@@ -41,6 +42,7 @@ from sglang_kvcodec.plugin.pool import wrap_pool
 from sglang_kvcodec.plugin.retry import RestoreFailed, RetryBook
 from sglang_kvcodec.plugin.runtime import Runtime
 from sglang_kvcodec.plugin.scheduler_time import SchedulerTime, timed
+from sglang_kvcodec.plugin.set_aside import SetAside
 from sglang_kvcodec.plugin.settings import server_config
 from sglang_kvcodec.plugin.stage_link import StageLink
 from sglang_kvcodec.plugin.tails import TailBook
@@ -58,6 +60,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     _held: HeldRequests
     _runtime: Runtime | None = None
     _tails: TailBook | None = None
+    _ahead: AheadBook | None = None
     _pipeline: PipelineAgreement | None = None
     """With the other stages of a pipeline; None without."""
     _unjudged: UnjudgedLoads | None = None
@@ -98,12 +101,29 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self.worst_of_ranks if len(runtime.config.tiers) > 1 else None,
             uses_cache=self.pp_size == 1,
         )
+        self._set_aside = SetAside(self)
         self._tails = TailBook(
             self,
+            self._set_aside,
             runtime.restorer,
             self.page_size,
             self._linker.slots_ready,
             self.smallest_of_ranks,
+            self._linker.blame,
+            self._linker.note_joined,
+            runtime.tracer,
+        )
+        self._ahead = AheadBook(
+            self,
+            self._set_aside,
+            runtime.restorer,
+            self.page_size,
+            kv_cache.layer_num,
+            self._linker.slots_ready,
+            self.smallest_of_ranks,
+            self._others_use_the_model,
+            runtime.holds_up,
+            self._linker.in_host_memory,
             self._linker.blame,
             self._linker.note_joined,
             runtime.tracer,
@@ -176,11 +196,19 @@ class KVCodecRadixCache(UnifiedRadixCache):
             # Its pages did not all come. What did is in host memory, and it has waited once.
             self._hold_again(request)
             return
-        if len(key) // self.page_size <= start_page:
+        host_pages = self.linker.hit_pages(request.rid)
+        is_known = len(key) // self.page_size <= start_page
+        if is_known and not (host_pages and self._may_restore_ahead()):
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
         lacking = hashes[start_page:]
+        ahead = {"key": key, "before": hashes[:start_page], "device_pages": start_page - host_pages}
         prompt_tokens = len(matched) + len(new_input_tokens) + 1
+        if is_known:
+            # All of it is in host memory or on the device, and others use the model.
+            ticket = FetchTicket((), len(matched), prompt_tokens, request.rid).again(None)
+            self._held.hold(request, ticket, start_page, (), **ahead)
+            return
         if self._follow(request, start_page, lacking, prompt_tokens):
             return
         wanted = self._linker.without_bad(lacking)
@@ -195,7 +223,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
             ticket = FetchTicket((), tokens_before, prompt_tokens, request.rid)
             ticket.settle(())
             ticket.finish()
-        self._held.hold(request, ticket, start_page, wanted, kept)
+        if self._pipeline is not None or not self.has_one_component:
+            ahead = {}
+        self._held.hold(request, ticket, start_page, wanted, kept, **ahead)
         self._passes.expect(request.rid, ticket)
         # Where there are other ranks, what this one has come to says nothing of theirs.
         if self._pipeline is None and (self._has_other_ranks or not ticket.is_done):
@@ -267,6 +297,17 @@ class KVCodecRadixCache(UnifiedRadixCache):
             return False
         return when == "always" or scheduler.running_batch.is_empty()
 
+    def _others_use_the_model(self) -> bool:
+        """Whether there are requests that would wait for what one more in their batch waits for."""
+        scheduler = self.scheduler
+        if not scheduler.running_batch.is_empty() or scheduler.chunked_req is not None:
+            return True
+        return any(req.cache_request_handle not in self._held for req in scheduler.waiting_queue)
+
+    def _may_restore_ahead(self) -> bool:
+        """Whether a request's pages may be restored while it waits."""
+        return self._pipeline is None and self.has_one_component and self._others_use_the_model()
+
     @property
     def has_one_component(self) -> bool:
         """Whether all of a token's KV is in one pool, so that slots are all that there is to a request's KV."""
@@ -306,9 +347,23 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def _agree(self) -> None:
         assert self._runtime is not None
         assert self._tails is not None
+        assert self._ahead is not None
+        for request, has_failed in self._ahead.ended():
+            self._restored_ahead(request, has_failed)
         if self._held and (self._has_other_ranks or self._held.has_news(self._runtime.news)):
-            self._held.agree(self.smallest_of_ranks, self._tails)
+            self._held.agree(self.smallest_of_ranks, self._tails, self._ahead)
         self._tails.reap()
+        self._ahead.reap()
+
+    def _restored_ahead(self, request: Any, has_failed: bool) -> None:
+        """A request finds its pages on the device now, or goes on as one whose restore has failed in a batch."""
+        if not has_failed:
+            self._held.restored(request)
+            return
+        held = self._held.let_go(request)
+        assert held is not None
+        logger.warning("kvcodec: request %s goes on without what could not be restored", request.rid)
+        self._held.hold(request, held.ticket.second or held.ticket.again(None), held.start_page, held.hashes)
 
     @property
     def _has_other_ranks(self) -> bool:
@@ -357,6 +412,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """The request is gone."""
         super().release_aborted_request(request)
         self._release(request, FetchTicket.cancel)
+        if self._ahead is not None:
+            self._ahead.close(request.rid)
         if (first := self.retries.take_wait(request.rid)) is not None and first.ticket.second is not None:
             first.ticket.second.cancel()
         self._close_tail(request.rid)
@@ -487,7 +544,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Whether slots are being read or written behind the tree's back, so that the server is not idle."""
         if self._linker.has_pending or self.linker.pending_offloads or self._unjudged:
             return True
-        return self._tails is not None and self._tails.has_pending
+        return any(book is not None and book.has_pending for book in (self._tails, self._ahead))
 
     def clear_storage_backend(self) -> bool:
         """Forgets the page objects in host memory; what the peer keeps is shared and stays."""
@@ -504,8 +561,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._held.clear()
         self._following.clear()
         self._led_followers.clear()
-        if self._tails is not None:
+        if self._tails is not None and self._ahead is not None:
             self._tails.reset()
+            self._ahead.reset()
+            self._set_aside.clear()
         if self.linker is not None:
             # They end here without another word.
             self._settled_offloads += len(self.linker.pending_offloads)

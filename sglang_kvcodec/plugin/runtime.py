@@ -20,7 +20,7 @@ from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.prediction import restoring_pays
+from sglang_kvcodec.flow.prediction import restoring_pays, waits_s
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
@@ -41,6 +41,8 @@ from sglang_kvcodec.video import DecoderSource, EncoderSource, open_decoders, op
 
 logger = logging.getLogger(__name__)
 
+MOST_WAIT_S, MOST_WAIT_SHARE = 0.01, 0.1
+"""So long, or so much of what it computes, a forward pass that others share may wait for what is restored beside it."""
 NewAutoCalibration = Callable[[PeerTransport, Callable[[Calibration], None]], AutoCalibration]
 """Starts one, given where calibrations are kept and what to call with the one to use."""
 
@@ -208,6 +210,20 @@ class Runtime:
         if restore is None or prefill is None:
             return True
         return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)
+
+    def holds_up(self, pages: Sequence[PageObject], prefix_tokens: int, prompt_tokens: int) -> bool:
+        """Whether a forward pass over the rest of a prompt would wait for these pages; it does while nothing is known.
+
+        Args:
+            pages: to be restored.
+            prefix_tokens: of the prompt, that are there then.
+            prompt_tokens: of the whole prompt.
+        """
+        restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
+        if restore is None or prefill is None:
+            return True
+        waits, forward = waits_s(restore, prefill, len(pages), sum(map(len, pages)), prefix_tokens, prompt_tokens)
+        return waits > max(MOST_WAIT_S, MOST_WAIT_SHARE * forward)
 
     def tiers(self) -> list[Tier]:
         """The tiers that pages are published in now, the best first; none while pages of old weights may be around.

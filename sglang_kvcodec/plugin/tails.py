@@ -13,9 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import BOTH_ENDS
@@ -23,9 +20,8 @@ from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
+from sglang_kvcodec.plugin.set_aside import SetAside
 
-MAX_POOL_SHARE = 0.5
-"""Of the pool, for ends of prefixes that are being restored. They are those requests' own, but set aside early."""
 NO_TAIL = 1 << 40
 
 
@@ -38,14 +34,14 @@ class _Entry:
         ticket: of its fetch.
         start_page: of the prompt, from which the tail's pages count.
         limit_page: a pass is to compute no more than up to this page of the prompt; all ranks have the same.
-        has_begun: whether it has slots.
+        set_aside_tokens: that have slots; none before the request is in a batch.
     """
 
     tail: Tail
     ticket: FetchTicket
     start_page: int
     limit_page: int = NO_TAIL
-    has_begun: bool = False
+    set_aside_tokens: int = 0
 
 
 class TailBook:
@@ -54,6 +50,7 @@ class TailBook:
     def __init__(
         self,
         cache: Any,
+        set_aside: SetAside,
         restorer: Restorer,
         page_tokens: int,
         ready_events: Callable[[], list[Any]],
@@ -66,6 +63,7 @@ class TailBook:
 
         Args:
             cache: SGLang's tree, with its pools.
+            set_aside: where slots come from.
             restorer: restores.
             page_tokens: tokens of a page.
             ready_events: device events after which slots that were just set aside may be written.
@@ -75,6 +73,7 @@ class TailBook:
             tracer: told of meetings.
         """
         self._cache = cache
+        self._set_aside = set_aside
         self._restorer = restorer
         self._page_tokens = page_tokens
         self._ready_events = ready_events
@@ -115,33 +114,15 @@ class TailBook:
         tail = entry.tail
         first = tail.lowest_page
         tokens = (tail.end - first) * self._page_tokens
-        slots = self._allocate(tokens, tail.end * self._page_tokens)
+        slots = self._set_aside.allocate(tokens, tail.end * self._page_tokens)
         if slots is None:
             self.close(rid, "no_room")
             return
         ready = self._ready_events()
-        entry.has_begun = True
+        entry.set_aside_tokens = tokens
         tail.begin(
             slots, first, lambda jobs, on_layers, on_failure: self._restorer.start(jobs, on_layers, on_failure, ready)
         )
-
-    def _allocate(self, tokens: int, prompt_tokens: int) -> torch.Tensor | None:
-        """Slots for a tail, if the rest of the prompt has room beside them."""
-        allocator = self._cache.token_to_kv_pool_allocator
-        in_use = sum(
-            (entry.tail.end - entry.tail.lowest_page) * self._page_tokens
-            for entry in (*self._entries.values(), *self._closing)
-            if entry.has_begun
-        )
-        if in_use + tokens > MAX_POOL_SHARE * allocator.size:
-            return None
-        free = allocator.available_size()
-        if free + self._cache.evictable_size() < tokens + prompt_tokens:
-            return None
-        if free < tokens:
-            self._cache.evict(EvictParams(num_tokens=tokens - free))
-        slots = allocator.alloc(tokens)
-        return None if slots is None else slots.to(torch.int64)
 
     def most_tokens(self, rid: str, prefix_tokens: int) -> int | None:
         """How many tokens the next pass is to compute of the request; None for as many as SGLang likes."""
@@ -167,7 +148,7 @@ class TailBook:
         Further than that, if the tail is restored from there on: its slots are then the request's.
         """
         entry = self._entries.get(req.rid)
-        if entry is None or not entry.has_begun or up_to % self._page_tokens:
+        if entry is None or not entry.set_aside_tokens or up_to % self._page_tokens:
             return up_to
         tail, page = entry.tail, up_to // self._page_tokens - entry.start_page
         outlook = tail.outlook()
@@ -218,9 +199,7 @@ class TailBook:
             self._give_back(entry)
 
     def _give_back(self, entry: _Entry) -> None:
-        slots = entry.tail.leftover()
-        if slots is not None:
-            self._cache.token_to_kv_pool_allocator.free(slots)
+        self._set_aside.over(entry.set_aside_tokens, entry.tail.leftover())
         if bad_pages := entry.tail.bad_pages:
             self._on_bad_pages(bad_pages)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import itertools
 import json
 import re
 import time
@@ -33,6 +34,7 @@ class ChatReply:
         ttft_s: from sending the request to the first piece of text.
         total_s: from sending the request to the end.
         rid: what the server calls the request, in a trace too.
+        pieces_s: from sending the request to each piece of text.
     """
 
     text: str
@@ -43,6 +45,12 @@ class ChatReply:
     total_s: float
     finish_reason: str
     rid: str = ""
+    pieces_s: tuple[float, ...] = ()
+
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest time from one piece of text to the next."""
+        return max((after - before for before, after in itertools.pairwise(self.pieces_s)), default=0.0)
 
 
 class SGLangClient:
@@ -78,7 +86,7 @@ class SGLangClient:
             **(extra or {}),
         }
         started = time.perf_counter()
-        first: float | None = None
+        came_s: list[float] = []
         pieces: list[str] = []
         usage: dict[str, Any] = {}
         cached = CachedTokens()
@@ -90,23 +98,24 @@ class SGLangClient:
             for choice in event.get("choices", ()):
                 piece = choice["delta"].get("content") or choice["delta"].get("reasoning_content")
                 if piece:
-                    first = first or time.perf_counter()
+                    came_s.append(time.perf_counter() - started)
                     pieces.append(piece)
                 finish_reason = choice.get("finish_reason") or finish_reason
             usage = event.get("usage") or usage
             # Absent where nothing was cached.
             if details := (event.get("sglext") or {}).get("cached_tokens_details"):
                 cached = CachedTokens(**{tier: details.get(tier) or 0 for tier in ("device", "host", "storage")})
-        ended = time.perf_counter()
+        total_s = time.perf_counter() - started
         return ChatReply(
             text="".join(pieces),
             prompt_tokens=usage.get("prompt_tokens", 0),
             completion_tokens=usage.get("completion_tokens", 0),
             cached=cached,
-            ttft_s=(first or ended) - started,
-            total_s=ended - started,
+            ttft_s=came_s[0] if came_s else total_s,
+            total_s=total_s,
             finish_reason=finish_reason,
             rid=rid,
+            pieces_s=tuple(came_s),
         )
 
     def decided(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, float]:

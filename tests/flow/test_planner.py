@@ -25,7 +25,7 @@ from sglang_kvcodec.flow.planner import (
     plan_fetch,
     plan_tiers,
 )
-from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict, restoring_pays
+from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict, restoring_pays, waits_s
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 
 
@@ -159,6 +159,18 @@ def test_pages_in_host_memory_are_restored_if_that_is_not_slower():
     assert restoring_pays(RestoreModel(0, 1e-7, 10, 32, 2, 5), prefill, 10, 700_000, 640)
     assert not restoring_pays(RestoreModel(0.001, 0, 80, 5, 2, 5), prefill, 10, 1, 640)
     assert not restoring_pays(RestoreModel(0, 1e-7, 10, 32, 2, 5, queued_s=1), prefill, 10, 700_000, 640)
+
+
+def test_a_pass_waits_for_what_it_has_not_hidden_of_a_restore():
+    # Five layer groups; a token takes a tenth of a millisecond to compute, a page ten to restore.
+    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 5)
+    # Restoring is what takes long: all of it but what is computed beside, the last group's layers come after it.
+    assert waits_s(restore, prefill, 20, 200_000, 1280, 1280 + 1000) == pytest.approx((0.2 + 0.02 - 0.1, 0.1))
+    # Computing is: the first group has to be there.
+    assert waits_s(restore, prefill, 4, 40_000, 256, 256 + 1000) == pytest.approx((0.04 / 5, 0.1))
+    # What is before it in the queue is waited for as well; one token is always computed.
+    queued = RestoreModel(0, 1e-6, 10, 32, 1, 5, queued_s=0.3)
+    assert waits_s(queued, prefill, 4, 40_000, 256, 256) == pytest.approx((0.34 + 1e-4 / 5 - 1e-4, 1e-4))
 
 
 # ---- properties ----

@@ -7,6 +7,7 @@ import sys
 import pytest
 from integration.cluster import ask, forget, metric, wait_up
 from integration.test_failures import _bit_flipped, _is_computed, _tamper_at_one, _unrestorable
+from integration.test_restored_ahead import others
 
 from sglang_kvcodec.testing.processes import SGLangProcess
 
@@ -87,6 +88,28 @@ def test_what_is_bad_at_one_rank_while_several_ask_for_it(fresh, two_ranks, dama
         forget(two_ranks)
     assert metric(two_ranks, "kvcodec_following_requests_total") > following
     assert two_ranks.alive
+
+
+@pytest.mark.parametrize("damage", [None, _unrestorable], ids=["sound", "unrestorable"])
+def test_two_ranks_restore_while_others_are_answered(fresh, two_ranks, damage):
+    text, answer = fresh.clear_text()
+    wait_up(two_ranks)
+    assert ask(two_ranks, text).text == answer
+    assert two_ranks.client.wait_published()
+    forget(two_ranks)
+    if damage is not None:
+        assert _tamper_at_one(fresh, two_ranks, 2, 1, damage) > 0
+        wait_up(two_ranks)
+    outcome = "restored" if damage is None else "failed"
+    before = metric(two_ranks, "kvcodec_ahead_restores_total", outcome=outcome)
+    with others(two_ranks, *fresh.clear_text()):
+        reply = ask(two_ranks, text)
+    assert reply.text == answer
+    assert (reply.cached.storage > 0) == (damage is None)
+    # Of each rank.
+    assert metric(two_ranks, "kvcodec_ahead_restores_total", outcome=outcome) == before + 2
+    assert two_ranks.client.wait_published()
+    forget(two_ranks)
 
 
 def test_the_lossy_profile_and_retraction(fresh, stored):

@@ -14,7 +14,8 @@ from sglang_kvcodec.errors import ChecksumError, CodecError, FormatError
 from sglang_kvcodec.flow import restorer as restorer_module
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
-from sglang_kvcodec.flow.restorer import RestoreJob, Restorer
+from sglang_kvcodec.flow.restore import RestoreJob
+from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.streams import stream_of
 from sglang_kvcodec.format.page_object import PageObject, PicturePart, SideData, build_page_object
 from sglang_kvcodec.format.spec import KVDtype, KVSpec, Side, layer_groups

@@ -23,6 +23,17 @@ class _Request:
         self.rid = rid
 
 
+class _NothingAhead:
+    """Nothing is restored before a request is in a batch."""
+
+    def offers(self, several):
+        return [(0, 0) for _ in several]
+
+    def agreed(self, request, held, pages, offer):
+        assert offer == [0, 0]
+        return False
+
+
 class _Rank:
     """One rank and what it holds; all ranks hold the same."""
 
@@ -35,6 +46,8 @@ class _Rank:
 
     def agreed(self, *args):
         self.told.append(args)
+
+    ahead = _NothingAhead()
 
     def pages(self):
         return [self.held.get(request).agreed_pages for request in self.requests]
@@ -70,7 +83,7 @@ def agree(*ranks):
         meet.wait()
         return [min(column) for column in zip(*rows.values(), strict=True)]
 
-    threads = [threading.Thread(target=rank.held.agree, args=(smallest_of_ranks, rank)) for rank in ranks]
+    threads = [threading.Thread(target=rank.held.agree, args=(smallest_of_ranks, rank, rank.ahead)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -135,7 +148,7 @@ def test_requests_are_counted_while_they_wait_for_their_pages():
 def test_what_is_settled_is_not_agreed_on_again():
     rank = _Rank(ticket(2))
     agree(rank)
-    rank.held.agree(lambda mine: 1 / 0, rank)
+    rank.held.agree(lambda mine: 1 / 0, rank, rank.ahead)
     assert rank.pages() == [2]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import ExternalCacheHitMarker
 
 from sglang_kvcodec.config import ServerConfig, Timeouts
 from sglang_kvcodec.errors import CodecError
@@ -144,6 +145,20 @@ def test_held_and_cached_pages_make_one_prefix(setup):
     setup.held["r"] = {hash_of(1): setup.pages.page(1)}
     assert setup.lookup("r", [0, 1, 2]) == [1, 2]
     assert setup.lookup("other", [0, 1, 2]) == [1]
+
+
+def test_what_is_in_host_memory_is_all_of_it_or_nothing(setup):
+    setup.cache_pages(0, 1)
+    assert setup.linker.in_host_memory([]) == []
+    assert [page.key.page_hash for page in setup.linker.in_host_memory([hash_of(1), hash_of(0)])] == [
+        hash_of(1),
+        hash_of(0),
+    ]
+    assert setup.linker.in_host_memory([hash_of(0), hash_of(2)]) is None
+    setup.linker.blame(setup.linker.in_host_memory([hash_of(1)]))
+    assert setup.linker.in_host_memory([hash_of(1)]) is None
+    setup.tiers = [Tier("raw", (bytes(32),))]
+    assert setup.linker.in_host_memory([hash_of(0)]) is None
 
 
 def test_nothing_is_found_for_a_request_that_must_be_computed_or_without_a_namespace(setup):
@@ -381,6 +396,12 @@ def test_the_wrapper_says_which_pages_are_before_a_node(setup):
         wrapper._offload_node(node, [transfer([0])])
     assert placed == [[], ["00"] * 7]
     assert setup.linker._before is None
+
+
+def test_the_wrapper_says_how_much_a_look_up_has_found():
+    wrapper = PlacedLinkerWrapper.__new__(PlacedLinkerWrapper)
+    wrapper.hit_markers = {"r": ExternalCacheHitMarker(["00", "11"], 640)}
+    assert (wrapper.hit_pages("r"), wrapper.hit_pages("other")) == (2, 0)
 
 
 def test_of_several_tiers_pages_are_published_in_none_that_is_better_than_what_they_were_made_of(closing):

@@ -10,6 +10,7 @@ from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, pack_buffer_bytes
+from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_prefix import Tier
@@ -131,6 +132,21 @@ def test_what_is_counted_by_tier_is_shown_before_the_first_event(start):
     start()
     for name in ("fetched_bytes", "restored_tokens", "restored_bytes", "published_bytes", "published_kv_bytes"):
         assert counted(f"kvcodec_{name}_total", tier="high") is not None
+
+
+def test_others_are_not_to_wait_for_a_restore_unless_it_is_over_at_once(start):
+    runtime = start().runtime
+    pages = [bytes(10_000)] * 4
+    # While nothing is known, it is the pages that wait.
+    assert runtime.holds_up(pages, 64, 600)
+    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 4)
+    runtime.rates.prefill.model = lambda refit: prefill
+    runtime.rates.restore.model = lambda refit: restore
+    # 40 ms of restoring: a quarter of it before the pass can begin, of which it takes a tenth of its own time.
+    assert not runtime.holds_up(pages, 64, 64 + 1000)
+    assert runtime.holds_up(pages, 64, 64 + 300)
+    # A hundredth of a second is nothing.
+    assert not runtime.holds_up(pages[:1], 64, 64 + 1)
 
 
 class FakeDecoders:

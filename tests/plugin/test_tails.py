@@ -3,59 +3,22 @@
 import types
 
 import pytest
-import torch
 from flow.flow_kit import Delta
+from plugin.pool_kit import Cache
 
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import BOTH_ENDS
 from sglang_kvcodec.flow.prediction import Prefix
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
-from sglang_kvcodec.plugin.tails import MAX_POOL_SHARE, NO_TAIL, TailBook
+from sglang_kvcodec.plugin.set_aside import MAX_POOL_SHARE, SetAside
+from sglang_kvcodec.plugin.tails import NO_TAIL, TailBook
 
 PAGE = 16
 PAGES = 10
 START = 3
 """Of the prompt, that many pages were there before."""
 GROUP = types.SimpleNamespace(index=0)
-
-
-class Allocator:
-    def __init__(self, size):
-        self.size = size
-        self.free_slots = list(range(size))
-
-    def available_size(self):
-        return len(self.free_slots)
-
-    def alloc(self, tokens):
-        if tokens > len(self.free_slots):
-            return None
-        taken, self.free_slots = self.free_slots[:tokens], self.free_slots[tokens:]
-        return torch.tensor(taken)
-
-    def free(self, slots):
-        self.free_slots += slots.tolist()
-
-
-class Cache:
-    """SGLang's tree, as far as the book asks it."""
-
-    def __init__(self, size=1000):
-        self.token_to_kv_pool_allocator = Allocator(size)
-        self.evictable = 0
-        self.written = {}
-        self.req_to_token_pool = types.SimpleNamespace(write=self._write)
-
-    def _write(self, place, slots):
-        self.written[place[1].start, place[1].stop] = slots.tolist()
-
-    def evictable_size(self):
-        return self.evictable
-
-    def evict(self, params):
-        self.evictable -= params.num_tokens
-        self.token_to_kv_pool_allocator.free_slots += range(5000, 5000 + params.num_tokens)
 
 
 class Setup:
@@ -66,7 +29,15 @@ class Setup:
         self.others = None
         self.others_idle = 1
         self.book = TailBook(
-            self.cache, self, PAGE, lambda: ["event"], self.smallest, self.bad.extend, self.joined.append, Tracer()
+            self.cache,
+            SetAside(self.cache),
+            self,
+            PAGE,
+            lambda: ["event"],
+            self.smallest,
+            self.bad.extend,
+            self.joined.append,
+            Tracer(),
         )
         self.ticket = FetchTicket([bytes(32)] * PAGES)
         self.ticket.tail = Tail(Prefix([100] * PAGES, PAGE, START * PAGE, (START + PAGES) * PAGE + 5), 4, 2 * PAGE)

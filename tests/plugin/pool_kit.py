@@ -1,0 +1,43 @@
+"""Stand-ins for SGLang's pool and tree, as far as those ask that set slots aside."""
+
+import types
+
+import torch
+
+
+class Allocator:
+    def __init__(self, size):
+        self.size = size
+        self.free_slots = list(range(size))
+
+    def available_size(self):
+        return len(self.free_slots)
+
+    def alloc(self, tokens):
+        if tokens > len(self.free_slots):
+            return None
+        taken, self.free_slots = self.free_slots[:tokens], self.free_slots[tokens:]
+        return torch.tensor(taken)
+
+    def free(self, slots):
+        self.free_slots += slots.tolist()
+
+
+class Cache:
+    """SGLang's tree, as far as the book asks it."""
+
+    def __init__(self, size=1000):
+        self.token_to_kv_pool_allocator = Allocator(size)
+        self.evictable = 0
+        self.written = {}
+        self.req_to_token_pool = types.SimpleNamespace(write=self._write)
+
+    def _write(self, place, slots):
+        self.written[place[1].start, place[1].stop] = slots.tolist()
+
+    def evictable_size(self):
+        return self.evictable
+
+    def evict(self, params):
+        self.evictable -= params.num_tokens
+        self.token_to_kv_pool_allocator.free_slots += range(5000, 5000 + params.num_tokens)
