@@ -9,6 +9,7 @@ For each answer the time per token, and the longest pause between two of them, o
 first token. The hits come in the first part of the answer, until they are all answered.
 
 python -m benchmarks.bench_beside [--rounds 5] [--beside 3] [--tokens 500] [--bandwidths 100Mbps unlimited]
+    [--separate]
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 
 from benchmarks.deeper import deepened
 from benchmarks.record import record
-from benchmarks.serving import ask, load_average, over, parse, parser_of, prompts
+from benchmarks.serving import Places, ask, load_average, over, parse, parser_of, prompts
 from sglang_kvcodec.config import PROFILES
 from sglang_kvcodec.latency.rows import spread
 from sglang_kvcodec.latency.servers import Lab, ShapedPeer
@@ -103,8 +104,10 @@ def main() -> None:
     parser.add_argument("--beside", type=int, default=3, help="requests beside each answer")
     parser.add_argument("--tokens", type=int, default=500, help="of the answer")
     parser.add_argument("--profile", default="exact", choices=PROFILES)
+    parser.add_argument("--separate", action="store_true", help="the model has a CPU of its own, and so has kvcodec")
     parser.add_argument("--bandwidths", nargs="+", default=["100Mbps", "unlimited"], help="unlimited, or as 100Mbps")
     options = parse(parser)
+    places = Places(options.separate)
     texts = prompts(options.model, options.prompt_tokens)
     short_texts = prompts(options.model, 50)
     load_before = load_average()
@@ -117,7 +120,8 @@ def main() -> None:
         lab = stack.enter_context(Lab(model))
         peer = stack.enter_context(ShapedPeer(lab.work_dir / "store"))
         peer.start("unlimited")
-        server = lab.start_server("server", KVCodecArgs(peer.remote, options.profile))
+        with places.of_the_model():
+            server = lab.start_server("server", KVCodecArgs(peer.remote, options.profile, places.server_args))
         token_s = 0.01
         for number in range(options.rounds + 1):
             # The first round warms up, and is not kept.
@@ -162,6 +166,7 @@ def main() -> None:
         "prompt_tokens": options.prompt_tokens,
         "requests_beside": options.beside,
         "answer_tokens": options.tokens,
+        **places.row(),
         "shaping": "token bucket in the peer",
         "load_average_before": load_before,
         "load_average_after": load_average(),

@@ -8,13 +8,13 @@ From the servers' traces come the time that the bytes of a request were on the w
 did not wait for the network (the same round's ``landed``); computing takes what the same request does with all of it in
 the server's own pool. ``over_longest`` is TTFT over the longest of the three, which is what no overlap can beat. What
 overlap must leave is the last layer group's restore and forward pass: half of all with a model of six layers, an eighth
-with ``--layers 24``, which are those of the model four times over. Without a GPU decoding and computing share cores:
-``cpu_over_cores`` is the server's CPU time up to the first token over the machine's cores, and ``over_bound`` is TTFT
+with ``--layers 24``, which are those of the model four times over. Without a GPU decoding and computing share cores,
+unless ``--separate`` gives the model one and all else the others. ``cpu_over_cores`` is the server's CPU time up to the first token over the machine's cores, and ``over_bound`` is TTFT
 over the longest of all four: no scheduling of the same work on this machine is faster than 1.
 
 A measured request is for one token; that its KV was restored right is seen by the words of the next request for it.
 
-python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps unlimited] [--layers 24]
+python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps unlimited] [--layers 24] [--separate]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.deeper import deepened
 from benchmarks.record import record
-from benchmarks.serving import ask, cpu_s, load_average, over, parse, parser_of, prompts
+from benchmarks.serving import Places, ask, cpu_s, load_average, over, parse, parser_of, prompts
 from sglang_kvcodec.config import PROFILES
 from sglang_kvcodec.latency.rows import spread
 from sglang_kvcodec.latency.samples import hit
@@ -127,8 +127,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--layers", type=int, help="repeat the model's layers until there are so many")
     parser.add_argument("--profile", default="exact", choices=PROFILES)
+    parser.add_argument("--separate", action="store_true", help="the model has a CPU of its own, and so has kvcodec")
     parser.add_argument("--bandwidths", nargs="+", default=list(BANDWIDTHS), help="unlimited, or as 100Mbps")
     options = parse(parser)
+    places = Places(options.separate)
     texts = prompts(options.model, options.prompt_tokens)
     load_before = load_average()
     rounds: dict[str, list[dict]] = defaultdict(list)
@@ -144,8 +146,9 @@ def main() -> None:
             servers, traces = {}, {}
             for way in WAYS:
                 traces[way] = lab.work_dir / f"{way}-trace.json"
-                extra = ("--kvcodec-admit", way, "--kvcodec-trace", str(traces[way]))
-                servers[way] = lab.start_server(way, KVCodecArgs(peer.remote, options.profile, extra), len(WAYS))
+                extra = ("--kvcodec-admit", way, "--kvcodec-trace", str(traces[way]), *places.server_args)
+                with places.of_the_model():
+                    servers[way] = lab.start_server(way, KVCodecArgs(peer.remote, options.profile, extra), len(WAYS))
             for number in range(options.rounds + 1):
                 text = next(texts)
                 for server in servers.values():
@@ -175,6 +178,7 @@ def main() -> None:
         "layers": options.layers or "of the model",
         "profile": options.profile,
         "answer_tokens": ANSWER_TOKENS,
+        **places.row(),
         "shaping": "token bucket in the peer",
         "load_average_before": load_before,
         "load_average_after": load_average(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import signal
@@ -43,6 +44,37 @@ def prompts(model: str, tokens: int) -> Iterator[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     return fresh_texts(lambda text: len(tokenizer.encode(text, add_special_tokens=False)), tokens)
+
+
+class Places:
+    """Which CPUs what has: all share them, or a server's model has the first, and all the rest, kvcodec too, the others.
+
+    The latter is as on a GPU, whose video engines take nothing of what the model computes on.
+    """
+
+    def __init__(self, are_separate: bool) -> None:
+        every = sorted(os.sched_getaffinity(0))
+        self.model, self.others = (every[:1], every[1:]) if are_separate else (every, every)
+        if not self.others:
+            raise SystemExit("there is one CPU only")
+        self.server_args = (
+            ("--kvcodec-cpus", ",".join(map(str, self.others)), "--kvcodec-decode-threads", str(len(self.others)))
+            if are_separate
+            else ()
+        )
+        os.sched_setaffinity(0, self.others)
+
+    @contextlib.contextmanager
+    def of_the_model(self) -> Iterator[None]:
+        """What is started inside has the model's CPUs."""
+        os.sched_setaffinity(0, self.model)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, self.others)
+
+    def row(self) -> dict[str, list[int]]:
+        return {"cpus_of_the_model": self.model, "cpus_of_kvcodec_and_peer": self.others}
 
 
 def ask(server: SGLangProcess, text: str, max_tokens: int, ignore_eos: bool = False) -> ChatReply:

@@ -41,6 +41,22 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_cpus(text: str) -> frozenset[int]:
+    """``"0-3,8"`` as numbers of CPUs; none for an empty text.
+
+    Raises:
+        ConfigurationError: not such a list.
+    """
+    cpus: set[int] = set()
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ConfigurationError(f"not a list of CPUs: {text!r}; write e.g. 0-3,8")
+        cpus.update(range(first, last + 1))
+    return frozenset(cpus)
+
+
 def parse_bits_per_s(text: str) -> int:
     """``"1Gbps"``, ``"100Mbps"`` as bits per second.
 
@@ -178,6 +194,8 @@ class ServerConfig:
     """What encodes pictures, one of :data:`ENCODERS`."""
     gpu_memory_bytes: int = 1 << 30
     """Bound of the GPU memory of decoders and restore buffers, kept out of SGLang's pool; nothing without a GPU."""
+    cpus: str = ""
+    """CPUs for the threads and encoder processes of kvcodec, such as ``0-3,8``; empty for all of the server's."""
     replicas: int = 2
     """Of several peers, on how many each page is kept."""
     plan: str = "auto"
@@ -202,6 +220,7 @@ class ServerConfig:
         parse_remotes(self.remote)
         self.access.require_fit(self.remote)
         self._check_tiers()
+        parse_cpus(self.cpus)
         for name, known in (
             ("decoder", DECODERS),
             ("encoder", ENCODERS),

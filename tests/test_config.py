@@ -12,6 +12,7 @@ from sglang_kvcodec.config import (
     ServerConfig,
     Timeouts,
     parse_bytes,
+    parse_cpus,
     parse_remote,
     parse_remotes,
 )
@@ -101,6 +102,20 @@ def test_a_bad_address_says_how_to_write_one(url):
         parse_remote(url)
 
 
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("", set()), ("0", {0}), ("0-3,8", {0, 1, 2, 3, 8}), (" 5 , 7-7", {5, 7}), ("3,1-3", {1, 2, 3})],
+)
+def test_lists_of_cpus(text, cpus):
+    assert parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize("text", ["-1", "1-", "3-2", "0,,1", "a", "1 2", "0x1", "100000"])
+def test_a_bad_list_of_cpus_says_how_to_write_one(text):
+    with pytest.raises(ConfigurationError, match=r"not a list of CPUs: .*; write e\.g\. 0-3,8"):
+        parse_cpus(text)
+
+
 def test_environment_names_are_the_fields_without_their_unit():
     assert ENV_NAMES == {
         "remote": "KVCODEC_REMOTE",
@@ -119,6 +134,7 @@ def test_environment_names_are_the_fields_without_their_unit():
         "decoder": "KVCODEC_DECODER",
         "encoder": "KVCODEC_ENCODER",
         "gpu_memory_bytes": "KVCODEC_GPU_MEMORY",
+        "cpus": "KVCODEC_CPUS",
         "plan": "KVCODEC_PLAN",
         "trace": "KVCODEC_TRACE",
         "tls_ca": "KVCODEC_TLS_CA",
@@ -194,6 +210,7 @@ def test_the_environment_of_the_process_is_read(monkeypatch):
         (REMOTE | {"KVCODEC_ENCODE_THREADS": "two"}, r"encode_threads must be a whole number, not 'two'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "1.5"}, r"decode_threads must be a whole number, not '1\.5'"),
         (REMOTE | {"KVCODEC_DECODE_THREADS": "-1"}, r"decode_threads must be at least 1"),
+        (REMOTE | {"KVCODEC_CPUS": "1,x"}, r"not a list of CPUs: '1,x'; write e\.g\. 0-3,8"),
         (REMOTE | {"KVCODEC_GPU_MEMORY": "0"}, r"gpu_memory_bytes must be at least 1"),
         (REMOTE | {"KVCODEC_ENCODER_PROCESSES": "-1"}, r"encoder_processes must be at least 0"),
         (REMOTE | {"KVCODEC_DECODER": "x265"}, r"unknown decoder 'x265'; there are auto, nvdec, software"),

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "sglang_kvcodec"
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
-BASE = {"__init__", "errors", "config", "interpreter", "metrics", "peer_metrics"}
+BASE = {"__init__", "errors", "config", "cpus", "interpreter", "metrics", "peer_metrics"}
 PARTS = {"transform", "video", "storage"}
 JOINTS = {"kernels", "rpc", "models", "calibration"}
 MAY_USE = {

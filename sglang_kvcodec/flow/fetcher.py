@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import ServerConfig
+from sglang_kvcodec.cpus import take_place
 from sglang_kvcodec.errors import PeerError
 from sglang_kvcodec.flow.arrivals import Arrivals
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
@@ -89,8 +90,8 @@ class Fetcher:
         self._tail_fetcher = TailFetcher(transfers, self._arrivals, self._pacer)
         self._endings = FetchEndings(on_done)
         self._queue = FetchQueue()
-        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="kvcodec-lookup")
-        self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvcodec-fetch")
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "kvcodec-lookup", take_place)
+        self._threads = ThreadPoolExecutor(FETCH_THREADS, "kvcodec-fetch", take_place)
 
     def start(
         self,

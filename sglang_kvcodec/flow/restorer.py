@@ -29,6 +29,7 @@ import torch
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.cpus import take_place
 from sglang_kvcodec.errors import ArrivalError, KVCodecError, RestoreTimeoutError
 from sglang_kvcodec.flow.arriving_page import ArrivingPage, when_all_landed
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
@@ -107,7 +108,7 @@ class Restorer:
         """A heap: the first restore's parts first, those of its first layers first among them, then in their order."""
         self._in_use: collections.deque[tuple[DeviceEvent, torch.Tensor]] = collections.deque()
         """Slots that queued work still reads: torch's allocator knows nothing of a decoder's stream."""
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-restore")
+        self._executor = ThreadPoolExecutor(threads, "kvcodec-restore", take_place)
 
     def start(
         self,

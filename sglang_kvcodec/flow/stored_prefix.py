@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
+from sglang_kvcodec.cpus import take_place
 from sglang_kvcodec.flow.rates import LinkMeter
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import LookupResult, PeerTransport
@@ -94,7 +95,7 @@ class PrefixLookup:
             link: told what the answers took.
         """
         self._peer, self._stored, self._link = peer, stored, link
-        self._threads = concurrent.futures.ThreadPoolExecutor(TIER_THREADS, thread_name_prefix="kvcodec-tiers")
+        self._threads = concurrent.futures.ThreadPoolExecutor(TIER_THREADS, "kvcodec-tiers", take_place)
 
     def find(self, tiers: Sequence[Tier], page_hashes: Sequence[bytes]) -> list[StoredPrefix]:
         """What could be fetched: for each tier, the best first, the prefix with as much of it as there is.

@@ -24,6 +24,8 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvcodec import metrics
+from sglang_kvcodec.config import parse_cpus
+from sglang_kvcodec.cpus import starting_on
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
@@ -601,16 +603,17 @@ def build_radix_cache(ctx: Any) -> KVCodecRadixCache:
         transforms = PageTransforms(pool.spec, config.tiers, device=pool.device)
         cache: KVCodecRadixCache = create_unified_radix_cache(ctx, cache_class=KVCodecRadixCache)
         calibration = calibration_at_start(ctx, config, transforms, cache.all_ranks)
-        runtime = Runtime(
-            config,
-            pool,
-            transforms,
-            calibration,
-            lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated),
-            auto_calibration(ctx, config, transforms) if calibration is None else None,
-            max(0, ctx.params.chunked_prefill_size or 0),
-            ((get_parallel().dp_rank or 0) * ctx.params.pp_size + ctx.params.pp_rank) * ctx.tp_size + ctx.tp_rank,
-        )
+        with starting_on(parse_cpus(config.cpus)):
+            runtime = Runtime(
+                config,
+                pool,
+                transforms,
+                calibration,
+                lambda: build_namespace(ctx, pool.spec, transforms.uncalibrated),
+                auto_calibration(ctx, config, transforms) if calibration is None else None,
+                max(0, ctx.params.chunked_prefill_size or 0),
+                ((get_parallel().dp_rank or 0) * ctx.params.pp_size + ctx.params.pp_rank) * ctx.tp_size + ctx.tp_rank,
+            )
     except ConfigurationError as error:
         logger.error("sglang-kvcodec: %s", error)
         raise

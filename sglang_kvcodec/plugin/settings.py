@@ -42,6 +42,7 @@ _HELP = {
     "encoder": "What encodes pictures: nvenc (where the GPU has it), x265, or auto: the best there is.",
     "encoder_processes": "Processes that run libx265; 0 to run it on threads of the server.",
     "decode_threads": "Threads that decode fetched pages.",
+    "cpus": "CPUs for the threads and encoder processes of kvcodec, e.g. 0-3,8; by default all that the server has.",
     "gpu_memory_bytes": "Bound of the GPU memory of decoders and restore buffers; SGLang's pool gets that much less.",
     "read_only": "true: fetch, but publish nothing.",
     "auto_calibrate": "true: where the peer has no calibration, make one in the background from what is published.",

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from sglang_kvcodec import metrics
+from sglang_kvcodec.cpus import take_place
 from sglang_kvcodec.errors import ConfigurationError, PeerError, PeerRejectedError, PeerUnavailableError
 from sglang_kvcodec.format.exchange import (
     CalibrationEntry,
@@ -84,8 +85,8 @@ class SeveralPeers:
         self._page_bytes = float(_PAGE_BYTES)
         # Apart, so that no Lookup waits behind long fetches.
         threads = _CALLS_AT_ONCE * len(members)
-        self._calls = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-peers")
-        self._streams = ThreadPoolExecutor(threads, thread_name_prefix="kvcodec-streams")
+        self._calls = ThreadPoolExecutor(threads, "kvcodec-peers", take_place)
+        self._streams = ThreadPoolExecutor(threads, "kvcodec-streams", take_place)
         self._export()
 
     def lookup(self, namespace_digest: bytes, page_hashes: Sequence[bytes]) -> LookupResult:
