@@ -8,13 +8,16 @@ From the servers' traces come the time that the bytes of a request were on the w
 did not wait for the network (the same round's ``landed``); computing takes what the same request does with all of it in
 the server's own pool. ``over_longest`` is TTFT over the longest of the three, which is what no overlap can beat. What
 overlap must leave is the last layer group's restore and forward pass: half of all with a model of six layers, an eighth
-with ``--layers 24``, which are those of the model four times over. Without a GPU decoding and computing share cores,
-unless ``--separate`` gives the model one and all else the others. ``cpu_over_cores`` is the server's CPU time up to the first token over the machine's cores, and ``over_bound`` is TTFT
-over the longest of all four: no scheduling of the same work on this machine is faster than 1.
+with ``--layers 24``, which are those of the model four times over.
+
+Without a GPU decoding and computing share cores: ``cpu_over_cores`` is the server's CPU time up to the first token over
+the machine's cores, and ``over_bound`` is TTFT over the longest of all four: no scheduling of the same work on this
+machine is faster than 1. With ``--separate`` the model has a core of its own and all else the others.
 
 A measured request is for one token; that its KV was restored right is seen by the words of the next request for it.
 
-python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps unlimited] [--layers 24] [--separate]
+python -m benchmarks.bench_overlap [--rounds 7] [--prompt-tokens 2000] [--bandwidths 30Mbps unlimited] [--layers 24]
+    [--separate]
 """
 
 from __future__ import annotations

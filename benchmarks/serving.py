@@ -47,7 +47,7 @@ def prompts(model: str, tokens: int) -> Iterator[str]:
 
 
 class Places:
-    """Which CPUs what has: all share them, or a server's model has the first, and all the rest, kvcodec too, the others.
+    """Which CPUs what has: all share them, or a server's model has the first and all else, kvcodec too, the others.
 
     The latter is as on a GPU, whose video engines take nothing of what the model computes on.
     """

@@ -1,9 +1,10 @@
 """When a request may be admitted before all of its KV has landed: as soon as no one would have to wait for the network.
 
 From its admission on a request's restore and its forward pass keep the scheduler waiting, and with it every request of
-the batch. That time is spent anyway while pages are decoded; it must not get longer because bytes are still on their
-way. So what is left of the fetch, of the restore and of the forward pass are predicted together, and the request is
-admitted when the stall that bytes would cause is nil.
+the batch. Alone it spends that time anyway while pages are decoded (where others are there, they are decoded before:
+``plugin/ahead.py``); it must not get longer because bytes are still on their way. So what is left of the fetch, of the
+restore and of the forward pass are predicted together, and the request is admitted when the stall that bytes would
+cause is nil.
 """
 
 from __future__ import annotations
