@@ -5,8 +5,8 @@ takes every hit fetches that much and computes the rest. Share 0 is a prefill on
 fetches all. The planner has all of its text stored in all tiers. Servers that are measured publish nothing. The oracle
 takes the tier and the share that were fastest in the median at that bandwidth, which it could not know beforehand.
 
-Each round has a text of its own for each share, of the same length, which all tiers are asked for. Before the planner is
-measured it has been asked ``--settle`` times at that bandwidth. Prompts are computed in passes of 256 tokens.
+Each round has a text of its own for each share, of the same length, which all tiers are asked for. Before the planner
+is measured it has been asked ``--settle`` times at that bandwidth. Prompts are computed in passes of 256 tokens.
 
 python -m benchmarks.bench_splits [--rounds 3] [--prompt-tokens 2000] [--tiers raw exact]
     [--bandwidths 10Mbps 30Mbps 60Mbps 120Mbps 300Mbps unlimited]

@@ -20,10 +20,8 @@ from sglang.srt.mem_cache.common import touch_waiting_prefix
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_kvcodec import metrics
 from sglang_kvcodec.config import parse_cpus
 from sglang_kvcodec.cpus import starting_on
 from sglang_kvcodec.errors import ConfigurationError, UnsupportedError
@@ -31,10 +29,10 @@ from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.ahead import AheadBook
 from sglang_kvcodec.plugin.calibrating import auto_calibration, calibration_at_start
-from sglang_kvcodec.plugin.following import Following
 from sglang_kvcodec.plugin.held_back import HeldBack
 from sglang_kvcodec.plugin.held_requests import HeldRequests
 from sglang_kvcodec.plugin.identity import build_namespace
+from sglang_kvcodec.plugin.intake import Intake
 from sglang_kvcodec.plugin.layer_kinds import check_built_kinds
 from sglang_kvcodec.plugin.linker import KVCodecLinker
 from sglang_kvcodec.plugin.passes import PassObserver
@@ -63,6 +61,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     _runtime: Runtime | None = None
     _tails: TailBook | None = None
     _ahead: AheadBook | None = None
+    _intake: Intake | None = None
     _pipeline: PipelineAgreement | None = None
     """With the other stages of a pipeline; None without."""
     _unjudged: UnjudgedLoads | None = None
@@ -73,8 +72,6 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         # Before super(): it calls reset().
         self._held = HeldRequests()
-        self._following = Following()
-        self._led_followers: list[Any] = []
         self.retries = RetryBook()
         self.scheduler_time = SchedulerTime()
         self._held_back = HeldBack(lambda req: touch_waiting_prefix(req, self), self.scheduler_time)
@@ -103,6 +100,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             self.worst_of_ranks if len(runtime.config.tiers) > 1 else None,
             uses_cache=self.pp_size == 1,
         )
+        self._intake = Intake(self, runtime, self._linker, self._held, self.retries, self._passes, self.scheduler_time)
         self._set_aside = SetAside(self)
         self._tails = TailBook(
             self,
@@ -123,7 +121,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
             kv_cache.layer_num,
             self._linker.slots_ready,
             self.smallest_of_ranks,
-            self._others_use_the_model,
+            self._intake.others_use_the_model,
             runtime.holds_up,
             self._linker.in_host_memory,
             self._linker.blame,
@@ -180,135 +178,15 @@ class KVCodecRadixCache(UnifiedRadixCache):
         storage_hit_end: int | None = None,
     ) -> None:
         """Starts to fetch the pages of a queued request that neither device nor host memory has."""
-        assert self._runtime is not None
-        tiers = self._runtime.tiers()
+        assert self._intake is not None
         matched = list(matched_prefix_tokens or [])
-        start_page = len(matched) // self.page_size
         key = RadixKey(
             array("q", [*matched, *new_input_tokens]),
             extra_key,
             is_bigram=self.tree_core.is_eagle,
             cache_salt=cache_salt,
         ).page_aligned(self.page_size)
-        if request.rid not in self.retries or request in self._held:
-            return
-        if not tiers and self._pipeline is None:
-            return
-        if self.retries.was_restarted(request.rid):
-            # Its pages did not all come. What did is in host memory, and it has waited once.
-            self._hold_again(request)
-            return
-        host_pages = self.linker.hit_pages(request.rid)
-        is_known = len(key) // self.page_size <= start_page
-        if is_known and not (host_pages and self._may_restore_ahead()):
-            return
-        hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self.page_size))
-        lacking = hashes[start_page:]
-        ahead = {"key": key, "before": hashes[:start_page], "device_pages": start_page - host_pages}
-        prompt_tokens = len(matched) + len(new_input_tokens) + 1
-        if is_known:
-            # All of it is in host memory or on the device, and others use the model.
-            ticket = FetchTicket((), len(matched), prompt_tokens, request.rid).again(None)
-            self._held.hold(request, ticket, start_page, (), **ahead)
-            return
-        if self._follow(request, start_page, lacking, prompt_tokens):
-            return
-        wanted = self._linker.without_bad(lacking)
-        kept = self._linker.kept(wanted) if self._pipeline is not None else ()
-        missing, tokens_before = wanted[len(kept) :], (start_page + len(kept)) * self.page_size
-        if self._pipeline is None or (tiers and missing):
-            ticket = self._runtime.fetcher.start(
-                tiers, missing, tokens_before, prompt_tokens, request.rid, self._may_compute()
-            )
-        else:
-            # All stages of a pipeline hold the same requests, whatever each has to do for them.
-            ticket = FetchTicket((), tokens_before, prompt_tokens, request.rid)
-            ticket.settle(())
-            ticket.finish()
-        if self._pipeline is not None or not self.has_one_component:
-            ahead = {}
-        self._held.hold(request, ticket, start_page, wanted, kept, **ahead)
-        self._passes.expect(request.rid, ticket)
-        # Where there are other ranks, what this one has come to says nothing of theirs.
-        if self._pipeline is None and (self._has_other_ranks or not ticket.is_done):
-            self._following.lead(request.rid, lacking)
-
-    def _follow(self, request: Any, start_page: int, lacking: tuple[bytes, ...], prompt_tokens: int) -> bool:
-        """Has a request wait for one that fetches the same pages, if there is one; whether it does.
-
-        Not in a pipeline: its stages see at different times that a prompt has been computed. Nor where requests have
-        priorities: one that has to go first could wait for one that is kept waiting. ``lacking`` is the same on all
-        ranks, whatever one of them has found bad: they must hold the same requests for the same reason.
-        """
-        assert self._runtime is not None
-        if self._pipeline is not None or self.scheduler.enable_priority_scheduling:
-            return False
-        if len(lacking) * self.page_size < self._runtime.config.min_fetch_tokens:
-            return False
-        leader = self._following.leader_of(lacking)
-        if leader is None or leader == request.rid:
-            return False
-        ticket = FetchTicket(lacking, start_page * self.page_size, prompt_tokens, request.rid)
-        self._held.hold(request, ticket, start_page, lacking, follows=True)
-        self._following.follow(leader, request)
-        self._passes.expect(request.rid, ticket)
-        metrics.FOLLOWING_REQUESTS.inc()
-        return True
-
-    def _led(self, rid: str) -> None:
-        """Nobody needs to wait for a request any more. Its followers go on at the next pass: this one is within it."""
-        self._led_followers += self._following.over(rid)
-
-    @timed
-    def _start_followers(self) -> None:
-        """Looks up anew what those lack who have waited for others."""
-        followers, self._led_followers = self._led_followers, []
-        for request in followers:
-            held = self._held.let_go(request)
-            if held is None:
-                continue
-            if self._runtime is not None:
-                self._runtime.tracer.span(request.rid, "follows", held.ticket.start_s, time.monotonic())
-            req = next((req for req in self.scheduler.waiting_queue if req.rid == request.rid), None)
-            if req is not None:
-                self.scheduler._prefetch_kvcache(req)
-
-    def _hold_again(self, request: Any) -> None:
-        """At its second start a request waits for no page, but what ended its first fetch may have left it a tail."""
-        held = self.retries.take_wait(request.rid)
-        if held is None or self._pipeline is not None:
-            return
-        second = held.ticket.second
-        if second is not None or self._has_other_ranks:
-            # All ranks hold the same requests; whether all of them have a tail they agree on then.
-            self._held.hold(request, second or held.ticket.again(None), held.start_page, held.hashes)
-
-    def _may_compute(self) -> bool:
-        """Whether a prompt that comes now may be computed while it is fetched: where nothing else wants the model."""
-        assert self._runtime is not None
-        scheduler, when = self.scheduler, self._runtime.config.compute_while_fetching
-        if when == "never" or not self.has_one_component or not scheduler.chunked_prefill_size:
-            return False
-        if self._pipeline is not None:
-            # Where a stage joins both ends, those before it have launched the next pass.
-            return False
-        if scheduler.truncation_align_size is not None:
-            # Deterministic inference: passes end where SGLang wants them to.
-            return False
-        if self._held or scheduler.waiting_queue or scheduler.chunked_req is not None:
-            return False
-        return when == "always" or scheduler.running_batch.is_empty()
-
-    def _others_use_the_model(self) -> bool:
-        """Whether there are requests that would wait for what one more in their batch waits for."""
-        scheduler = self.scheduler
-        if not scheduler.running_batch.is_empty() or scheduler.chunked_req is not None:
-            return True
-        return any(req.cache_request_handle not in self._held for req in scheduler.waiting_queue)
-
-    def _may_restore_ahead(self) -> bool:
-        """Whether a request's pages may be restored while it waits."""
-        return self._pipeline is None and self.has_one_component and self._others_use_the_model()
+        self._intake.queued(request, key, len(matched), len(matched) + len(new_input_tokens) + 1)
 
     @property
     def has_one_component(self) -> bool:
@@ -337,8 +215,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def check_hicache_events(self) -> None:
         """Once per scheduling pass, on all ranks at the same place: settles offloads, agrees on finished fetches."""
         self.scheduler_time.next_pass()
-        if self._led_followers:
-            self._start_followers()
+        if self._intake is not None:
+            self._intake.start_followers()
         if self._pipeline is not None:
             self._agree_in_pipeline(self._pipeline)
             return
@@ -352,7 +230,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         assert self._ahead is not None
         for request, has_failed in self._ahead.ended():
             self._restored_ahead(request, has_failed)
-        if self._held and (self._has_other_ranks or self._held.has_news(self._runtime.news)):
+        if self._held and (self.has_other_ranks or self._held.has_news(self._runtime.news)):
             self._held.agree(self.smallest_of_ranks, self._tails, self._ahead)
         self._tails.reap()
         self._ahead.reap()
@@ -368,7 +246,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._held.hold(request, held.ticket.second or held.ticket.again(None), held.start_page, held.hashes)
 
     @property
-    def _has_other_ranks(self) -> bool:
+    def has_other_ranks(self) -> bool:
+        """Whether other ranks of the same stage schedule the same requests."""
         groups = (self.attn_cp_group, self.attn_tp_group)
         sizes = [torch.distributed.get_world_size(group=group) for group in groups if group is not None]
         return max([self.tp_world_size, *sizes]) > 1
@@ -387,12 +266,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Called when the scheduler has nothing to run: rests a moment if all it waits for is a fetch."""
         if self._runtime is not None and self._held.waiting_rids:
             self._runtime.news.wait(REST_S)
-        if self._following:
-            # Nothing runs, so who is not in the queue has gone without another word.
-            queued = {req.rid for req in self.scheduler.waiting_queue}
-            for rid in self._following.leaders:
-                if rid not in queued:
-                    self._led(rid)
+        if self._intake is not None:
+            self._intake.nothing_runs()
 
     def _pages_of(self, rid: str) -> dict[bytes, PageObject] | None:
         """Pages fetched for a request that waits; None for a request that must be computed."""
@@ -454,6 +329,10 @@ class KVCodecRadixCache(UnifiedRadixCache):
     @timed
     def _join(self, tails: TailBook, req: Any, up_to: int) -> int:
         return tails.join(req, up_to)
+
+    def _led(self, rid: str) -> None:
+        if self._intake is not None:
+            self._intake.led(rid)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         """A request gives back its slots: it has ended, or is retracted."""
@@ -526,10 +405,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def passed(self, batch: Any, prefill_busy_us: int) -> None:
         """A forward pass has ended, and SGLang has accounted for it."""
         self._passes.ended(batch, prefill_busy_us)
-        if self._following:
-            for req in batch.reqs:
-                if req.output_ids:
-                    self._led(req.rid)
+        if self._intake is not None:
+            self._intake.computed(batch.reqs)
 
     @staticmethod
     def has_lost(reason: object) -> bool:
@@ -561,8 +438,8 @@ class KVCodecRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """Empties the tree; the peer and the host cache keep their pages."""
         self._held.clear()
-        self._following.clear()
-        self._led_followers.clear()
+        if self._intake is not None:
+            self._intake.clear()
         if self._tails is not None and self._ahead is not None:
             self._tails.reset()
             self._ahead.reset()

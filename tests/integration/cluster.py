@@ -2,11 +2,13 @@
 
 import contextlib
 import itertools
+import json
 import pathlib
 import re
+import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sglang_kvcodec.config import parse_bytes
 from sglang_kvcodec.format.exchange import PeerStat
@@ -22,6 +24,7 @@ MODEL = str(pathlib.Path(__file__).parents[1] / "models" / "tiny-code-lm")
 PAGE_TOKENS = 64
 CAPACITY = "500MB"
 ANSWER_TOKENS = 24
+LONG_ANSWER_TOKENS = 2500
 FAST_RETRY = "0.3"
 MODULES = (
     *("argparse", "tarfile", "zipfile", "typing", "_pydecimal", "turtle", "doctest", "pydoc", "inspect"),
@@ -132,6 +135,45 @@ def _texts():
 def ask(server: SGLangProcess, text: str, **extra) -> ChatReply:
     """One greedy question."""
     return server.client.chat([{"role": "user", "content": text}], ANSWER_TOKENS, extra or None)
+
+
+@contextlib.contextmanager
+def others(server: SGLangProcess, text: str, answer: str) -> Iterator[None]:
+    """Somebody is being answered at a server meanwhile; the words must begin as those of a server without kvcodec."""
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": LONG_ANSWER_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    pieces: list[str] = []
+    enough, ended = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    pieces.extend(choice["delta"].get("content") or "" for choice in json.loads(line[6:])["choices"])
+                if enough.is_set():
+                    return
+        ended.set()
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        wait_for(lambda: bool("".join(pieces)), "word of the answer to others")
+        yield
+        wait_for(lambda: len("".join(pieces)) >= len(answer), "first words of the answer to others")
+        assert not ended.is_set(), "the others were through before they could be in the way"
+    finally:
+        enough.set()
+        thread.join()
+    assert "".join(pieces).startswith(answer)
 
 
 def forget(server: SGLangProcess) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, wait_for, wait_up
+from integration.cluster import MODEL, PAGE_TOKENS, ask, forget, metric, others, wait_for, wait_up
 
 from sglang_kvcodec.errors import FormatError
 from sglang_kvcodec.format.namespace import PageKey
@@ -271,7 +271,13 @@ def stored_and_rated(fresh):
     return text, answer
 
 
-def test_what_turns_out_bad_after_an_early_admission_is_computed(fresh, stored_and_rated):
+def beside(cluster, are_others):
+    """Others are answered, or nobody is."""
+    return others(cluster.b, *cluster.clear_text()) if are_others else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("are_others", [False, True], ids=["alone", "beside others"])
+def test_what_turns_out_bad_after_an_early_admission_is_computed(fresh, stored_and_rated, are_others):
     text, answer = stored_and_rated
     # The last bytes that come.
     last = _last_page_hash(text)
@@ -283,11 +289,14 @@ def test_what_turns_out_bad_after_an_early_admission_is_computed(fresh, stored_a
     wait_up(fresh.b)
     early = metric(fresh.b, "kvcodec_early_admissions_total")
     failed = metric(fresh.b, "kvcodec_restore_failures_total", reason="arrival")
-    reply = ask(fresh.b, text)
+    ahead = metric(fresh.b, "kvcodec_ahead_restores_total", outcome="failed")
+    with beside(fresh, are_others):
+        reply = ask(fresh.b, text)
     assert reply.text == answer
     assert reply.cached.storage == 0
     assert metric(fresh.b, "kvcodec_early_admissions_total") == early + 1
     assert metric(fresh.b, "kvcodec_restore_failures_total", reason="arrival") == failed + 1
+    assert metric(fresh.b, "kvcodec_ahead_restores_total", outcome="failed") == ahead + are_others
     # It gets idle, and the page is stored anew.
     assert fresh.b.client.wait_published()
     forget(fresh.b)
@@ -297,20 +306,23 @@ def test_what_turns_out_bad_after_an_early_admission_is_computed(fresh, stored_a
     fresh.restart_peer()
 
 
+@pytest.mark.parametrize("are_others", [False, True], ids=["alone", "beside others"])
 @pytest.mark.parametrize("stop", ["kill", "pause"])
-def test_a_peer_that_goes_after_an_early_admission(fresh, stored_and_rated, stop):
+def test_a_peer_that_goes_after_an_early_admission(fresh, stored_and_rated, stop, are_others):
     text, answer = stored_and_rated
     fresh.restart_peer("50Mbps")
     wait_up(fresh.b)
     early = metric(fresh.b, "kvcodec_early_admissions_total")
     replies = []
     asking = threading.Thread(target=lambda: replies.append(ask(fresh.b, text)))
-    asking.start()
-    wait_for(
-        lambda: metric(fresh.b, "kvcodec_early_admissions_total") > early or not asking.is_alive(), "early admission"
-    )
-    os.kill(fresh.peer.pid, signal.SIGKILL if stop == "kill" else signal.SIGSTOP)
-    asking.join()
+    with beside(fresh, are_others):
+        asking.start()
+        wait_for(
+            lambda: metric(fresh.b, "kvcodec_early_admissions_total") > early or not asking.is_alive(),
+            "early admission",
+        )
+        os.kill(fresh.peer.pid, signal.SIGKILL if stop == "kill" else signal.SIGSTOP)
+        asking.join()
     assert replies[0].text == answer
     assert metric(fresh.b, "kvcodec_early_admissions_total") > early
     assert ask(fresh.b, text).text == answer

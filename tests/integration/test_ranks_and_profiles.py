@@ -5,9 +5,8 @@ import pathlib
 import sys
 
 import pytest
-from integration.cluster import ask, forget, metric, wait_up
+from integration.cluster import ask, forget, metric, others, wait_up
 from integration.test_failures import _bit_flipped, _is_computed, _tamper_at_one, _unrestorable
-from integration.test_restored_ahead import others
 
 from sglang_kvcodec.testing.processes import SGLangProcess
 

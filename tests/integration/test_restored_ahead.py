@@ -1,35 +1,14 @@
 """While others are answered, a request's pages are restored before it is in their batch. All words are right."""
 
-import contextlib
 import threading
 import time
 
 import pytest
-from integration.cluster import ask, forget, metric, wait_for, wait_up
+from integration.cluster import ask, forget, metric, others, wait_up
 from integration.test_both_ends import leave
 from integration.test_failures import _tamper, _unrestorable
 
 pytestmark = pytest.mark.sglang
-
-LONG_ANSWER_TOKENS = 500
-
-
-@contextlib.contextmanager
-def others(server, text, answer):
-    """Somebody is being answered at a server; the first words of it must be those of a server without kvcodec."""
-    replies = []
-
-    def answered():
-        message = [{"role": "user", "content": text}]
-        replies.append(server.client.chat(message, LONG_ANSWER_TOKENS, {"ignore_eos": True}))
-
-    thread = threading.Thread(target=answered)
-    thread.start()
-    wait_for(lambda: metric(server, "sglang:num_running_reqs") >= 1, "request that is answered")
-    yield
-    assert thread.is_alive(), "the others were through before they could be in the way"
-    thread.join()
-    assert replies[0].text.startswith(answer)
 
 
 def ahead(server, outcome):

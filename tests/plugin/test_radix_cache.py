@@ -27,7 +27,7 @@ def test_a_model_with_layers_of_other_kinds_is_refused_by_their_names(swa, ssm, 
 class Cache:
     """A cache as far as it knows of other ranks."""
 
-    _has_other_ranks = KVCodecRadixCache._has_other_ranks
+    has_other_ranks = KVCodecRadixCache.has_other_ranks
     smallest_of_ranks = KVCodecRadixCache.smallest_of_ranks
 
     def __init__(self, group_sizes=(), monkeypatch=None):
@@ -44,13 +44,13 @@ class Cache:
 @pytest.mark.parametrize(("sizes", "others"), [((), False), ((1, 1), False), ((1, 2), True), ((2, 1), True)])
 def test_other_ranks_are_asked_in_every_pass(sizes, others, monkeypatch):
     # They come to the collective whether there is news here or not.
-    assert Cache(sizes, monkeypatch)._has_other_ranks == others
+    assert Cache(sizes, monkeypatch).has_other_ranks == others
 
 
 def test_ranks_of_tensor_parallelism_alone():
     cache = Cache()
     cache.tp_world_size = 2
-    assert cache._has_other_ranks
+    assert cache.has_other_ranks
 
 
 def test_of_each_number_the_smallest_of_all_ranks_counts():
