@@ -2,7 +2,8 @@
 
 A forward pass waits for the layers of what its requests have hit, and with it waits every request of the batch. Where
 others use the model, and the restore takes longer than the pass has to compute, a request is kept out of the batch
-until all of its pages are in slots of their own. They are then taken into the tree as if another request had computed
+until all of its pages are in slots of their own; and where it is alone, but has next to nothing to compute, so that who
+comes meanwhile need not wait. They are then taken into the tree as if another request had computed
 them, and SGLang finds them there. Until then nothing knows of the slots: whatever goes wrong, the request goes on with
 what it would have had without.
 """
@@ -68,7 +69,7 @@ class AheadBook:
         ready_events: Callable[[], list[Any]],
         smallest_of_ranks: Callable[[Sequence[int]], list[int]],
         others_wait: Callable[[], bool],
-        holds_up: Callable[[Sequence[PageObject], int, int], bool],
+        holds_up: Callable[[Sequence[PageObject], int, int, bool], bool],
         in_host_memory: Callable[[Sequence[bytes]], list[PageObject] | None],
         on_bad_pages: Callable[[Sequence[PageObject]], None],
         on_restored: Callable[[Sequence[PageObject]], None],
@@ -85,8 +86,8 @@ class AheadBook:
             ready_events: device events after which slots that were just set aside may be written.
             smallest_of_ranks: the smallest of what all ranks give it at once, number by number.
             others_wait: whether there are requests that would wait with this one; the same on all ranks.
-            holds_up: whether a pass over the rest of a prompt would wait for the restore of these pages, given how many
-                tokens of it are there then and how many it has.
+            holds_up: whether a pass over the rest of a prompt would wait too long for the restore of these pages, given
+                how many tokens of it are there then, how many it has, and whether others would wait.
             in_host_memory: pages by their hashes; None if one is not there.
             on_bad_pages: told of pages that could not be restored.
             on_restored: told of pages before they are in the tree.
@@ -121,14 +122,15 @@ class AheadBook:
 
     def _offer(self, held: HeldRequest) -> tuple[int, int]:
         ticket = held.ticket
-        if held.key is None or not ticket.is_ready or ticket.tail is not None or not self._others_wait():
+        if held.key is None or not ticket.is_ready or ticket.tail is not None:
             return NOTHING
         in_memory = self._in_host_memory(held.before[held.device_pages :])
         if in_memory is None or not (in_memory or ticket.pages):
             return NOTHING
         self._offered[ticket.rid] = in_memory
         tokens = (held.start_page + len(ticket.pages)) * self._page_tokens
-        return -int(self._holds_up([*in_memory, *ticket.pages], tokens, ticket.prompt_tokens)), 1
+        pages = [*in_memory, *ticket.pages]
+        return -int(self._holds_up(pages, tokens, ticket.prompt_tokens, self._others_wait())), 1
 
     def agreed(self, request: Any, held: HeldRequest, pages: int, offer: Sequence[int]) -> bool:
         """All ranks have so many of the pages asked for; whether the request is to wait until they are restored.

@@ -78,7 +78,7 @@ class Intake:
         host_pages = self._cache.linker.hit_pages(request.rid)
         may_be_ahead = not self._is_pipeline and self._cache.has_one_component
         is_here = len(key) // self._page_tokens <= start_page
-        if is_here and not (host_pages and may_be_ahead and self.others_use_the_model()):
+        if is_here and not (host_pages and may_be_ahead):
             return
         hashes = tuple(bytes.fromhex(h) for h in get_storage_hash_str(key, None, page_size=self._page_tokens))
         lacking = hashes[start_page:]

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 MOST_WAIT_S, MOST_WAIT_SHARE = 0.01, 0.1
 """So long, or so much of what it computes, a forward pass that others share may wait for what is restored beside it."""
+LONG_WAIT_S, LITTLE_SHARE = 0.25, 0.05
+"""A pass of a request that is alone waits no longer than the first of these where it has less than the second of that
+to compute: whoever comes meanwhile would wait with it, and overlapping so little gains nothing."""
 NewAutoCalibration = Callable[[PeerTransport, Callable[[Calibration], None]], AutoCalibration]
 """Starts one, given where calibrations are kept and what to call with the one to use."""
 
@@ -211,19 +214,22 @@ class Runtime:
             return True
         return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)
 
-    def holds_up(self, pages: Sequence[PageObject], prefix_tokens: int, prompt_tokens: int) -> bool:
-        """Whether a forward pass over the rest of a prompt would wait for these pages; it does while nothing is known.
+    def holds_up(self, pages: Sequence[PageObject], prefix_tokens: int, prompt_tokens: int, are_others: bool) -> bool:
+        """Whether a forward pass over the rest of a prompt would wait for these pages for longer than others should.
 
         Args:
             pages: to be restored.
             prefix_tokens: of the prompt, that are there then.
             prompt_tokens: of the whole prompt.
+            are_others: whether somebody would wait with it; then it is too long while nothing is known.
         """
         restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
         if restore is None or prefill is None:
-            return True
+            return are_others
         waits, forward = waits_s(restore, prefill, len(pages), sum(map(len, pages)), prefix_tokens, prompt_tokens)
-        return waits > max(MOST_WAIT_S, MOST_WAIT_SHARE * forward)
+        if are_others:
+            return waits > max(MOST_WAIT_S, MOST_WAIT_SHARE * forward)
+        return waits > LONG_WAIT_S and forward < LITTLE_SHARE * waits
 
     def tiers(self) -> list[Tier]:
         """The tiers that pages are published in now, the best first; none while pages of old weights may be around.
