@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 SEGMENT_PAGES = 32
 """Pages per decode call: bounds decoded planes in memory, lets several threads share one request. A power of two."""
+GIVES_WAY = 1 << 40
+"""More than there will be restores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Restorer:
         self._lock = threading.Lock()
         self._order = itertools.count()
         self._ready: list[tuple[int, int, int, _Part]] = []
-        """A heap: the first restore's parts first, those of its first layers first among them, then in their order."""
+        """A heap: the first restore's parts first, those of its first layers first among them, then in their order.
+        Restores that are awaited go before all others."""
         self._in_use: collections.deque[tuple[DeviceEvent, torch.Tensor]] = collections.deque()
         """Slots that queued work still reads: torch's allocator knows nothing of a decoder's stream."""
         self._executor = ThreadPoolExecutor(threads, "kvcodec-restore", take_place)
@@ -116,6 +119,7 @@ class Restorer:
         on_layers: OnLayers,
         on_failure: Callable[[KVCodecError], None],
         after: Sequence[Any] = (),
+        is_awaited: bool = True,
     ) -> Restore:
         """Begins to restore; returns at once.
 
@@ -124,6 +128,7 @@ class Restorer:
             on_layers: called for each layer group in order, when it is sound and in the pool or on its way there.
             on_failure: called once instead of what is left, when no slot is written any more.
             after: device events to wait for before a slot is written, or the slots' numbers are read.
+            is_awaited: whether a forward pass waits for it; one that nobody waits for gives way to those.
         """
         spec = self._pool.spec
         segments = [
@@ -140,7 +145,7 @@ class Restorer:
             len(segments) * len(spec.sides),
             on_layers,
             on_failure,
-            next(self._order),
+            next(self._order) + (0 if is_awaited else GIVES_WAY),
             self._timeout_s,
             self._patience_s(len(segments)),
         )

@@ -152,7 +152,9 @@ class AheadBook:
             restorable.pages,
             slots,
             self._layers,
-            lambda jobs, on_layers, on_failure: self._restorer.start(jobs, on_layers, on_failure, ready),
+            lambda jobs, on_layers, on_failure: self._restorer.start(
+                jobs, on_layers, on_failure, ready, is_awaited=False
+            ),
         )
         self._entries[request.rid] = _Entry(request, restorable, restore, time.monotonic())
         return True

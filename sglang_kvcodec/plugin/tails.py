@@ -121,7 +121,11 @@ class TailBook:
         ready = self._ready_events()
         entry.set_aside_tokens = tokens
         tail.begin(
-            slots, first, lambda jobs, on_layers, on_failure: self._restorer.start(jobs, on_layers, on_failure, ready)
+            slots,
+            first,
+            lambda jobs, on_layers, on_failure: self._restorer.start(
+                jobs, on_layers, on_failure, ready, is_awaited=False
+            ),
         )
 
     def most_tokens(self, rid: str, prefix_tokens: int) -> int | None:

@@ -397,6 +397,31 @@ def test_parts_that_wait_for_a_thread_are_counted(start, gate):
     assert counted("kvcodec_queued_restore_parts") == 0
 
 
+def test_what_nobody_waits_for_gives_way(closing, gate):
+    pages, pool = Pages(GROUPED, "raw", NAMESPACE), KnownPool(GROUPED, 3)
+    began, decoded = threading.Event(), []
+
+    def before(decoding, group_index, side):
+        began.set()
+        gate.wait(LIMIT_S)
+        decoded.append(decoding[0].key.page_hash)
+
+    restorer = Restorer(pool.wrapped, lambda: ScriptedDecoder(new_decoder(GROUPED, "raw"), before), 1)
+    closing.callback(restorer.close)
+    outcomes = []
+    for name, is_awaited in ((0, False), (1, False), (2, True)):
+        outcomes.append(Outcome())
+        job = RestoreJob([pages.page(name)], pool.slots([name]))
+        restorer.start([job], outcomes[-1].on_layers, outcomes[-1].on_failure, is_awaited=is_awaited)
+        assert began.wait(LIMIT_S)
+    gate.set()
+    for outcome in outcomes:
+        assert outcome.wait() == [0, 1, 2]
+    # All but the part that was under way when it came. Three layer groups with two sides each.
+    expected = [hash_of(0), *[hash_of(2)] * 6, *[hash_of(0)] * 5, *[hash_of(1)] * 6]
+    assert decoded == expected
+
+
 class KernelInName:
     """Restores as the reference does, into the layers it is given."""
 

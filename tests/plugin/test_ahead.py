@@ -88,8 +88,9 @@ class Setup:
         pages = [self.host.get(page_hash) for page_hash in hashes]
         return None if None in pages else pages
 
-    def start(self, jobs, on_layers, on_failure, after):
+    def start(self, jobs, on_layers, on_failure, after, is_awaited):
         assert after == ["event"]
+        assert not is_awaited
         restore = types.SimpleNamespace(jobs=jobs, on_layers=on_layers, on_failure=on_failure, bad_pages=[])
         self.restores.append(restore)
         return restore

@@ -47,8 +47,9 @@ class Setup:
         )
         self.all_slots = set(self.cache.token_to_kv_pool_allocator.free_slots)
 
-    def start(self, jobs, on_layers, on_failure, after):
+    def start(self, jobs, on_layers, on_failure, after, is_awaited):
         assert after == ["event"]
+        assert not is_awaited
         restore = types.SimpleNamespace(jobs=jobs, on_layers=on_layers, on_failure=on_failure, bad_pages=[])
         self.restores.append(restore)
         return restore
