@@ -21,7 +21,6 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.ahead_restore import AheadRestore, Progress
-from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
 from sglang_kvcodec.plugin.held_requests import HeldRequest
@@ -63,15 +62,12 @@ class AheadBook:
         self,
         cache: Any,
         set_aside: SetAside,
-        restorer: Restorer,
         page_tokens: int,
         layers: int,
-        ready_events: Callable[[], list[Any]],
         smallest_of_ranks: Callable[[Sequence[int]], list[int]],
         others_wait: Callable[[], bool],
         holds_up: Callable[[Sequence[PageObject], int, int, bool], bool],
         in_host_memory: Callable[[Sequence[bytes]], list[PageObject] | None],
-        on_bad_pages: Callable[[Sequence[PageObject]], None],
         on_restored: Callable[[Sequence[PageObject]], None],
         tracer: Tracer,
     ) -> None:
@@ -79,38 +75,30 @@ class AheadBook:
 
         Args:
             cache: SGLang's tree, with its pools.
-            set_aside: where slots come from.
-            restorer: restores.
+            set_aside: gives slots, and restores into them.
             page_tokens: tokens of a page.
             layers: of this rank.
-            ready_events: device events after which slots that were just set aside may be written.
             smallest_of_ranks: the smallest of what all ranks give it at once, number by number.
             others_wait: whether there are requests that would wait with this one; the same on all ranks.
             holds_up: whether a pass over the rest of a prompt would wait too long for the restore of these pages, given
                 how many tokens of it are there then, how many it has, and whether others would wait.
             in_host_memory: pages by their hashes; None if one is not there.
-            on_bad_pages: told of pages that could not be restored.
             on_restored: told of pages before they are in the tree.
             tracer: told of restores.
         """
         self._cache = cache
         self._set_aside = set_aside
-        self._restorer = restorer
         self._page_tokens = page_tokens
         self._layers = layers
-        self._ready_events = ready_events
         self._smallest_of_ranks = smallest_of_ranks
         self._others_wait = others_wait
         self._holds_up = holds_up
         self._in_host_memory = in_host_memory
-        self._on_bad_pages = on_bad_pages
         self._on_restored = on_restored
         self._tracer = tracer
         self._offered: dict[str, list[PageObject]] = {}
         """Of each request that was offered last, what is in host memory of its start."""
         self._entries: dict[str, _Entry] = {}
-        self._closing: list[_Entry] = []
-        """Over, but slots of them may still be written."""
 
     def offers(self, several: Sequence[HeldRequest]) -> list[tuple[int, int]]:
         """What a rank thinks of restoring each request's pages ahead; of each number the smallest of all ranks counts.
@@ -147,15 +135,7 @@ class AheadBook:
         if slots is None:
             metrics.AHEAD_RESTORES.labels(outcome=NO_ROOM).inc()
             return False
-        ready = self._ready_events()
-        restore = AheadRestore(
-            restorable.pages,
-            slots,
-            self._layers,
-            lambda jobs, on_layers, on_failure: self._restorer.start(
-                jobs, on_layers, on_failure, ready, is_awaited=False
-            ),
-        )
+        restore = AheadRestore(restorable.pages, slots, self._layers, self._set_aside.restores())
         self._entries[request.rid] = _Entry(request, restorable, restore, time.monotonic())
         return True
 
@@ -188,7 +168,7 @@ class AheadBook:
                 over.append((entry.request, False))
             elif reached == Progress.FAILED:
                 # Before the request looks for what it can have instead.
-                self._blame(entry)
+                self._set_aside.blame(entry.restore)
                 self._close(entry, FAILED)
                 over.append((entry.request, True))
         return over
@@ -219,34 +199,16 @@ class AheadBook:
     def _close(self, entry: _Entry, outcome: str) -> None:
         del self._entries[entry.request.rid]
         metrics.AHEAD_RESTORES.labels(outcome=outcome).inc()
-        self._closing.append(entry)
-        self.reap()
-
-    def reap(self) -> None:
-        """Gives back the slots of what is over and written no more, on any rank: all have the same room."""
-        if not self._closing:
-            return
-        idle = self._smallest_of_ranks([int(entry.restore.is_idle) for entry in self._closing])
-        over = [entry for entry, is_idle in zip(self._closing, idle, strict=True) if is_idle]
-        self._closing = [entry for entry in self._closing if entry not in over]
-        for entry in over:
-            tokens = len(entry.restorable.pages) * self._page_tokens
-            self._set_aside.over(tokens, entry.restore.leftover())
-            self._blame(entry)
-
-    def _blame(self, entry: _Entry) -> None:
-        if entry.restore.bad_pages:
-            self._on_bad_pages(entry.restore.bad_pages)
+        self._set_aside.close(entry.restore, len(entry.restorable.pages) * self._page_tokens)
 
     @property
     def has_pending(self) -> bool:
         """Whether there are slots that only this knows of."""
-        return bool(self._entries or self._closing)
+        return bool(self._entries)
 
     def reset(self) -> None:
         """Waits until nothing is written any more and forgets all; the pool is about to be emptied."""
-        for entry in (*self._entries.values(), *self._closing):
+        for entry in self._entries.values():
             entry.restore.wait()
         self._offered.clear()
         self._entries.clear()
-        self._closing.clear()

@@ -62,6 +62,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
     _tails: TailBook | None = None
     _ahead: AheadBook | None = None
     _intake: Intake | None = None
+    _set_aside: SetAside | None = None
     _pipeline: PipelineAgreement | None = None
     """With the other stages of a pipeline; None without."""
     _unjudged: UnjudgedLoads | None = None
@@ -101,30 +102,21 @@ class KVCodecRadixCache(UnifiedRadixCache):
             uses_cache=self.pp_size == 1,
         )
         self._intake = Intake(self, runtime, self._linker, self._held, self.retries, self._passes, self.scheduler_time)
-        self._set_aside = SetAside(self)
+        self._set_aside = SetAside(
+            self, runtime.restorer, self._linker.slots_ready, self.smallest_of_ranks, self._linker.blame
+        )
         self._tails = TailBook(
-            self,
-            self._set_aside,
-            runtime.restorer,
-            self.page_size,
-            self._linker.slots_ready,
-            self.smallest_of_ranks,
-            self._linker.blame,
-            self._linker.note_joined,
-            runtime.tracer,
+            self, self._set_aside, self.page_size, self.smallest_of_ranks, self._linker.note_joined, runtime.tracer
         )
         self._ahead = AheadBook(
             self,
             self._set_aside,
-            runtime.restorer,
             self.page_size,
             kv_cache.layer_num,
-            self._linker.slots_ready,
             self.smallest_of_ranks,
             self._intake.others_use_the_model,
             runtime.holds_up,
             self._linker.in_host_memory,
-            self._linker.blame,
             self._linker.note_joined,
             runtime.tracer,
         )
@@ -228,12 +220,12 @@ class KVCodecRadixCache(UnifiedRadixCache):
         assert self._runtime is not None
         assert self._tails is not None
         assert self._ahead is not None
+        assert self._set_aside is not None
         for request, has_failed in self._ahead.ended():
             self._restored_ahead(request, has_failed)
         if self._held and (self.has_other_ranks or self._held.has_news(self._runtime.news)):
             self._held.agree(self.smallest_of_ranks, self._tails, self._ahead)
-        self._tails.reap()
-        self._ahead.reap()
+        self._set_aside.reap()
 
     def _restored_ahead(self, request: Any, has_failed: bool) -> None:
         """A request finds its pages on the device now, or goes on as one whose restore has failed in a batch."""
@@ -423,7 +415,7 @@ class KVCodecRadixCache(UnifiedRadixCache):
         """Whether slots are being read or written behind the tree's back, so that the server is not idle."""
         if self._linker.has_pending or self.linker.pending_offloads or self._unjudged:
             return True
-        return any(book is not None and book.has_pending for book in (self._tails, self._ahead))
+        return any(each is not None and each.has_pending for each in (self._tails, self._ahead, self._set_aside))
 
     def clear_storage_backend(self) -> bool:
         """Forgets the page objects in host memory; what the peer keeps is shared and stays."""
@@ -440,10 +432,9 @@ class KVCodecRadixCache(UnifiedRadixCache):
         self._held.clear()
         if self._intake is not None:
             self._intake.clear()
-        if self._tails is not None and self._ahead is not None:
-            self._tails.reset()
-            self._ahead.reset()
-            self._set_aside.clear()
+        for each in (self._tails, self._ahead, self._set_aside):
+            if each is not None:
+                each.reset()
         if self.linker is not None:
             # They end here without another word.
             self._settled_offloads += len(self.linker.pending_offloads)

@@ -16,7 +16,6 @@ from typing import Any
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import BOTH_ENDS
-from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject
@@ -51,11 +50,8 @@ class TailBook:
         self,
         cache: Any,
         set_aside: SetAside,
-        restorer: Restorer,
         page_tokens: int,
-        ready_events: Callable[[], list[Any]],
         smallest_of_ranks: Callable[[Sequence[int]], list[int]],
-        on_bad_pages: Callable[[Sequence[PageObject]], None],
         on_joined: Callable[[Sequence[PageObject]], None],
         tracer: Tracer,
     ) -> None:
@@ -63,27 +59,19 @@ class TailBook:
 
         Args:
             cache: SGLang's tree, with its pools.
-            set_aside: where slots come from.
-            restorer: restores.
+            set_aside: gives slots, and restores into them.
             page_tokens: tokens of a page.
-            ready_events: device events after which slots that were just set aside may be written.
             smallest_of_ranks: the smallest of what all ranks give it at once, number by number.
-            on_bad_pages: told of pages that could not be restored.
             on_joined: told of pages before a request has them.
             tracer: told of meetings.
         """
         self._cache = cache
         self._set_aside = set_aside
-        self._restorer = restorer
         self._page_tokens = page_tokens
-        self._ready_events = ready_events
         self._smallest_of_ranks = smallest_of_ranks
-        self._on_bad_pages = on_bad_pages
         self._on_joined = on_joined
         self._tracer = tracer
         self._entries: dict[str, _Entry] = {}
-        self._closing: list[_Entry] = []
-        """Over, but slots of them may still be written."""
 
     @staticmethod
     def offer(ticket: FetchTicket) -> tuple[int, int, int, int]:
@@ -118,15 +106,8 @@ class TailBook:
         if slots is None:
             self.close(rid, "no_room")
             return
-        ready = self._ready_events()
         entry.set_aside_tokens = tokens
-        tail.begin(
-            slots,
-            first,
-            lambda jobs, on_layers, on_failure: self._restorer.start(
-                jobs, on_layers, on_failure, ready, is_awaited=False
-            ),
-        )
+        tail.begin(slots, first, self._set_aside.restores())
 
     def most_tokens(self, rid: str, prefix_tokens: int) -> int | None:
         """How many tokens the next pass is to compute of the request; None for as many as SGLang likes."""
@@ -183,8 +164,7 @@ class TailBook:
         if entry is not None:
             entry.tail.close()
             self._count(outcome, entry.ticket, entry.tail)
-            self._closing.append(entry)
-            self.reap()
+            self._set_aside.close(entry.tail, entry.set_aside_tokens)
 
     def _count(self, outcome: str, ticket: FetchTicket, tail: Tail) -> None:
         metrics.MEETINGS.labels(outcome=outcome).inc()
@@ -192,31 +172,15 @@ class TailBook:
         if computed:
             metrics.MISSES.labels(reason=BOTH_ENDS).inc(computed)
 
-    def reap(self) -> None:
-        """Gives back the slots of tails that are over and written no more, on any rank: all have the same room."""
-        if not self._closing:
-            return
-        idle = self._smallest_of_ranks([int(entry.tail.is_idle) for entry in self._closing])
-        over = [entry for entry, is_idle in zip(self._closing, idle, strict=True) if is_idle]
-        self._closing = [entry for entry in self._closing if entry not in over]
-        for entry in over:
-            self._give_back(entry)
-
-    def _give_back(self, entry: _Entry) -> None:
-        self._set_aside.over(entry.set_aside_tokens, entry.tail.leftover())
-        if bad_pages := entry.tail.bad_pages:
-            self._on_bad_pages(bad_pages)
-
     @property
     def has_pending(self) -> bool:
         """Whether there are slots that only this knows of."""
-        return bool(self._entries or self._closing)
+        return bool(self._entries)
 
     def reset(self) -> None:
         """Waits until nothing is written any more and forgets all; the pool is about to be emptied."""
         for entry in self._entries.values():
             entry.tail.close()
-        for entry in (*self._entries.values(), *self._closing):
+        for entry in self._entries.values():
             entry.tail.wait()
         self._entries.clear()
-        self._closing.clear()

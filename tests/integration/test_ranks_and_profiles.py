@@ -3,9 +3,10 @@
 import concurrent.futures
 import pathlib
 import sys
+import threading
 
 import pytest
-from integration.cluster import ask, forget, metric, others, wait_up
+from integration.cluster import ask, forget, metric, others, wait_for, wait_up
 from integration.test_failures import _bit_flipped, _is_computed, _tamper_at_one, _unrestorable
 
 from sglang_kvcodec.testing.processes import SGLangProcess
@@ -87,6 +88,37 @@ def test_what_is_bad_at_one_rank_while_several_ask_for_it(fresh, two_ranks, dama
         forget(two_ranks)
     assert metric(two_ranks, "kvcodec_following_requests_total") > following
     assert two_ranks.alive
+
+
+def test_a_peer_that_goes_after_two_ranks_were_promised_pages(fresh, two_ranks):
+    text, answer = fresh.clear_text(pieces=3)
+    _store_forget_and_ask_again(two_ranks, text)
+    for _ in range(2):
+        forget(two_ranks)
+        assert ask(two_ranks, text).text == answer
+    forget(two_ranks)
+    fresh.stop_peer()
+    wait_for(lambda: metric(two_ranks, "kvcodec_peer_up") == 0, "sign of the loss")
+    fresh.start_peer("50Mbps")
+    wait_up(two_ranks)
+    early = metric(two_ranks, "kvcodec_early_admissions_total")
+    replies = []
+    asking = threading.Thread(target=lambda: replies.append(ask(two_ranks, text)))
+    asking.start()
+    # One of them first, and the request is admitted once both are.
+    wait_for(
+        lambda: metric(two_ranks, "kvcodec_early_admissions_total") > early or not asking.is_alive(), "early admission"
+    )
+    fresh.peer.kill()
+    asking.join()
+    assert replies[0].text == answer
+    assert metric(two_ranks, "kvcodec_early_admissions_total") > early
+    fresh.start_peer()
+    wait_up(two_ranks)
+    assert two_ranks.client.wait_published()
+    forget(two_ranks)
+    assert ask(two_ranks, text).text == answer
+    forget(two_ranks)
 
 
 @pytest.mark.parametrize("damage", [None, _unrestorable], ids=["sound", "unrestorable"])

@@ -1,8 +1,10 @@
-"""Stand-ins for SGLang's pool and tree, as far as those ask that set slots aside."""
+"""Stand-ins for SGLang's pool and tree and for a restorer, as far as those ask that set slots aside."""
 
 import types
 
 import torch
+
+from sglang_kvcodec.plugin.set_aside import SetAside
 
 
 class Allocator:
@@ -41,3 +43,21 @@ class Cache:
     def evict(self, params):
         self.evictable -= params.num_tokens
         self.token_to_kv_pool_allocator.free_slots += range(5000, 5000 + params.num_tokens)
+
+
+class Restorer:
+    """Keeps what it was asked for."""
+
+    def __init__(self):
+        self.restores = []
+
+    def start(self, jobs, on_layers, on_failure, after, is_awaited):
+        assert after == ["event"]
+        assert not is_awaited
+        restore = types.SimpleNamespace(jobs=jobs, on_layers=on_layers, on_failure=on_failure, bad_pages=[])
+        self.restores.append(restore)
+        return restore
+
+
+def set_aside(cache, restorer, smallest_of_ranks=list, on_bad_pages=lambda pages: None):
+    return SetAside(cache, restorer, lambda: ["event"], smallest_of_ranks, on_bad_pages)

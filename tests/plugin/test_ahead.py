@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from flow.flow_kit import Delta
-from plugin.pool_kit import Cache
+from plugin.pool_kit import Cache, Restorer, set_aside
 
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.prediction import Prefix
@@ -13,7 +13,6 @@ from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.plugin.ahead import AheadBook
 from sglang_kvcodec.plugin.held_requests import HeldRequests
-from sglang_kvcodec.plugin.set_aside import SetAside
 
 PAGE = 16
 DEVICE, HOST, FETCHED = 2, 3, 4
@@ -55,7 +54,8 @@ class Setup:
     def __init__(self, size=1000):
         self.tree = Tree(size)
         self.all_slots = size
-        self.restores, self.bad, self.taken_in = [], [], []
+        restorer = Restorer()
+        self.restores, self.bad, self.taken_in = restorer.restores, [], []
         self.busy, self.holds_up_for = True, None
         self.holds_up = True
         self.host = {page_hash: f"host {index}" for index, page_hash in enumerate(HASHES[:START])}
@@ -64,18 +64,16 @@ class Setup:
         self.request = Request()
         self.ticket = FetchTicket(HASHES[START:], START * PAGE, PROMPT_TOKENS, "r")
         self.told_of_tails = []
+        self.aside = set_aside(self.tree, restorer, self.smallest, self.bad.extend)
         self.book = AheadBook(
             self.tree,
-            SetAside(self.tree),
-            self,
+            self.aside,
             PAGE,
             4,
-            lambda: ["event"],
             self.smallest,
             lambda: self.busy,
             self._holds_up,
             self._in_host_memory,
-            self.bad.extend,
             self.taken_in.extend,
             Tracer(),
         )
@@ -87,13 +85,6 @@ class Setup:
     def _in_host_memory(self, hashes):
         pages = [self.host.get(page_hash) for page_hash in hashes]
         return None if None in pages else pages
-
-    def start(self, jobs, on_layers, on_failure, after, is_awaited):
-        assert after == ["event"]
-        assert not is_awaited
-        restore = types.SimpleNamespace(jobs=jobs, on_layers=on_layers, on_failure=on_failure, bad_pages=[])
-        self.restores.append(restore)
-        return restore
 
     def smallest(self, mine):
         others = self.others.pop(0) if self.others else mine
@@ -117,7 +108,11 @@ class Setup:
         return "r" in self.held.waiting_rids
 
     @property
-    def set_aside(self):
+    def has_pending(self):
+        return self.book.has_pending or self.aside.has_pending
+
+    @property
+    def slots_aside(self):
         return self.all_slots - len(self.tree.token_to_kv_pool_allocator.free_slots) - len(self.tree.branch)
 
 
@@ -141,21 +136,21 @@ def test_what_the_device_lacks_is_restored_and_then_in_the_tree(setup, delta):
     assert setup.holds_up_for == (PAGES, (START + FETCHED) * PAGE, PROMPT_TOKENS, True)
     (job,) = setup.restores[0].jobs
     assert list(job.pages) == PAGES
-    assert setup.set_aside == job.slots.numel() == len(PAGES) * PAGE
+    assert setup.slots_aside == job.slots.numel() == len(PAGES) * PAGE
     # It is asked no more while it waits.
     searched = setup.tree.searched
     setup.agree()
     assert setup.book.ended() == []
     assert setup.tree.searched == searched
-    assert setup.book.has_pending
+    assert setup.has_pending
 
     setup.restores[0].on_layers(LAST_GROUP, [])
     before = setup.tree.branch
     assert setup.book.ended() == [(setup.request, False)]
     assert setup.tree.branch.tolist() == [*before.tolist(), *job.slots.tolist()]
     assert setup.taken_in == PAGES
-    assert not setup.book.has_pending
-    assert setup.set_aside == 0
+    assert not setup.has_pending
+    assert setup.slots_aside == 0
     assert delta("kvcodec_ahead_restores_total", outcome="restored") == 1
     setup.held.restored(setup.request)
     assert not setup.waits
@@ -182,7 +177,7 @@ def test_it_goes_on_as_ever(setup, why, delta):
     setup.agree()
     assert not setup.waits
     assert not setup.restores
-    assert not setup.book.has_pending
+    assert not setup.has_pending
     assert len(setup.told_of_tails) == 1
     assert delta("kvcodec_ahead_restores_total", outcome="no_room") == (why == "no room")
 
@@ -196,7 +191,7 @@ def test_what_another_request_has_computed_meanwhile_stays(setup):
     setup.book.ended()
     assert setup.tree.branch[: len(there)].tolist() == there.tolist()
     assert len(setup.tree.branch) == (START + FETCHED) * PAGE
-    assert setup.set_aside == 0
+    assert setup.slots_aside == 0
 
 
 def test_what_was_on_the_device_before_may_be_evicted(setup, delta):
@@ -208,7 +203,7 @@ def test_what_was_on_the_device_before_may_be_evicted(setup, delta):
     setup.restores[0].on_layers(LAST_GROUP, [])
     assert setup.book.ended() == [(setup.request, False)]
     assert len(setup.tree.branch) == PAGE
-    assert setup.set_aside == 0
+    assert setup.slots_aside == 0
     assert delta("kvcodec_ahead_restores_total", outcome="prefix_evicted") == 1
 
 
@@ -238,7 +233,7 @@ def test_one_that_fails_is_told_of_and_its_pages_before_it_looks_for_others(setu
     setup.restores[0].on_failure(RuntimeError())
     assert setup.book.ended() == [(setup.request, True)]
     assert "fetched 1" in setup.bad
-    assert setup.set_aside == 0
+    assert setup.slots_aside == 0
     assert not setup.taken_in
     assert delta("kvcodec_ahead_restores_total", outcome="failed") == 1
 
@@ -256,9 +251,9 @@ def test_ranks_go_on_together(setup):
     assert setup.book.ended() == []
     assert setup.book.ended() == [(setup.request, True)]
     # A third one may still write.
-    assert setup.book.has_pending
-    setup.book.reap()
-    assert not setup.book.has_pending
+    assert setup.has_pending
+    setup.aside.reap()
+    assert not setup.has_pending
 
 
 def test_a_rank_that_can_t_keeps_all_from_it(setup):
@@ -277,11 +272,11 @@ def test_slots_of_a_request_that_is_gone_are_given_back_when_nothing_writes_to_t
     setup.book.close("r")
     setup.book.close("r")
     assert setup.book.ended() == []
-    assert setup.set_aside == len(PAGES) * PAGE
+    assert setup.slots_aside == len(PAGES) * PAGE
     setup.restores[0].on_layers(LAST_GROUP, [])
-    setup.book.reap()
-    assert setup.set_aside == 0
-    assert not setup.book.has_pending
+    setup.aside.reap()
+    assert setup.slots_aside == 0
+    assert not setup.has_pending
     assert delta("kvcodec_ahead_restores_total", outcome="gone") == 1
 
 
@@ -290,4 +285,4 @@ def test_a_flush_waits_for_what_is_written(setup):
     setup.agree()
     setup.restores[0].on_layers(LAST_GROUP, [])
     setup.book.reset()
-    assert not setup.book.has_pending
+    assert not setup.has_pending

@@ -4,14 +4,14 @@ import types
 
 import pytest
 from flow.flow_kit import Delta
-from plugin.pool_kit import Cache
+from plugin.pool_kit import Cache, Restorer, set_aside
 
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import BOTH_ENDS
 from sglang_kvcodec.flow.prediction import Prefix
 from sglang_kvcodec.flow.tail import Tail
 from sglang_kvcodec.flow.trace import Tracer
-from sglang_kvcodec.plugin.set_aside import MAX_POOL_SHARE, SetAside
+from sglang_kvcodec.plugin.set_aside import MAX_POOL_SHARE
 from sglang_kvcodec.plugin.tails import NO_TAIL, TailBook
 
 PAGE = 16
@@ -24,18 +24,17 @@ GROUP = types.SimpleNamespace(index=0)
 class Setup:
     def __init__(self, size=1000):
         self.cache = Cache(size)
-        self.restores = []
+        restorer = Restorer()
+        self.restores = restorer.restores
         self.bad, self.joined = [], []
         self.others = None
         self.others_idle = 1
+        self.aside = set_aside(self.cache, restorer, self.smallest, self.bad.extend)
         self.book = TailBook(
             self.cache,
-            SetAside(self.cache),
-            self,
+            self.aside,
             PAGE,
-            lambda: ["event"],
             self.smallest,
-            self.bad.extend,
             self.joined.append,
             Tracer(),
         )
@@ -46,13 +45,6 @@ class Setup:
             rid="r", kv=types.SimpleNamespace(req_pool_idx=7), extend_end=0, cached_tokens_storage=0
         )
         self.all_slots = set(self.cache.token_to_kv_pool_allocator.free_slots)
-
-    def start(self, jobs, on_layers, on_failure, after, is_awaited):
-        assert after == ["event"]
-        assert not is_awaited
-        restore = types.SimpleNamespace(jobs=jobs, on_layers=on_layers, on_failure=on_failure, bad_pages=[])
-        self.restores.append(restore)
-        return restore
 
     def smallest(self, mine):
         if len(mine) == 1:
@@ -77,6 +69,10 @@ class Setup:
         self.req.extend_end = (START + until_page) * PAGE
         self.book.launched("r", self.req.extend_end, is_last=False)
         return self.book.join(self.req, self.req.extend_end)
+
+    @property
+    def has_pending(self):
+        return self.book.has_pending or self.aside.has_pending
 
     @property
     def free(self):
@@ -107,7 +103,7 @@ def test_a_request_goes_on_behind_what_is_restored(setup, delta):
     assert len(setup.joined[0]) == 4
     # The others are free again: two pages were computed as well, and what lies below them was not fetched.
     assert setup.free == setup.all_slots - set(slots)
-    assert not setup.book.has_pending
+    assert not setup.has_pending
     assert delta("kvcodec_joined_tokens_total") == 4 * PAGE
     assert delta("kvcodec_meetings_total", outcome="joined") == 1
     assert delta("kvcodec_misses_total", reason=BOTH_ENDS) == PAGES - 4
@@ -174,13 +170,13 @@ def test_slots_are_given_back_when_nothing_writes_to_them_any_more(setup, is_res
         setup.land(5, 5)
     setup.book.close("r")
     assert delta("kvcodec_meetings_total", outcome="gone") == 1
-    setup.book.reap()
-    assert setup.book.has_pending == is_restoring
+    setup.aside.reap()
+    assert setup.has_pending == is_restoring
     if is_restoring:
         assert setup.free != setup.all_slots
         setup.restores[0].on_layers(GROUP, [])
-        setup.book.reap()
-    assert not setup.book.has_pending
+        setup.aside.reap()
+    assert not setup.has_pending
     assert setup.free == setup.all_slots
 
 
@@ -212,7 +208,7 @@ def test_the_prompt_has_room_beside_its_tail(size, evictable, fits, delta):
     setup.cache.evictable = evictable
     setup.begin()
     assert delta("kvcodec_meetings_total", outcome="no_room") == (not fits)
-    assert setup.book.has_pending == fits
+    assert setup.has_pending == fits
 
 
 def test_tails_have_a_share_of_the_pool_at_most(delta):
@@ -227,7 +223,7 @@ def test_a_flush_waits_for_restores_and_forgets_all(setup):
     setup.begin()
     setup.restored(5, 5)
     setup.book.reset()
-    assert not setup.book.has_pending
+    assert not setup.has_pending
     assert setup.tail.stop.is_set()
     assert setup.book.join(setup.req, 6 * PAGE) == 6 * PAGE
 
@@ -236,10 +232,10 @@ def test_all_ranks_give_slots_back_at_once(setup):
     setup.begin()
     setup.others_idle = 0
     setup.book.close("r")
-    setup.book.reap()
+    setup.aside.reap()
     assert setup.free != setup.all_slots
-    assert setup.book.has_pending
+    assert setup.has_pending
     setup.others_idle = 1
-    setup.book.reap()
+    setup.aside.reap()
     assert setup.free == setup.all_slots
-    assert not setup.book.has_pending
+    assert not setup.has_pending
