@@ -101,6 +101,7 @@ class Fetcher:
         prompt_tokens: int | None = None,
         rid: str = "",
         may_compute: bool = False,
+        are_others: bool = False,
     ) -> FetchTicket:
         """Begins to fetch; returns at once. The ticket may already be done.
 
@@ -111,6 +112,7 @@ class Fetcher:
             prompt_tokens: of the whole prompt; None if it ends one token after them.
             rid: of the request, for the trace.
             may_compute: the model is free to compute the start of the prefix while the end is fetched.
+            are_others: others use the model.
         """
         if prompt_tokens is None:
             prompt_tokens = tokens_before + len(page_hashes) * self._page_tokens + 1
@@ -128,6 +130,7 @@ class Fetcher:
             prefix = Prefix((), self._page_tokens, tokens_before, prompt_tokens)
             flight = Flight(Stage(LOOKUP, ticket.start_s, prefix), functools.partial(self._endings.overtaken, ticket))
             flight.may_turn = may_compute and not self._always
+            flight.are_others = are_others
             self._pacer.add(flight)
             self._lookups.submit(self._run_lookup, ticket, tuple(tiers), flight)
         return ticket

@@ -148,6 +148,8 @@ class Flight:
         """Of the tier that is fetched; empty where there is one only."""
         self.may_turn = False
         """As of :class:`Stage`."""
+        self.are_others = False
+        """Whether others used the model when the request came."""
         self.queued_bytes = 0
         """What it will receive, while it is planned and no thread is free for it."""
         self.given_up_at_bytes_per_s: float | None = None
@@ -333,4 +335,4 @@ def _beside(flight: Flight, known: Knowledge, missing: Mapping[Flight, int]) -> 
         for other, size in missing.items()
         if other is not flight and (flight.phase == LOOKUP or other.phase != LOOKUP)
     ]
-    return dataclasses.replace(known, others_bytes=others_bytes)
+    return dataclasses.replace(known, others_bytes=others_bytes, are_others=flight.are_others)

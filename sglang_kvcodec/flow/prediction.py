@@ -12,6 +12,9 @@ when all has landed, ``ttft(k) = fetch(k) + after(k)``. Where it is admitted so 
 
     ttft(k) = max(landed(k), round trip + after(k))
 
+Where others use the model, a request whose forward pass would wait for its restore waits outside of their batch until
+it is over (``plugin/ahead.py``): then ``after(k) = restore(k) + forward(k)``.
+
 ``landed(k)`` hangs on two moments of the fetch. When the last byte has landed, its part has yet to be restored and the
 last layers to be computed; when the first layer group of the last block has, the forward pass can begin, and the
 restore of the last segment. Waiting for other prefills is left out: it comes on top of either.
@@ -23,9 +26,18 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_kvcodec.flow.blocks import Floats, Ints, in_blocks, overlappable_s
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+
+Bools = npt.NDArray[np.bool_]
+
+MOST_WAIT_S, MOST_WAIT_SHARE = 0.01, 0.1
+"""So long, or so much of what it computes, a forward pass that others share may wait for what is restored beside it."""
+LONG_WAIT_S, LITTLE_SHARE = 0.25, 0.05
+"""A pass of a request that is alone waits no longer than the first of these where it has less than the second of that
+to compute: whoever comes meanwhile would wait with it, and overlapping so little gains nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Knowledge:
         overlaps: whether a request is admitted before all has landed, where enough is known to tell when.
         message_bytes: that come at once; 0 where that is not known.
         link_shortfall: share by which the link was slower at times; None where that is not known.
+        are_others: whether others use the model.
     """
 
     round_trip_s: float
@@ -73,6 +86,7 @@ class Knowledge:
     overlaps: bool = False
     message_bytes: float = 0.0
     link_shortfall: float | None = None
+    are_others: bool = False
 
 
 NOTHING_KNOWN = Knowledge(0.0, None, (), None, None)
@@ -114,11 +128,12 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
     segments = -(-pages // restore.segment_pages)
     work_s = (segments * restore.parts * restore.part_s + coded_bytes * restore.byte_s) / restore.threads
     restore_s = np.where(pages > 0, work_s + np.maximum(0.0, restore.queued_s - fetch_s), 0.0)
-    after_s = np.maximum(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    is_ahead = _is_ahead(restore_s, forward_s, groups, known.are_others)
+    after_s = _after_s(restore_s, forward_s, groups, is_ahead)
     ttft_s = fetch_s + after_s
     if known.overlaps and known.bytes_per_s is not None and known.prefill is not None:
         queued_s = np.maximum(known.round_trip_s, restore.queued_s)
-        at_once_s = queued_s + np.maximum(work_s + forward_s / groups, work_s / groups + forward_s)
+        at_once_s = queued_s + _after_s(work_s, forward_s, groups, is_ahead)
         segment_bytes = coded_bytes * np.minimum(1.0, restore.segment_pages / np.maximum(1, pages))
         overlap_s = overlappable_s(after_s, fetch_s, forward_s[0])
         blocks, last_share = in_blocks(
@@ -127,20 +142,39 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         # Each is asked for when the one before it has come.
         fetch_s += known.round_trip_s * (blocks - 1)
         first_group_s = fetch_s * (1 - last_share * (1 - 1 / groups))
-        landed_s = _landed_s(fetch_s, first_group_s, segment_bytes, forward_s, restore)
+        landed_s = _landed_s(fetch_s, first_group_s, segment_bytes, forward_s, restore, is_ahead)
         ttft_s = np.where(pages > 0, np.minimum(ttft_s, np.maximum(landed_s, at_once_s)), ttft_s)
     return Prediction(fetch_s, restore_s, forward_s, after_s, ttft_s)
 
 
+def _is_ahead(restore_s: Floats, forward_s: Floats, groups: int, are_others: bool) -> Bools:
+    """Whether the restore ends before the forward pass begins: others would have to wait for it."""
+    waits_s = np.maximum(restore_s + forward_s / groups, restore_s / groups + forward_s) - forward_s
+    if are_others:
+        return waits_s > np.maximum(MOST_WAIT_S, MOST_WAIT_SHARE * forward_s)
+    return (waits_s > LONG_WAIT_S) & (forward_s < LITTLE_SHARE * waits_s)
+
+
+def _after_s(restore_s: Floats, forward_s: Floats, groups: int, is_ahead: Bools) -> Floats:
+    """Restore and forward pass, one after the other or one layer group behind it."""
+    together_s = np.maximum(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    return np.where(is_ahead, restore_s + forward_s, together_s)
+
+
 def _landed_s(
-    fetch_s: Floats, first_group_s: Floats, segment_bytes: Floats, forward_s: Floats, restore: RestoreModel
+    fetch_s: Floats,
+    first_group_s: Floats,
+    segment_bytes: Floats,
+    forward_s: Floats,
+    restore: RestoreModel,
+    is_ahead: Bools,
 ) -> Floats:
     """First token, as far as it hangs on when bytes land: the last one, and the first layer group of the last block."""
     groups = restore.layer_groups
     last_part_s = restore.part_s + segment_bytes / restore.parts * restore.byte_s
     segment_s = (restore.parts * restore.part_s + segment_bytes * restore.byte_s) / restore.threads
-    after_first_s = np.maximum(segment_s + forward_s / groups, segment_s / groups + forward_s)
-    after_last_s: Floats = fetch_s + last_part_s + forward_s / groups
+    after_first_s = _after_s(segment_s, forward_s, groups, is_ahead)
+    after_last_s: Floats = fetch_s + last_part_s + np.where(is_ahead, forward_s, forward_s / groups)
     # A layer group that is there already keeps nobody waiting.
     return np.where(first_group_s > 0, np.maximum(after_last_s, first_group_s + after_first_s), after_last_s)
 
@@ -195,7 +229,9 @@ def predict_rest(
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     prefill_s, forward_s = _forward_s(prefix, prefill, np.array([0, pages])).tolist()
     groups = restore.layer_groups
-    after_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
+    restores_s, forwards_s = np.array([restore_s]), np.array([forward_s])
+    is_ahead = _is_ahead(restores_s, forwards_s, groups, known.are_others)
+    after_s = float(_after_s(restores_s, forwards_s, groups, is_ahead)[0])
     if missing_bytes <= 0:
         return Rest(landing_s, 0.0, after_s)
     if last_block_bytes is None:
@@ -215,7 +251,7 @@ def predict_rest(
     first_group_s = landing_s * (1 - later_bytes / missing_bytes)
     segment_bytes = np.array([coded_bytes * min(1.0, restore.segment_pages / pages)])
     landed_s = _landed_s(
-        np.array([landing_s]), np.array([first_group_s]), segment_bytes, np.array([forward_s]), restore
+        np.array([landing_s]), np.array([first_group_s]), segment_bytes, forwards_s, restore, is_ahead
     )[0]
     return Rest(landing_s, float(landed_s), after_s)
 
@@ -251,10 +287,16 @@ def restoring_pays(
     return hit_s <= prefill.seconds(page_tokens + 1, 0)
 
 
-def waits_s(
-    restore: RestoreModel, prefill: PrefillModel, pages: int, coded_bytes: int, prefix_tokens: int, prompt_tokens: int
-) -> tuple[float, float]:
-    """How long a forward pass over the rest of a prompt waits for what is restored beside it, and how long it computes.
+def holds_up(
+    restore: RestoreModel,
+    prefill: PrefillModel,
+    pages: int,
+    coded_bytes: int,
+    prefix_tokens: int,
+    prompt_tokens: int,
+    are_others: bool,
+) -> bool:
+    """Whether a forward pass over the rest of a prompt would wait for its restore for longer than others should.
 
     Args:
         restore: what decoding and restoring take.
@@ -263,11 +305,8 @@ def waits_s(
         coded_bytes: of all of them.
         prefix_tokens: of the prompt, that are there then.
         prompt_tokens: of the whole prompt.
-
-    Returns:
-        Seconds of both.
+        are_others: whether somebody would wait with it, or may come.
     """
     forward_s = prefill.seconds(max(1, prompt_tokens - prefix_tokens), prefix_tokens)
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
-    groups = restore.layer_groups
-    return max(restore_s + forward_s / groups, restore_s / groups + forward_s) - forward_s, forward_s
+    return bool(_is_ahead(np.array([restore_s]), np.array([forward_s]), restore.layer_groups, are_others)[0])

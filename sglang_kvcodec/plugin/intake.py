@@ -96,7 +96,13 @@ class Intake:
         missing, tokens_before = wanted[len(kept) :], (start_page + len(kept)) * self._page_tokens
         if not self._is_pipeline or (tiers and missing):
             ticket = self._runtime.fetcher.start(
-                tiers, missing, tokens_before, prompt_tokens, request.rid, self._may_compute()
+                tiers,
+                missing,
+                tokens_before,
+                prompt_tokens,
+                request.rid,
+                self._may_compute(),
+                may_be_ahead and self.others_use_the_model(),
             )
         else:
             # All stages of a pipeline hold the same requests, whatever each has to do for them.

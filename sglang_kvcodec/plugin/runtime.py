@@ -20,7 +20,7 @@ from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.prediction import restoring_pays, waits_s
+from sglang_kvcodec.flow.prediction import holds_up, restoring_pays
 from sglang_kvcodec.flow.publisher import Publisher
 from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
@@ -41,11 +41,6 @@ from sglang_kvcodec.video import DecoderSource, EncoderSource, open_decoders, op
 
 logger = logging.getLogger(__name__)
 
-MOST_WAIT_S, MOST_WAIT_SHARE = 0.01, 0.1
-"""So long, or so much of what it computes, a forward pass that others share may wait for what is restored beside it."""
-LONG_WAIT_S, LITTLE_SHARE = 0.25, 0.05
-"""A pass of a request that is alone waits no longer than the first of these where it has less than the second of that
-to compute: whoever comes meanwhile would wait with it, and overlapping so little gains nothing."""
 NewAutoCalibration = Callable[[PeerTransport, Callable[[Calibration], None]], AutoCalibration]
 """Starts one, given where calibrations are kept and what to call with the one to use."""
 
@@ -226,10 +221,8 @@ class Runtime:
         restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
         if restore is None or prefill is None:
             return are_others
-        waits, forward = waits_s(restore, prefill, len(pages), sum(map(len, pages)), prefix_tokens, prompt_tokens)
-        if are_others:
-            return waits > max(MOST_WAIT_S, MOST_WAIT_SHARE * forward)
-        return waits > LONG_WAIT_S and forward < LITTLE_SHARE * waits
+        coded_bytes = sum(map(len, pages))
+        return holds_up(restore, prefill, len(pages), coded_bytes, prefix_tokens, prompt_tokens, are_others)
 
     def tiers(self) -> list[Tier]:
         """The tiers that pages are published in now, the best first; none while pages of old weights may be around.

@@ -8,7 +8,7 @@ import pytest
 from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
-from sglang_kvcodec.flow import blocks, early_admission, exploring, planner
+from sglang_kvcodec.flow import blocks, early_admission, exploring, fetch_planning, planner
 from sglang_kvcodec.flow import fetcher as fetcher_module
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
@@ -69,11 +69,11 @@ class Setup:
         for size in (1000, 10_000, 100_000):
             self.rates.restore.part_ended(size, size / 2 * byte_s)
 
-    def start(self):
-        return self.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of(name) for name in NAMES], rid="r")
+    def start(self, **given):
+        return self.fetcher.start([Tier("raw", (NAMESPACE,))], [hash_of(name) for name in NAMES], rid="r", **given)
 
-    def fetch(self):
-        ticket = self.start()
+    def fetch(self, **given):
+        ticket = self.start(**given)
         assert ticket.wait(LIMIT_S)
         return ticket
 
@@ -97,6 +97,19 @@ def test_nothing_known_is_fetched_to_learn(setup, delta):
     assert ticket.plan.reason == "learning"
     assert delta("kvcodec_plans_total", reason="learning") == 1
     assert setup.rates.link.round_trip_s > 0
+
+
+@pytest.mark.parametrize("are_others", [False, True])
+def test_plans_know_whether_others_use_the_model(setup, monkeypatch, are_others):
+    known = []
+    plan = fetch_planning.plan_tiers
+    monkeypatch.setattr(
+        fetch_planning,
+        "plan_tiers",
+        lambda choices, *args: known.extend(choice.known for choice in choices) or plan(choices, *args),
+    )
+    setup.fetch(are_others=are_others)
+    assert [each.are_others for each in known] == [are_others]
 
 
 def test_a_fast_link_is_used(setup, delta):

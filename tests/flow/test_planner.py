@@ -25,7 +25,15 @@ from sglang_kvcodec.flow.planner import (
     plan_fetch,
     plan_tiers,
 )
-from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict, restoring_pays, waits_s
+from sglang_kvcodec.flow.prediction import (
+    NOTHING_KNOWN,
+    Knowledge,
+    Prefix,
+    holds_up,
+    predict,
+    predict_rest,
+    restoring_pays,
+)
 from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
 
 
@@ -161,16 +169,45 @@ def test_pages_in_host_memory_are_restored_if_that_is_not_slower():
     assert not restoring_pays(RestoreModel(0, 1e-7, 10, 32, 2, 5, queued_s=1), prefill, 10, 700_000, 640)
 
 
-def test_a_pass_waits_for_what_it_has_not_hidden_of_a_restore():
-    # Five layer groups; a token takes a tenth of a millisecond to compute, a page ten to restore.
-    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 5)
-    # Restoring is what takes long: all of it but what is computed beside, the last group's layers come after it.
-    assert waits_s(restore, prefill, 20, 200_000, 1280, 1280 + 1000) == pytest.approx((0.2 + 0.02 - 0.1, 0.1))
-    # Computing is: the first group has to be there.
-    assert waits_s(restore, prefill, 4, 40_000, 256, 256 + 1000) == pytest.approx((0.04 / 5, 0.1))
-    # What is before it in the queue is waited for as well; one token is always computed.
-    queued = RestoreModel(0, 1e-6, 10, 32, 1, 5, queued_s=0.3)
-    assert waits_s(queued, prefill, 4, 40_000, 256, 256) == pytest.approx((0.34 + 1e-4 / 5 - 1e-4, 1e-4))
+def test_others_are_not_to_wait_for_a_restore_unless_it_is_over_at_once():
+    # Four layer groups; a token takes a tenth of a millisecond to compute, a page ten to restore.
+    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 4)
+
+    def holds(pages, new_tokens, are_others=True, queued_s=0.0):
+        queued = dataclasses.replace(restore, queued_s=queued_s)
+        return holds_up(queued, prefill, pages, 10_000 * pages, 640, 640 + new_tokens, are_others)
+
+    # 40 ms of restoring: a quarter of it before the pass can begin, of which it takes a tenth of its own time.
+    assert not holds(4, 1000)
+    assert holds(4, 300)
+    assert holds(4, 1000, queued_s=0.1)
+    # A hundredth of a second is nothing.
+    assert not holds(1, 1)
+    # Where nobody is there: overlapping ten milliseconds with a second gains nothing, a tenth of a second does.
+    assert holds(100, 100, are_others=False)
+    assert not holds(100, 1000, are_others=False)
+    # A quarter of a second is not long.
+    assert not holds(25, 1, are_others=False)
+
+
+def test_beside_others_the_restore_is_over_before_the_forward_pass_begins():
+    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 4)
+    stored = Prefix([10_000] * 20, 64, 0, 20 * 64 + 500)
+    alone = Knowledge(0.0, 1e12, (), restore, prefill, overlaps=True)
+    beside = dataclasses.replace(alone, are_others=True)
+    # 0.2 s of restoring, 0.05 s of computing the rest.
+    assert predict(stored, alone).ttft_s[-1] == pytest.approx(0.2 + 0.05 / 4)
+    assert predict(stored, beside).ttft_s[-1] == pytest.approx(0.2 + 0.05)
+    assert predict(stored, beside).ttft_s[0] == predict(stored, alone).ttft_s[0]
+    # Computing all takes 0.178 s.
+    assert plan_fetch(stored, beside, PLENTY).pages < 20
+    # Over a link that takes longer than that: the last part is restored when it has come, and then all is computed.
+    slow = [dataclasses.replace(known, bytes_per_s=200_000.0) for known in (alone, beside)]
+    last_part_s = 10_000 * 20 / 10 * 1e-6
+    assert predict(stored, slow[1]).ttft_s[-1] >= 1 + last_part_s + 0.05
+    rests = [predict_rest(stored, 100_000, known, 0.0, 100_000) for known in slow]
+    assert rests[1].landed_s - rests[0].landed_s == pytest.approx(0.05 * 3 / 4, abs=1e-3)
+    assert rests[1].after_s - rests[0].after_s == pytest.approx(0.05 * 3 / 4)
 
 
 # ---- properties ----

@@ -134,33 +134,15 @@ def test_what_is_counted_by_tier_is_shown_before_the_first_event(start):
         assert counted(f"kvcodec_{name}_total", tier="high") is not None
 
 
-def test_others_are_not_to_wait_for_a_restore_unless_it_is_over_at_once(start):
+def test_while_nothing_is_known_of_a_restore_it_is_the_pages_that_wait_if_others_are_there(start):
     runtime = start().runtime
     pages = [bytes(10_000)] * 4
-    # While nothing is known, it is the pages that wait.
     assert runtime.holds_up(pages, 64, 600, True)
     assert not runtime.holds_up(pages, 64, 600, False)
-    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 4)
-    runtime.rates.prefill.model = lambda refit: prefill
-    runtime.rates.restore.model = lambda refit: restore
-    # 40 ms of restoring: a quarter of it before the pass can begin, of which it takes a tenth of its own time.
+    runtime.rates.prefill.model = lambda refit: PrefillModel(0, 1e-4, 0)
+    runtime.rates.restore.model = lambda refit: RestoreModel(0, 1e-6, 10, 32, 1, 4)
     assert not runtime.holds_up(pages, 64, 64 + 1000, True)
     assert runtime.holds_up(pages, 64, 64 + 300, True)
-    # A hundredth of a second is nothing.
-    assert not runtime.holds_up(pages[:1], 64, 64 + 1, True)
-
-
-def test_one_that_is_alone_waits_where_who_comes_would_wait_long_for_nothing(start):
-    runtime = start().runtime
-    prefill, restore = PrefillModel(0, 1e-4, 0), RestoreModel(0, 1e-6, 10, 32, 1, 4)
-    runtime.rates.prefill.model = lambda refit: prefill
-    runtime.rates.restore.model = lambda refit: restore
-    # A second of restoring: overlapping ten milliseconds gains nothing, a tenth of a second does.
-    pages = [bytes(10_000)] * 100
-    assert runtime.holds_up(pages, 6400, 6400 + 100, False)
-    assert not runtime.holds_up(pages, 6400, 6400 + 1000, False)
-    # A quarter of a second is not long.
-    assert not runtime.holds_up(pages[:25], 6400, 6400 + 1, False)
 
 
 class FakeDecoders:
