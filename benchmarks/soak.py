@@ -173,6 +173,10 @@ def main() -> int:
                 for server in servers:
                     # Fails if a request or a slot is still held.
                     server.client.flush_cache()
+            ahead = [
+                server.client.metric_by("kvcodec_ahead_restores_total", "outcome") if server.alive else {}
+                for server in servers
+            ]
             errors = [errors_of(server.log_text()) for server in servers]
         finally:
             peer.kill()
@@ -189,6 +193,7 @@ def main() -> int:
                 "kills": kills,
                 "answers": load.answered,
                 "tokens_from_peer": load.storage_tokens,
+                "restored_ahead_by_outcome": ahead[index],
                 "failed_requests": len(load.failures),
                 "answers_with_other_words": len(load.different),
                 "servers_alive": alive,
