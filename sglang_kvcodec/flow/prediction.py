@@ -121,14 +121,16 @@ def predict(prefix: Prefix, known: Knowledge) -> Prediction:
         ahead = sum((np.minimum(coded_bytes, other) for other in known.others_bytes), np.zeros(len(pages)))
         # A link that carries nothing takes for ever, but no page takes no time.
         fetch_s += (coded_bytes + ahead) / max(known.bytes_per_s, 1e-9)
-    forward_s = _forward_s(prefix, known.prefill, pages)
+    forward_s = alone_s = _forward_s(prefix, known.prefill, pages)
     if (restore := known.restore) is None:
         return Prediction(fetch_s, np.zeros(len(pages)), forward_s, forward_s, fetch_s + forward_s)
     groups = restore.layer_groups
     segments = -(-pages // restore.segment_pages)
     work_s = (segments * restore.parts * restore.part_s + coded_bytes * restore.byte_s) / restore.threads
     restore_s = np.where(pages > 0, work_s + np.maximum(0.0, restore.queued_s - fetch_s), 0.0)
+    forward_s = alone_s + _slowed_s(prefix, known.prefill, pages, work_s)
     is_ahead = _is_ahead(restore_s, forward_s, groups, known.are_others)
+    forward_s = np.where(is_ahead, alone_s, forward_s)
     after_s = _after_s(restore_s, forward_s, groups, is_ahead)
     ttft_s = fetch_s + after_s
     if known.overlaps and known.bytes_per_s is not None and known.prefill is not None:
@@ -228,6 +230,7 @@ def predict_rest(
     landing_s = shared_bytes / max(bytes_per_s, 1e-9) * (1 + margin)
     restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
     prefill_s, forward_s = _forward_s(prefix, prefill, np.array([0, pages])).tolist()
+    forward_s += float(_slowed_s(prefix, prefill, np.array([pages]), restore.seconds(pages, coded_bytes))[0])
     groups = restore.layer_groups
     restores_s, forwards_s = np.array([restore_s]), np.array([forward_s])
     is_ahead = _is_ahead(restores_s, forwards_s, groups, known.are_others)
@@ -260,10 +263,15 @@ def _forward_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints) -> Flo
     if prefill is None:
         return np.zeros(len(pages))
     before = prefix.tokens_before + pages * prefix.page_tokens
-    new = np.maximum(1, prefix.prompt_tokens - before)
-    # The first pass runs beside the restore.
-    forward_s: Floats = prefill.seconds_of(new, before) + prefill.restored_s * pages * prefix.page_tokens
-    return forward_s
+    return prefill.seconds_of(np.maximum(1, prefix.prompt_tokens - before), before)
+
+
+def _slowed_s(prefix: Prefix, prefill: PrefillModel | None, pages: Ints, work_s: Floats | float) -> Floats:
+    """How much longer the forward pass takes because pages are restored beside it: no longer than that takes."""
+    if prefill is None:
+        return np.zeros(len(pages))
+    slowed_s: Floats = np.minimum(prefill.restored_s * pages * prefix.page_tokens, work_s)
+    return slowed_s
 
 
 def restoring_pays(
@@ -280,8 +288,9 @@ def restoring_pays(
         coded_bytes: of all of them.
         page_tokens: of all of them.
     """
-    forward_s = prefill.seconds(1, page_tokens) + prefill.restored_s * page_tokens
-    restore_s = restore.seconds(pages, coded_bytes) + restore.queued_s
+    work_s = restore.seconds(pages, coded_bytes)
+    forward_s = prefill.seconds(1, page_tokens) + min(prefill.restored_s * page_tokens, work_s)
+    restore_s = work_s + restore.queued_s
     groups = restore.layer_groups
     hit_s = max(restore_s + forward_s / groups, restore_s / groups + forward_s)
     return hit_s <= prefill.seconds(page_tokens + 1, 0)
