@@ -57,12 +57,12 @@ class Cluster:
     # ---- processes ----
 
     def start_server(
-        self, name: str, kvcodec: bool = True, profile="exact", plan="always", kvcodec_args=(), **options
+        self, name: str, kvcodec=True, profile="exact", plan="always", kvcodec_args=(), model: str = MODEL, **options
     ) -> SGLangProcess:
         """Starts an SGLang server; does not wait for it. ``options`` are those of ``SGLangProcess``."""
         server = SGLangProcess(
             name,
-            MODEL,
+            model,
             self.work_dir / f"{name}.log",
             KVCodecArgs(self.remote, profile, tuple(kvcodec_args), plan) if kvcodec else None,
             **options,
