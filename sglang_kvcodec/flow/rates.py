@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import statistics
 import threading
 import time
@@ -41,6 +42,8 @@ LEAST_KNOWN_TOKENS = 64
 """A pass of so many tokens has to be seen before passes count as known: a short one tells nothing of long ones."""
 RESTORE_FORGOTTEN_S = 60.0
 """After so long without a restore its rate counts as unknown, so that one that was slow gets another try."""
+TIER_FORGOTTEN_S = 600.0
+"""That of a tier which is not tried first then is what it was, for so long after its last restore."""
 
 
 class LinkMeter:
@@ -260,6 +263,9 @@ class RestoreMeter:
         self._clock = clock
         self._fits: dict[str, OnlineFit] = {}
         """By profile. Of each page about as many pixels are decoded, but not as many bytes."""
+        self._were: dict[str, tuple[float, tuple[float, ...]]] = {}
+        """What was known of a profile before all was forgotten, and when it was restored last."""
+        self._restored_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._queued_bytes = 0.0
         self._last_s = 0.0
@@ -289,6 +295,8 @@ class RestoreMeter:
             if is_idle:
                 self._queued_bytes = 0.0
             self._last_s = self._clock()
+            if seconds is not None:
+                self._restored_s[profile_name] = self._last_s
         if seconds is not None:
             for fit in (self._fit_of(""), self._fit_of(profile_name)) if profile_name else (self._fit_of(""),):
                 fit.add((1.0, share_bytes), seconds)
@@ -296,22 +304,25 @@ class RestoreMeter:
             self.on_idle()
 
     def model(self, refit: bool = True, profile_name: str = "") -> RestoreModel | None:
-        """What is known of a profile, or of all together; None before the first restore and long after the last.
+        """What is known of a profile, or of all together; None where nothing is, nor long after the last restore.
 
-        Of a profile that was not restored yet it is what is known of all. ``refit`` as of ``OnlineFit``.
+        A tier may be restored in no time beside another, as ``raw`` is: nothing follows from one for the other.
+        ``refit`` as of ``OnlineFit``.
         """
         with self._lock:
             queued_bytes = self._queued_bytes
             if not queued_bytes and self._clock() - self._last_s > RESTORE_FORGOTTEN_S:
-                for fit in self._fits.values():
-                    fit.forget()
+                self._forget()
         fitted_of_all = self._fit_of("").coefficients(refit)
         if fitted_of_all is None:
             return None
         byte_s_of_all = fitted_of_all[1]
         if refit and byte_s_of_all > 0:
             metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s_of_all)
-        part_s, byte_s = (self._fit_of(profile_name).coefficients(refit) if profile_name else None) or fitted_of_all
+        fitted = self._fit_of(profile_name).coefficients(refit) or self._what_was(profile_name)
+        if fitted is None:
+            return None
+        part_s, byte_s = fitted
         return RestoreModel(
             part_s,
             byte_s,
@@ -321,6 +332,28 @@ class RestoreMeter:
             self._layer_groups,
             queued_bytes * byte_s_of_all / self._threads,
         )
+
+    def renew(self) -> None:
+        """Fits what has been restored since."""
+        with self._lock:
+            names = list(self._fits)
+        for name in names:
+            self.model(profile_name=name)
+
+    def _forget(self) -> None:
+        """Under the lock."""
+        for name, fit in self._fits.items():
+            # Fits that have not been asked for are none.
+            fitted = fit.coefficients(refit=False)
+            if fitted is not None and name in self._restored_s:
+                self._were[name] = self._restored_s[name], fitted
+            fit.forget()
+
+    def _what_was(self, profile_name: str) -> tuple[float, ...] | None:
+        """What was known of a profile, unless that is too old."""
+        with self._lock:
+            restored_s, fitted = self._were.get(profile_name, (-math.inf, None))
+            return fitted if self._clock() - restored_s <= TIER_FORGOTTEN_S else None
 
     def _fit_of(self, profile_name: str) -> OnlineFit:
         with self._lock:
@@ -425,5 +458,5 @@ class Rates:
         restore.on_idle = self._refit
 
     def _refit(self) -> None:
-        self.restore.model()
+        self.restore.renew()
         self.prefill.model()

@@ -77,7 +77,7 @@ class KVCodecLinker(UnifiedCacheLinker):
         pages_of: Callable[[str], dict[bytes, PageObject] | None],
         forward_stream: Any,
         tracer: Tracer | None = None,
-        restoring_pays: Callable[[int, int], bool] = lambda pages, coded_bytes: True,
+        restoring_pays: Callable[[Sequence[PageObject]], bool] = lambda pages: True,
         scheduler_time: SchedulerTime | None = None,
         worst_of_ranks: Callable[[int], int] | None = None,
         uses_cache: bool = True,
@@ -96,7 +96,7 @@ class KVCodecLinker(UnifiedCacheLinker):
             pages_of: pages fetched for a request (by its id) that still waits; None for one that must be computed.
             forward_stream: the stream the model writes the pool on, None on a CPU.
             tracer: told of restores and of waits for layers.
-            restoring_pays: whether pages in host memory, so many of so many bytes, are restored sooner than computed.
+            restoring_pays: whether pages in host memory are restored sooner than computed.
             scheduler_time: told what all this takes of the scheduler's thread.
             worst_of_ranks: where pages of several tiers are around: the largest of what all ranks give it at once.
             uses_cache: whether a look-up finds whatever is in host memory; if not, then only what ``pages_of`` gives:
@@ -166,7 +166,7 @@ class KVCodecLinker(UnifiedCacheLinker):
     def _pays(self, rid: str, pages: Sequence[PageObject]) -> bool:
         """Whether pages in host memory are worth restoring; asked once for each request."""
         if rid not in self._computed:
-            if self._restoring_pays(len(pages), sum(map(len, pages))):
+            if self._restoring_pays(pages):
                 return True
             metrics.PLANS.labels(reason="host_restore_too_slow").inc()
             self._computed[rid] = None
@@ -183,7 +183,7 @@ class KVCodecLinker(UnifiedCacheLinker):
             if page is None or page.key.namespace_digest not in digests:
                 break
             pages.append(page)
-        if pages and not self._restoring_pays(len(pages), sum(map(len, pages))):
+        if pages and not self._restoring_pays(pages):
             metrics.PLANS.labels(reason="host_restore_too_slow").inc()
             return ()
         self._cache.mark_used([page.key.page_hash for page in pages])

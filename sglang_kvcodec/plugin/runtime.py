@@ -22,7 +22,7 @@ from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, p
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.prediction import holds_up, restoring_pays
 from sglang_kvcodec.flow.publisher import Publisher
-from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
+from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter, RestoreModel
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
@@ -200,14 +200,15 @@ class Runtime:
         page = self.cache.get(page_hash)
         return None if page is None or page.key.namespace_digest != namespace_digest else page.to_bytes()
 
-    def restoring_pays(self, pages: int, coded_bytes: int) -> bool:
-        """Whether page objects in host memory are restored sooner than computed; they are while that is not known."""
+    def restoring_pays(self, pages: Sequence[PageObject]) -> bool:
+        """Whether pages in host memory are restored sooner than computed; they are while that is not known."""
         if self.config.plan == "always":
             return True
-        restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
+        restore, prefill = self._restore_model(pages), self.rates.prefill.model(refit=False)
         if restore is None or prefill is None:
             return True
-        return restoring_pays(restore, prefill, pages, coded_bytes, pages * self.pool.spec.page_tokens)
+        tokens = len(pages) * self.pool.spec.page_tokens
+        return restoring_pays(restore, prefill, len(pages), sum(map(len, pages)), tokens)
 
     def holds_up(self, pages: Sequence[PageObject], prefix_tokens: int, prompt_tokens: int, are_others: bool) -> bool:
         """Whether a forward pass over the rest of a prompt would wait for these pages for longer than others should.
@@ -218,11 +219,16 @@ class Runtime:
             prompt_tokens: of the whole prompt.
             are_others: whether somebody would wait with it; then it is too long while nothing is known.
         """
-        restore, prefill = self.rates.restore.model(refit=False), self.rates.prefill.model(refit=False)
+        restore, prefill = self._restore_model(pages), self.rates.prefill.model(refit=False)
         if restore is None or prefill is None:
             return are_others
         coded_bytes = sum(map(len, pages))
         return holds_up(restore, prefill, len(pages), coded_bytes, prefix_tokens, prompt_tokens, are_others)
+
+    def _restore_model(self, pages: Sequence[PageObject]) -> RestoreModel | None:
+        """What restoring pages of the tier of the first of these takes; None while that is not known."""
+        profile_name = pages[0].header.profile_name if len(self.config.tiers) > 1 and pages else ""
+        return self.rates.restore.model(refit=False, profile_name=profile_name)
 
     def tiers(self) -> list[Tier]:
         """The tiers that pages are published in now, the best first; none while pages of old weights may be around.

@@ -341,6 +341,50 @@ def test_an_old_restore_rate_is_unknown_again():
     assert meter.model() is None
 
 
+def restore_meter(clock):
+    return RestoreMeter(layer_groups=1, sides=1, segment_pages=32, threads=1, clock=clock)
+
+
+def test_what_one_tier_takes_says_nothing_of_another():
+    meter = restore_meter(Clock())
+    meter.part_ended(1000, 9.0, None, "exact")
+    assert meter.model(profile_name="exact").seconds(1, 1000) == about(9.0)
+    assert meter.model(profile_name="raw") is None
+    meter.part_ended(1000, 1.0, None, "raw")
+    assert meter.model(profile_name="raw").seconds(1, 1000) == about(1.0)
+    assert meter.model(profile_name="exact").seconds(1, 1000) == about(9.0)
+
+
+def test_a_tier_that_is_not_tried_after_a_pause_is_what_it_was_for_a_while():
+    clock = Clock()
+    meter = restore_meter(clock)
+    meter.part_ended(1000, 9.0, None, "exact")
+    meter.part_ended(1000, 1.0, None, "raw")
+    meter.renew()
+    clock.now_s += rates_module.RESTORE_FORGOTTEN_S + 1
+    # Nothing was restored for long: whichever is tried first gets another try.
+    assert meter.model() is None
+    assert meter.model(profile_name="raw") is None
+    assert meter.model(profile_name="exact") is None
+    meter.part_ended(1000, 5.0, None, "exact")
+    assert meter.model(profile_name="exact").seconds(1, 1000) == about(5.0)
+    assert meter.model(profile_name="raw").seconds(1, 1000) == about(1.0)
+    for _ in range(20):
+        clock.now_s += rates_module.RESTORE_FORGOTTEN_S / 2
+        meter.part_ended(1000, 5.0, None, "exact")
+    assert meter.model(profile_name="raw") is None
+    assert meter.model(profile_name="exact").seconds(1, 1000) == about(5.0)
+
+
+def test_a_scheduler_gets_what_was_fitted_last_of_a_tier():
+    rates = new_rates()
+    rates.restore.queued(2000)
+    rates.restore.part_ended(2000, 0.5, None, "raw")
+    assert rates.restore.model(refit=False, profile_name="raw") is None
+    rates.restore.part_ended(2000, 0.5, None, "raw")
+    assert rates.restore.model(refit=False, profile_name="raw").seconds(1, 2000) == about(0.5)
+
+
 REDUNDANT = PrefillModel(0.04, 1e-4, 0.0, 256, 9e-8)
 """Of a backend whose attention asks for all tokens again in each pass."""
 
