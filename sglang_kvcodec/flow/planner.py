@@ -172,7 +172,8 @@ def plan_tiers(
     """Plans the fetch of a prefix of which several tiers are stored: which of them, and how much.
 
     It is the one with the lowest predicted time to the first token, but for :data:`PREFER_SHARE`. While prefill is not
-    known, and where every hit is taken, it is the best tier of those that bring most pages.
+    known, and where every hit is taken, it is the best tier of those that bring most pages. Where none pays, what is
+    doubted of restoring is not known.
 
     Args:
         choices: one for each tier, the best first; at least one.
@@ -184,6 +185,10 @@ def plan_tiers(
         The index of the choice, and its plan.
     """
     plans = [plan_fetch(choice.prefix, choice.known, bounds, was_fetching, always) for choice in choices]
+    if not any(plan.pages for plan in plans):
+        plans = [
+            plan_fetch(choice.prefix, _without_doubts(choice.known), bounds, was_fetching, always) for choice in choices
+        ]
     best = 0
     for index, plan in enumerate(plans[1:], 1):
         if _is_better(plan, plans[best], always):
@@ -196,6 +201,11 @@ def plan_tiers(
         if index != best
     )
     return best, dataclasses.replace(plans[best], words=f"choice {best}: {plans[best].words}; {others}")
+
+
+def _without_doubts(known: Knowledge) -> Knowledge:
+    is_doubted = known.restore is not None and known.restore.is_doubted
+    return dataclasses.replace(known, restore=None) if is_doubted else known
 
 
 def _is_better(plan: FetchPlan, than: FetchPlan, always: bool) -> bool:

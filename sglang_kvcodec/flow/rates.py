@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import statistics
 import threading
 import time
@@ -40,10 +39,10 @@ SLOW_FIRST_BYTE_S = 0.1
 ROUND_TRIPS = 9
 LEAST_KNOWN_TOKENS = 64
 """A pass of so many tokens has to be seen before passes count as known: a short one tells nothing of long ones."""
-RESTORE_FORGOTTEN_S = 60.0
-"""After so long without a restore its rate counts as unknown, so that one that was slow gets another try."""
+RESTORE_DOUBTED_S = 60.0
+"""After so long without a restore its rate is doubted: where it is too slow to be of use it gets another try."""
 TIER_FORGOTTEN_S = 600.0
-"""That of a tier which is not tried first then is what it was, for so long after its last restore."""
+"""That of a tier is unknown again if so long only others were restored."""
 
 
 class LinkMeter:
@@ -233,6 +232,7 @@ class RestoreModel:
         threads: that work on parts at once.
         layer_groups: after each of which the forward pass can go on.
         queued_s: until all that was asked for before is restored.
+        is_doubted: whether it was measured so long ago that it is no reason to give up restoring.
     """
 
     part_s: float
@@ -242,6 +242,7 @@ class RestoreModel:
     threads: int
     layer_groups: int
     queued_s: float = 0.0
+    is_doubted: bool = False
 
     def seconds(self, pages: int, coded_bytes: int) -> float:
         """To restore pages of ``coded_bytes`` together, without what is queued."""
@@ -263,9 +264,8 @@ class RestoreMeter:
         self._clock = clock
         self._fits: dict[str, OnlineFit] = {}
         """By profile. Of each page about as many pixels are decoded, but not as many bytes."""
-        self._were: dict[str, tuple[float, tuple[float, ...]]] = {}
-        """What was known of a profile before all was forgotten, and when it was restored last."""
         self._restored_s: dict[str, float] = {}
+        """By profile: when a part of it was restored last."""
         self._lock = threading.Lock()
         self._queued_bytes = 0.0
         self._last_s = 0.0
@@ -304,24 +304,24 @@ class RestoreMeter:
             self.on_idle()
 
     def model(self, refit: bool = True, profile_name: str = "") -> RestoreModel | None:
-        """What is known of a profile, or of all together; None where nothing is, nor long after the last restore.
+        """What is known of a profile, or of all together; None before its first restore.
 
         A tier may be restored in no time beside another, as ``raw`` is: nothing follows from one for the other.
         ``refit`` as of ``OnlineFit``.
         """
+        now_s = self._clock()
         with self._lock:
-            queued_bytes = self._queued_bytes
-            if not queued_bytes and self._clock() - self._last_s > RESTORE_FORGOTTEN_S:
-                self._forget()
+            queued_bytes, idle_s = self._queued_bytes, now_s - self._last_s
+            unused_s = self._last_s - self._restored_s.get(profile_name, self._last_s)
+        if unused_s > TIER_FORGOTTEN_S:
+            self._fit_of(profile_name).forget()
         fitted_of_all = self._fit_of("").coefficients(refit)
-        if fitted_of_all is None:
+        fitted = self._fit_of(profile_name).coefficients(refit)
+        if fitted_of_all is None or fitted is None:
             return None
         byte_s_of_all = fitted_of_all[1]
         if refit and byte_s_of_all > 0:
             metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s_of_all)
-        fitted = self._fit_of(profile_name).coefficients(refit) or self._what_was(profile_name)
-        if fitted is None:
-            return None
         part_s, byte_s = fitted
         return RestoreModel(
             part_s,
@@ -331,6 +331,7 @@ class RestoreMeter:
             self._threads,
             self._layer_groups,
             queued_bytes * byte_s_of_all / self._threads,
+            not queued_bytes and idle_s > RESTORE_DOUBTED_S,
         )
 
     def renew(self) -> None:
@@ -339,21 +340,6 @@ class RestoreMeter:
             names = list(self._fits)
         for name in names:
             self.model(profile_name=name)
-
-    def _forget(self) -> None:
-        """Under the lock."""
-        for name, fit in self._fits.items():
-            # Fits that have not been asked for are none.
-            fitted = fit.coefficients(refit=False)
-            if fitted is not None and name in self._restored_s:
-                self._were[name] = self._restored_s[name], fitted
-            fit.forget()
-
-    def _what_was(self, profile_name: str) -> tuple[float, ...] | None:
-        """What was known of a profile, unless that is too old."""
-        with self._lock:
-            restored_s, fitted = self._were.get(profile_name, (-math.inf, None))
-            return fitted if self._clock() - restored_s <= TIER_FORGOTTEN_S else None
 
     def _fit_of(self, profile_name: str) -> OnlineFit:
         with self._lock:

@@ -205,7 +205,7 @@ class Runtime:
         if self.config.plan == "always":
             return True
         restore, prefill = self._restore_model(pages), self.rates.prefill.model(refit=False)
-        if restore is None or prefill is None:
+        if restore is None or prefill is None or restore.is_doubted:
             return True
         tokens = len(pages) * self.pool.spec.page_tokens
         return restoring_pays(restore, prefill, len(pages), sum(map(len, pages)), tokens)

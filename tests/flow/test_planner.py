@@ -130,6 +130,21 @@ def test_what_is_known_to_be_slow_is_not_tried_for_the_sake_of_the_rest():
     assert plan_fetch(prefix(30), known(bytes_per_s=1e5, restore=None), PLENTY).reason == LINK_TOO_SLOW
 
 
+def test_decoders_that_were_slow_long_ago_get_another_try_where_nothing_else_pays():
+    slow = RestoreModel(1e-4, 1e-6, 10, 32, 2, 5)
+    doubted = dataclasses.replace(slow, is_doubted=True)
+    assert plan_tiers([Choice(prefix(30), known(restore=slow))], PLENTY)[1].reason == RESTORE_TOO_SLOW
+    plan = plan_tiers([Choice(prefix(30), known(restore=doubted))], PLENTY)[1]
+    assert (plan.pages, plan.reason) == (30, LEARNING)
+    # What pays is known, however old.
+    fast = dataclasses.replace(RESTORE, is_doubted=True)
+    choice, plan = plan_tiers([Choice(prefix(30), known(restore=each)) for each in (doubted, fast)], PLENTY)
+    assert (choice, plan.reason) == (1, WHOLE_PREFIX)
+    # The link may be too slow whatever they do.
+    dead = known(restore=doubted, bytes_per_s=1e4)
+    assert plan_tiers([Choice(prefix(30), dead)], PLENTY)[1].reason == LINK_TOO_SLOW
+
+
 def test_nothing_known_fetches_all_of_it():
     plan = plan_fetch(prefix(30), NOTHING_KNOWN, PLENTY)
     assert (plan.pages, plan.reason, plan.ttft_s, plan.prefill_s) == (30, LEARNING, None, None)

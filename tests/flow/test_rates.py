@@ -331,16 +331,6 @@ def test_a_scheduler_gets_what_was_fitted_last_and_a_restore_renews_it():
     assert rates.restore.model(refit=False).seconds(1, 2000) == about(0.5)
 
 
-def test_an_old_restore_rate_is_unknown_again():
-    clock = Clock()
-    meter = RestoreMeter(layer_groups=1, sides=1, segment_pages=32, threads=1, clock=clock)
-    meter.part_ended(1000, 9.0)
-    clock.now_s += rates_module.RESTORE_FORGOTTEN_S - 1
-    assert meter.model() is not None
-    clock.now_s += 2
-    assert meter.model() is None
-
-
 def restore_meter(clock):
     return RestoreMeter(layer_groups=1, sides=1, segment_pages=32, threads=1, clock=clock)
 
@@ -355,25 +345,39 @@ def test_what_one_tier_takes_says_nothing_of_another():
     assert meter.model(profile_name="exact").seconds(1, 1000) == about(9.0)
 
 
-def test_a_tier_that_is_not_tried_after_a_pause_is_what_it_was_for_a_while():
+def test_an_old_restore_rate_is_doubted_until_the_next_restore():
+    clock = Clock()
+    meter = restore_meter(clock)
+    meter.part_ended(1000, 9.0)
+    clock.now_s += rates_module.RESTORE_DOUBTED_S - 1
+    assert not meter.model().is_doubted
+    clock.now_s += 2
+    assert meter.model().is_doubted
+    assert meter.model().seconds(1, 1000) == about(9.0)
+    # What is queued will tell.
+    meter.queued(1000)
+    assert not meter.model().is_doubted
+    meter.part_ended(1000, 9.0)
+    assert not meter.model().is_doubted
+
+
+def test_a_tier_is_unknown_again_after_only_others_were_restored_for_long():
     clock = Clock()
     meter = restore_meter(clock)
     meter.part_ended(1000, 9.0, None, "exact")
     meter.part_ended(1000, 1.0, None, "raw")
-    meter.renew()
-    clock.now_s += rates_module.RESTORE_FORGOTTEN_S + 1
-    # Nothing was restored for long: whichever is tried first gets another try.
-    assert meter.model() is None
-    assert meter.model(profile_name="raw") is None
-    assert meter.model(profile_name="exact") is None
-    meter.part_ended(1000, 5.0, None, "exact")
-    assert meter.model(profile_name="exact").seconds(1, 1000) == about(5.0)
+    # A pause changes nothing.
+    clock.now_s += 2 * rates_module.TIER_FORGOTTEN_S
     assert meter.model(profile_name="raw").seconds(1, 1000) == about(1.0)
-    for _ in range(20):
-        clock.now_s += rates_module.RESTORE_FORGOTTEN_S / 2
-        meter.part_ended(1000, 5.0, None, "exact")
+    meter.part_ended(1000, 9.0, None, "exact")
     assert meter.model(profile_name="raw") is None
-    assert meter.model(profile_name="exact").seconds(1, 1000) == about(5.0)
+    assert meter.model(profile_name="exact").seconds(1, 1000) == about(9.0)
+    meter.part_ended(1000, 2.0, None, "raw")
+    clock.now_s += rates_module.TIER_FORGOTTEN_S - 1
+    meter.part_ended(1000, 9.0, None, "exact")
+    # Nothing of what it was before.
+    assert meter.model(profile_name="raw").seconds(1, 1000) == about(2.0)
+    assert meter.model(profile_name="exact").seconds(1, 1000) == about(9.0)
 
 
 def test_a_scheduler_gets_what_was_fitted_last_of_a_tier():
