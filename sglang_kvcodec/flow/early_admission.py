@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix, predict_rest
+from sglang_kvcodec.flow.rates import WINDOW_S
 
 WATCH_S = 0.03
 PERIOD_S = 0.01
 LANDING_MARGIN, LEAST_MARGIN, MOST_MARGIN = 0.15, 0.05, 0.3
 """The link is taken to be slower than it was measured, by as much as it was at times; where that is not known, by the
-first of these."""
+first of these. Over longer than :data:`WINDOW_S`, in which that was seen, slow times and fast ones even out."""
 RECENT_S, STEP_S = 0.05, 0.005
 """And no faster than over the first of these, which ends now; what had arrived is kept for moments the second apart."""
 STALL_SHARE = 0.02
@@ -37,7 +39,9 @@ def is_in_time(prefix: Prefix, missing_bytes: float, known: Knowledge, last_bloc
     """
     margin = LANDING_MARGIN
     if known.link_shortfall is not None:
-        margin = min(MOST_MARGIN, max(LEAST_MARGIN, known.link_shortfall))
+        windows = missing_bytes / max(known.bytes_per_s or 0.0, 1e-9) / WINDOW_S
+        # As the mean of so many independent ones.
+        margin = min(MOST_MARGIN, max(LEAST_MARGIN, known.link_shortfall / math.sqrt(max(1.0, windows))))
     rest = predict_rest(prefix, missing_bytes, known, margin, last_block_bytes)
     return rest is not None and rest.stall_s <= max(STALL_S, STALL_SHARE * rest.after_s)
 

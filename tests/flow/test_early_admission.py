@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import math
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from sglang_kvcodec.flow.early_admission import (
 )
 from sglang_kvcodec.flow.planner import Bounds, plan_fetch
 from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict_rest
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.rates import WINDOW_S, PrefillModel, RestoreModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_prefix import Run, StoredPrefix
 
@@ -70,6 +71,23 @@ def test_a_link_is_taken_to_be_as_slow_as_it_was_at_times(shortfall, margin):
     most = most_bytes(margin)
     assert is_in_time(PREFIX, most, facts, 6_000_000)
     assert not is_in_time(PREFIX, most + 10_000, facts, 6_000_000)
+
+
+def test_over_a_long_time_slow_moments_of_a_link_even_out():
+    link, shortfall = 0.5e6, 0.3
+    # Ten seconds, in which most of what is missing can land.
+    facts = known(link, link_shortfall=shortfall, prefill=PrefillModel(0.0, 0.1, 0.0))
+
+    def is_within(size):
+        margin = shortfall / math.sqrt(size / link / WINDOW_S)
+        assert LEAST_MARGIN < margin < shortfall / 3
+        rest = predict_rest(PREFIX, size, facts, margin, 6_400_000)
+        return rest.stall_s <= STALL_SHARE * rest.after_s
+
+    most = next(size for size in range(6_000_000, 0, -10_000) if is_within(size))
+    assert most / link > 8
+    assert is_in_time(PREFIX, most, facts, 6_400_000)
+    assert not is_in_time(PREFIX, most + 10_000, facts, 6_400_000)
 
 
 def test_what_has_landed_is_in_time():
