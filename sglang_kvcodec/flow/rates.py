@@ -309,9 +309,8 @@ class RestoreMeter:
         A tier may be restored in no time beside another, as ``raw`` is: nothing follows from one for the other.
         ``refit`` as of ``OnlineFit``.
         """
-        now_s = self._clock()
         with self._lock:
-            queued_bytes, idle_s = self._queued_bytes, now_s - self._last_s
+            queued_bytes, idle_s = self._queued_bytes, self._clock() - self._last_s
             unused_s = self._last_s - self._restored_s.get(profile_name, self._last_s)
         if unused_s > TIER_FORGOTTEN_S:
             self._fit_of(profile_name).forget()
@@ -322,6 +321,23 @@ class RestoreMeter:
         byte_s_of_all = fitted_of_all[1]
         if refit and byte_s_of_all > 0:
             metrics.RESTORE_BYTES_PER_SECOND.set(self._threads / byte_s_of_all)
+        is_doubted = not queued_bytes and idle_s > RESTORE_DOUBTED_S
+        return self._model(fitted, queued_bytes * byte_s_of_all / self._threads, is_doubted)
+
+    def slowest(self) -> RestoreModel | None:
+        """If all were of the slowest tiers, as far as that was fitted; None before the first restore.
+
+        What is queued may be of any tier, before headers have come.
+        """
+        with self._lock:
+            queued_bytes, fits = self._queued_bytes, list(self._fits.values())
+        fitted = [found for fit in fits if (found := fit.coefficients(refit=False)) is not None]
+        if not fitted:
+            return None
+        part_s, byte_s = (max(values) for values in zip(*fitted, strict=True))
+        return self._model((part_s, byte_s), queued_bytes * byte_s / self._threads)
+
+    def _model(self, fitted: Sequence[float], queued_s: float, is_doubted: bool = False) -> RestoreModel:
         part_s, byte_s = fitted
         return RestoreModel(
             part_s,
@@ -330,8 +346,8 @@ class RestoreMeter:
             self._segment_pages,
             self._threads,
             self._layer_groups,
-            queued_bytes * byte_s_of_all / self._threads,
-            not queued_bytes and idle_s > RESTORE_DOUBTED_S,
+            queued_s,
+            is_doubted,
         )
 
     def renew(self) -> None:

@@ -157,7 +157,7 @@ class Restorer:
 
     def _patience_s(self, segments: int) -> float:
         """How long a restore of so many segments may take that has just been queued; endless where nothing is known."""
-        known = self._meter.model(refit=False) if self._meter is not None else None
+        known = self._meter.slowest() if self._meter is not None else None
         if known is None:
             return math.inf
         parts_s = segments * known.parts * known.part_s / known.threads

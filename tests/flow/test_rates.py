@@ -380,6 +380,17 @@ def test_a_tier_is_unknown_again_after_only_others_were_restored_for_long():
     assert meter.model(profile_name="exact").seconds(1, 1000) == about(9.0)
 
 
+def test_what_is_queued_may_be_of_the_slowest_tier():
+    meter = restore_meter(Clock())
+    assert meter.slowest() is None
+    for profile_name, seconds in (("exact", 9.0), *[("raw", 1.0)] * 50):
+        meter.part_ended(1000, seconds, None, profile_name)
+    meter.renew()
+    meter.queued(2000)
+    assert meter.model().queued_s == about(2.0)
+    assert meter.slowest().queued_s == about(18.0)
+
+
 def test_a_scheduler_gets_what_was_fitted_last_of_a_tier():
     rates = new_rates()
     rates.restore.queued(2000)
