@@ -1,5 +1,6 @@
 import dataclasses
 import logging
+import time
 import types
 
 import pytest
@@ -10,11 +11,11 @@ from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, pack_buffer_bytes
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.rates import RESTORE_DOUBTED_S, PrefillModel, RestoreModel
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_prefix import Tier
-from sglang_kvcodec.format.namespace import Namespace
+from sglang_kvcodec.format.namespace import Namespace, PageKey
 from sglang_kvcodec.format.profile import Coding, get_profile
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
 from sglang_kvcodec.plugin import runtime as runtime_module
@@ -61,9 +62,9 @@ def start():
     """A runtime without a peer."""
     started = []
 
-    def make(calibration=None, weights=lambda: "w", auto=False):
-        config = ServerConfig("grpc://127.0.0.1:1", profile="compact", auto_calibrate=auto)
-        transforms = PageTransforms(SPEC, config.profile, [calibration] if calibration else [])
+    def make(calibration=None, weights=lambda: "w", auto=False, profile="compact"):
+        config = ServerConfig("grpc://127.0.0.1:1", profile=profile, auto_calibrate=auto)
+        transforms = PageTransforms(SPEC, config.tiers, [calibration] if calibration else [])
         autos = []
 
         def new_auto(peer, on_calibration):
@@ -140,9 +141,44 @@ def test_while_nothing_is_known_of_a_restore_it_is_the_pages_that_wait_if_others
     assert runtime.holds_up(pages, 64, 600, True)
     assert not runtime.holds_up(pages, 64, 600, False)
     runtime.rates.prefill.model = lambda refit: PrefillModel(0, 1e-4, 0)
-    runtime.rates.restore.model = lambda refit: RestoreModel(0, 1e-6, 10, 32, 1, 4)
+    runtime.rates.restore.model = lambda refit, profile_name: RestoreModel(0, 1e-6, 10, 32, 1, 4)
     assert not runtime.holds_up(pages, 64, 64 + 1000, True)
     assert runtime.holds_up(pages, 64, 64 + 300, True)
+
+
+@dataclasses.dataclass
+class UnheardOfPage:
+    """One of which nothing has arrived: all that is known is its key and its size."""
+
+    key: PageKey
+
+    def __len__(self):
+        return 10_000
+
+
+def test_pages_in_host_memory_are_restored_if_that_pays_for_their_tier_or_has_to_be_found_out(start):
+    runtime = start(profile="raw,exact").runtime
+    pages = {
+        tier.profile_name: [UnheardOfPage(PageKey(tier.namespace_digests[0], bytes(32)))] * 4
+        for tier in runtime.tiers()
+    }
+    for _ in range(64):
+        runtime.rates.prefill.forward_pass([64], [0], 0.01)
+    assert runtime.rates.prefill.model() is not None
+    assert runtime.restoring_pays(pages["exact"])
+    runtime.rates.restore.part_ended(10_000, 1.0, None, "exact")
+    runtime.rates.restore.renew()
+    assert not runtime.restoring_pays(pages["exact"])
+    assert runtime.holds_up(pages["exact"], 64, 100, True)
+    # Nothing is known of it.
+    assert runtime.restoring_pays(pages["raw"])
+    runtime.rates.restore.part_ended(10_000, 1e-5, None, "raw")
+    runtime.rates.restore.renew()
+    assert runtime.restoring_pays(pages["raw"])
+    assert not runtime.holds_up(pages["raw"], 64, 100, True)
+    clock_s = time.monotonic()
+    runtime.rates.restore._clock = lambda: clock_s + RESTORE_DOUBTED_S + 1
+    assert runtime.restoring_pays(pages["exact"])
 
 
 class FakeDecoders:
