@@ -13,8 +13,8 @@ import collections
 import dataclasses
 import math
 
+from sglang_kvcodec.flow.link_meter import WINDOW_S
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix, predict_rest
-from sglang_kvcodec.flow.rates import WINDOW_S
 
 WATCH_S = 0.03
 PERIOD_S = 0.01

@@ -12,8 +12,8 @@ from sglang_kvcodec.errors import PeerError
 from sglang_kvcodec.flow.arrivals import Arrivals
 from sglang_kvcodec.flow.course import Course
 from sglang_kvcodec.flow.exploring import Explorer
+from sglang_kvcodec.flow.link_meter import LinkMeter
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.rates import LinkMeter
 from sglang_kvcodec.flow.stored_prefix import StoredPrefix
 from sglang_kvcodec.flow.transfers import Transfers
 from sglang_kvcodec.format.namespace import PageKey

@@ -19,7 +19,7 @@ import numpy as np
 
 from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, Bounds, Choice, FetchPlan
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
-from sglang_kvcodec.flow.rates import PrefillModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
 
 PASS_DIVISORS = (1, 2, 4, 8, 16)
 """Passes that are tried: the start in so many."""

@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_kvcodec.flow.blocks import Floats, Ints, in_blocks, overlappable_s
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 
 Bools = npt.NDArray[np.bool_]
 

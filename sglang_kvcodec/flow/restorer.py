@@ -34,8 +34,8 @@ from sglang_kvcodec.errors import ArrivalError, KVCodecError, RestoreTimeoutErro
 from sglang_kvcodec.flow.arriving_page import ArrivingPage, when_all_landed
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_codec import DecodedSegment, GroupDecoder, alike_pages
-from sglang_kvcodec.flow.rates import RestoreMeter
 from sglang_kvcodec.flow.restore import LEAST_PATIENCE_S, PATIENCE, OnLayers, Restore, RestoreJob
+from sglang_kvcodec.flow.restore_meter import RestoreMeter
 from sglang_kvcodec.flow.streams import DeviceEvent
 from sglang_kvcodec.flow.trace import Tracer
 from sglang_kvcodec.format.page_object import PageObject

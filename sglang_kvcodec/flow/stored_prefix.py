@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sglang_kvcodec.cpus import take_place
-from sglang_kvcodec.flow.rates import LinkMeter
+from sglang_kvcodec.flow.link_meter import LinkMeter
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.format.exchange import LookupResult, PeerTransport
 

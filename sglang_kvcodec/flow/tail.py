@@ -17,7 +17,7 @@ import torch
 from sglang_kvcodec.errors import KVCodecError
 from sglang_kvcodec.flow.blocks import MIN_BLOCK_S, ROUND_TRIPS_OF_A_BLOCK, block_pages
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
-from sglang_kvcodec.flow.rates import PrefillModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
 from sglang_kvcodec.flow.restore import Restore, RestoreJob, StartRestore
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.streams import DeviceEvent

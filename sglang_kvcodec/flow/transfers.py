@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from sglang_kvcodec.flow.course import Course
+from sglang_kvcodec.flow.link_meter import LinkMeter
 from sglang_kvcodec.flow.pacing import PROGRESS, Flight
-from sglang_kvcodec.flow.rates import LinkMeter
 from sglang_kvcodec.flow.receiver import bytes_of
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.trace import Tracer

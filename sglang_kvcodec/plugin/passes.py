@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_kvcodec import metrics
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
-from sglang_kvcodec.flow.rates import PrefillMeter
+from sglang_kvcodec.flow.prefill_meter import PrefillMeter
 from sglang_kvcodec.flow.trace import Tracer
 
 MAX_EXPECTED = 1 << 12

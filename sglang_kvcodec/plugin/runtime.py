@@ -15,16 +15,19 @@ from sglang_kvcodec.flow.auto_calibration import AutoCalibration
 from sglang_kvcodec.flow.bitstream_cache import BitstreamCache
 from sglang_kvcodec.flow.fetcher import Fetcher
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
+from sglang_kvcodec.flow.link_meter import LinkMeter
 from sglang_kvcodec.flow.news import News
 from sglang_kvcodec.flow.pack_kernel import check_calibrated_pack, pack_kernels
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, PagePacker, pack_buffer_bytes
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
 from sglang_kvcodec.flow.prediction import holds_up, restoring_pays
+from sglang_kvcodec.flow.prefill_meter import PrefillMeter
 from sglang_kvcodec.flow.publisher import Publisher
-from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter, RestoreModel
+from sglang_kvcodec.flow.rates import Rates
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
 from sglang_kvcodec.flow.restore_kernel import check_calibrated_kernel, restore_kernels
+from sglang_kvcodec.flow.restore_meter import RestoreMeter, RestoreModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES, Restorer
 from sglang_kvcodec.flow.stored_pages import StoredPages
 from sglang_kvcodec.flow.stored_prefix import Tier

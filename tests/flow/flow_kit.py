@@ -3,11 +3,15 @@
 import dataclasses
 import threading
 
+import pytest
 from prometheus_client import REGISTRY
 
 from sglang_kvcodec.config import Timeouts
+from sglang_kvcodec.flow.link_meter import LinkMeter
 from sglang_kvcodec.flow.peer_monitor import PeerMonitor
-from sglang_kvcodec.flow.rates import LinkMeter, PrefillMeter, Rates, RestoreMeter
+from sglang_kvcodec.flow.prefill_meter import PrefillMeter
+from sglang_kvcodec.flow.rates import Rates
+from sglang_kvcodec.flow.restore_meter import RestoreMeter
 from sglang_kvcodec.format.spec import KVDtype, KVSpec
 from sglang_kvcodec.storage.memory import MemoryEngine
 
@@ -117,3 +121,15 @@ class Connection:
 
     peer: WatchedPeer
     monitor: PeerMonitor
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def about(value, share=0.05):
+    return pytest.approx(value, rel=share)

@@ -4,7 +4,8 @@ import math
 
 from sglang_kvcodec.flow.planner import Bounds
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 
 PLENTY = Bounds(1, 1 << 60)
 PREFILL = PrefillModel(0.005, 1e-4, 1e-9)

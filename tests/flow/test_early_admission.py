@@ -31,9 +31,11 @@ from sglang_kvcodec.flow.early_admission import (
     EarlyAdmission,
     is_in_time,
 )
+from sglang_kvcodec.flow.link_meter import WINDOW_S
 from sglang_kvcodec.flow.planner import Bounds, plan_fetch
 from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix, predict_rest
-from sglang_kvcodec.flow.rates import WINDOW_S, PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_prefix import Run, StoredPrefix
 

@@ -12,7 +12,7 @@ from planning_kit import PLENTY, PREFILL, RESTORE, known, link_s, prefix, restor
 from sglang_kvcodec.flow.meeting import BLOCKS, MOST_LONGER, plan_meeting, predict_meeting
 from sglang_kvcodec.flow.planner import BOTH_ENDS, PREFER_SHARE, REASONS, WHOLE_PREFIX, Bounds, Choice, plan_fetch
 from sglang_kvcodec.flow.prediction import NOTHING_KNOWN
-from sglang_kvcodec.flow.rates import PrefillModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
 
 
 def reference(prefix, known, first, pages, pass_tokens):

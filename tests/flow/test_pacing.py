@@ -22,7 +22,8 @@ from sglang_kvcodec.flow.pacing import (
     patience_s,
 )
 from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 
 PREFILL = PrefillModel(0.0, 1e-3, 0.0)
 FREE = RestoreModel(0.0, 0.0, 2, 32, 1, 1)

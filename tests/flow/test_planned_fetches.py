@@ -5,7 +5,7 @@ import json
 import threading
 
 import pytest
-from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
+from flow_kit import LIMIT_S, NAMESPACE, SMALL, Clock, new_rates, wait_until
 
 from sglang_kvcodec.errors import ArrivalError, PeerUnavailableError
 from sglang_kvcodec.flow import blocks, early_admission, exploring, fetch_planning, planner
@@ -22,13 +22,6 @@ from sglang_kvcodec.testing.pages import Pages, hash_of
 from sglang_kvcodec.transform import PageTransforms
 
 NAMES = tuple(range(6))
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self):
-        return self.now_s
 
 
 class Setup:

@@ -34,7 +34,8 @@ from sglang_kvcodec.flow.prediction import (
     predict_rest,
     restoring_pays,
 )
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 
 
 def reference(prefix, known, pages):

@@ -16,8 +16,8 @@ from sglang_kvcodec.errors import (
 from sglang_kvcodec.flow import restorer as restorer_module
 from sglang_kvcodec.flow.arriving_page import ArrivingPage
 from sglang_kvcodec.flow.page_codec import GroupDecoder, PageEncoder
-from sglang_kvcodec.flow.rates import RestoreMeter
 from sglang_kvcodec.flow.restore import Restore, RestoreJob
+from sglang_kvcodec.flow.restore_meter import RestoreMeter
 from sglang_kvcodec.flow.restorer import Restorer
 from sglang_kvcodec.flow.trace import FileTracer
 from sglang_kvcodec.format.exchange import FetchedFragment, FetchedHeader

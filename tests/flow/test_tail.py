@@ -9,7 +9,8 @@ import torch
 
 from sglang_kvcodec.errors import CodecError
 from sglang_kvcodec.flow.prediction import NOTHING_KNOWN, Knowledge, Prefix
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 from sglang_kvcodec.flow.tail import Tail
 
 PAGE_TOKENS = 64

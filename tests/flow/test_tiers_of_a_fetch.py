@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from flow_kit import LIMIT_S, NAMESPACE, SMALL, new_rates, wait_until
+from flow_kit import LIMIT_S, NAMESPACE, SMALL, Clock, new_rates, wait_until
 
 from sglang_kvcodec.errors import PeerUnavailableError
 from sglang_kvcodec.flow import blocks, early_admission, switching
@@ -20,13 +20,6 @@ SMALLER = bytes(range(32, 64))
 NAMES = tuple(range(6))
 HASHES = [hash_of(name) for name in NAMES]
 TIERS = [Tier("raw", (NAMESPACE,)), Tier("exact", (SMALLER,))]
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self):
-        return self.now_s
 
 
 class Setup:

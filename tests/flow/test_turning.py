@@ -11,8 +11,9 @@ from sglang_kvcodec.flow.meeting import MOST_LONGER
 from sglang_kvcodec.flow.pacing import PROGRESS, Flight, Stage
 from sglang_kvcodec.flow.planner import FetchPlan
 from sglang_kvcodec.flow.prediction import Knowledge, Prefix
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
 from sglang_kvcodec.flow.prefix_fetch import Fetched
-from sglang_kvcodec.flow.rates import PrefillModel, RestoreModel
+from sglang_kvcodec.flow.restore_meter import RestoreModel
 from sglang_kvcodec.flow.turning import turn
 
 PAGES = 30

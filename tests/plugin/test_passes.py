@@ -6,7 +6,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_kvcodec.flow.fetch_ticket import FetchTicket
 from sglang_kvcodec.flow.planner import FetchPlan
-from sglang_kvcodec.flow.rates import PrefillMeter
+from sglang_kvcodec.flow.prefill_meter import PrefillMeter
 from sglang_kvcodec.plugin import passes as passes_module
 from sglang_kvcodec.plugin.passes import PassObserver
 

@@ -11,8 +11,9 @@ from sglang_kvcodec.config import ServerConfig
 from sglang_kvcodec.errors import ConfigurationError
 from sglang_kvcodec.flow.kv_pool import PagedKVPool
 from sglang_kvcodec.flow.page_packer import DEVICE_CANVASES_BYTES, pack_buffer_bytes
-from sglang_kvcodec.flow.rates import RESTORE_DOUBTED_S, PrefillModel, RestoreModel
+from sglang_kvcodec.flow.prefill_meter import PrefillModel
 from sglang_kvcodec.flow.restore_buffers import restore_buffer_bytes
+from sglang_kvcodec.flow.restore_meter import RESTORE_DOUBTED_S, RestoreModel
 from sglang_kvcodec.flow.restorer import SEGMENT_PAGES
 from sglang_kvcodec.flow.stored_prefix import Tier
 from sglang_kvcodec.format.namespace import Namespace, PageKey
