@@ -229,14 +229,12 @@ class Runtime:
         return holds_up(restore, prefill, len(pages), coded_bytes, prefix_tokens, prompt_tokens, are_others)
 
     def _restore_model(self, pages: Sequence[PageObject]) -> RestoreModel | None:
-        """What restoring pages of the tier of the first of these takes; None while that is not known.
+        """What restoring pages that are coded as the first of these takes; None while that is not known.
 
         Their headers may not have come yet.
         """
-        profile_name = ""
-        if len(self.config.tiers) > 1 and pages:
-            digest = pages[0].key.namespace_digest
-            profile_name = next((tier.profile_name for tier in self.tiers() if digest in tier.namespace_digests), "")
+        several = len(self.config.tiers) > 1 and len(pages) > 0
+        profile_name = self._coding_of[pages[0].key.namespace_digest].profile_name if several else ""
         return self.rates.restore.model(refit=False, profile_name=profile_name)
 
     def tiers(self) -> list[Tier]:
