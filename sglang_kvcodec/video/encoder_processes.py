@@ -97,6 +97,7 @@ class EncoderProcesses:
     def _worker(self) -> Iterator[_Worker]:
         worker = self._idle.get()
         try:
+            self._check_open()
             if worker is None or not worker.is_alive:
                 if worker is not None:
                     logger.error("kvcodec: an encoder process has died while it was idle")
@@ -113,6 +114,10 @@ class EncoderProcesses:
         finally:
             self._idle.put(worker)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EncoderDiedError("the encoder processes have been closed")
+
     def _start(self) -> _Worker:
         worker = _Worker()
         with self._lock:
@@ -121,7 +126,7 @@ class EncoderProcesses:
                 self._workers.append(worker)
         if is_closed:
             worker.end()
-            raise EncoderDiedError("the encoder processes have been closed")
+            self._check_open()
         try:
             worker.wait_until_ready()
         except EncoderDiedError:
@@ -155,9 +160,18 @@ class ProcessEncoder:
 
 
 class _Worker:
-    """One process, the socket to it, and the memory that both see."""
+    """One process, the socket to it, and the memory that both see.
+
+    Thread-safe: any thread may end it while another one has it encode. Neither descriptor is closed while anybody may
+    use it, nor twice, because its number may be another file's by then.
+    """
 
     def __init__(self) -> None:
+        self._in_use = threading.Lock()
+        """Held while the descriptors are used, and to close them."""
+        self._hang_up_lock = threading.Lock()
+        """Held to hang up, which has to be possible amid a use, and to close."""
+        self._is_closed = False
         self._connection, theirs = socket.socketpair()
         # Without a name: it is gone with the last process that holds it, however that ends.
         self._memory_fd = os.memfd_create("kvcodec-canvases")
@@ -184,26 +198,24 @@ class _Worker:
         return not self._is_lost and self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        self._connection.settimeout(START_TIMEOUT_S)
-        try:
+        with self._use():
+            self._connection.settimeout(START_TIMEOUT_S)
             encoder_worker.receive(self._connection, encoder_worker.ANSWER.size)
-        except (OSError, EOFError) as error:
-            raise self._died(error) from error
-        self._connection.settimeout(ENCODE_TIMEOUT_S)
+            self._connection.settimeout(ENCODE_TIMEOUT_S)
 
     def encode(self, canvases: Canvases, uniform_blocks: bool) -> EncodedPictures:
-        try:
+        with self._use():
             shape = self._put(canvases)
             self._connection.sendall(encoder_worker.REQUEST.pack(*shape, uniform_blocks))
             return encoder_worker.receive_encoded(self._connection)
-        except (OSError, EOFError) as error:
-            raise self._died(error) from error
 
     def hang_up(self) -> None:
         """Has the process end; a thread that waits for it gets ``EncoderDiedError``."""
         self._is_lost = True
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+        with self._hang_up_lock:
+            if not self._is_closed:
+                with contextlib.suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
         """Ends the process and waits until it is gone."""
@@ -213,10 +225,22 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._connection.close()
-        if self._memory_fd >= 0:
-            os.close(self._memory_fd)
-            self._memory_fd = -1
+        with self._in_use, self._hang_up_lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._connection.close()
+                os.close(self._memory_fd)
+
+    @contextlib.contextmanager
+    def _use(self) -> Iterator[None]:
+        """The descriptors stay open within; that the process has gone there is ``EncoderDiedError``."""
+        try:
+            with self._in_use:
+                if self._is_lost:
+                    raise EOFError("it has been ended")
+                yield
+        except (OSError, EOFError) as error:
+            raise self._died(error) from error
 
     def _put(self, canvases: Canvases) -> tuple[int, ...]:
         """Copies canvases into the shared memory."""

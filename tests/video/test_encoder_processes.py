@@ -163,6 +163,54 @@ def test_no_worker_outlives_the_close_even_with_work_under_way():
     processes.close()
 
 
+def test_ends_at_once_close_each_descriptor_once(monkeypatch):
+    """Closed twice, its number may be that of a file that another thread has opened in between."""
+    processes = EncoderProcesses(1)
+    (worker,) = processes._workers
+    closed = []
+    close = os.close
+
+    def close_slowly(descriptor):
+        close(descriptor)
+        closed.append(descriptor)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(os, "close", close_slowly)
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        for ended in [executor.submit(worker.end) for _ in range(4)]:
+            ended.result(LIMIT_S)
+    assert closed.count(worker._memory_fd) == 1
+    processes.close()
+
+
+def test_a_worker_at_work_keeps_its_descriptors_until_it_has_been_told(monkeypatch):
+    processes = EncoderProcesses(1)
+    (worker,) = processes._workers
+    is_putting, go_on = threading.Event(), threading.Event()
+    put = worker._put
+
+    def put_late(canvases):
+        is_putting.set()
+        assert go_on.wait(LIMIT_S)
+        return put(canvases)
+
+    monkeypatch.setattr(worker, "_put", put_late)
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        work = executor.submit(processes.encoder().encode, noise(1, 192, 192, 3.0))
+        assert is_putting.wait(LIMIT_S)
+        closing = executor.submit(processes.close)
+        wait_until(lambda: worker._process.poll() is not None)
+        time.sleep(0.1)
+        os.fstat(worker._memory_fd)
+        assert not closing.done()
+        go_on.set()
+        closing.result(LIMIT_S)
+        with pytest.raises(EncoderDiedError, match="ended with status 0"):
+            work.result(LIMIT_S)
+    with pytest.raises(EncoderDiedError, match="closed"):
+        processes.encoder().encode(noise(1, 192, 192, 3.0))
+
+
 @pytest.mark.parametrize("is_working", [False, True])
 def test_workers_end_when_their_parent_is_killed(is_working):
     code = f"""
