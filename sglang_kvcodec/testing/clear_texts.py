@@ -7,6 +7,8 @@ as likely differ by nothing or by one unit in the last place, 1/16 for those of 
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 from collections.abc import Iterable, Iterator
 
 from sglang_kvcodec.testing.sglang_client import SGLangClient
@@ -17,15 +19,24 @@ units in the last place. Of 192 answers to any prompts a server without kvcodec 
 them to prompts with a margin of 1/16 at most; of 112 to clear ones none."""
 
 
-def clear_texts(client: SGLangClient, texts: Iterable[str], max_tokens: int) -> Iterator[tuple[str, str]]:
+def clear_texts(
+    client: SGLangClient, texts: Iterable[str], max_tokens: int, at_once: int = 1
+) -> Iterator[tuple[str, str]]:
     """Those of ``texts`` to which the answer is clear, each with it.
 
     Args:
         client: of a server without kvcodec.
         texts: questions, each asked once.
         max_tokens: of an answer.
+        at_once: how many are asked at the same time, and taken from ``texts`` ahead of what is yielded.
     """
-    for text in texts:
-        answer, margin = client.decided([{"role": "user", "content": text}], max_tokens)
-        if margin >= CLEAR_MARGIN:
-            yield text, answer
+
+    def decided(text: str) -> tuple[str, float]:
+        return client.decided([{"role": "user", "content": text}], max_tokens)
+
+    rest = iter(texts)
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        while batch := list(itertools.islice(rest, at_once)):
+            for text, (answer, margin) in zip(batch, pool.map(decided, batch), strict=True):
+                if margin >= CLEAR_MARGIN:
+                    yield text, answer

@@ -1,7 +1,6 @@
 """One peer and two SGLang servers that share it, as processes, with a third that knows no kvcodec as the truth."""
 
 import contextlib
-import itertools
 import json
 import pathlib
 import re
@@ -33,6 +32,13 @@ MODULES = (
     *("datetime", "_pyio", "ipaddress", "xmlrpc.client", "configparser"),
 )
 TEXT_CHARACTERS = 2200
+ENDINGS = (
+    *("def close(self):", "class Error(Exception):", "return None", "import os, sys", "def __init__(self, name):"),
+    *("for line in lines:", "raise ValueError", "if not self.closed:", "while True:", "def main():"),
+    *("else:", "@property", "assert result == expected", "yield from", "with open(path) as file:", "# Check that"),
+)
+"""About every twelfth text has a clear answer; one with another ending takes no new prefill, and few more decode steps
+where others are asked as well."""
 
 
 class Cluster:
@@ -119,9 +125,15 @@ class Cluster:
 
     def clear_text(self, pieces: int = 1, after: str = "") -> tuple[str, str]:
         """Such a text, behind another one, to which the answer does not hang on rounding, and that answer."""
-        return next(
-            clear_texts(self.plain.client, (after + self.text(pieces) for _ in itertools.count()), ANSWER_TOKENS)
-        )
+
+        def texts():
+            while True:
+                body = after + self.text(pieces)
+                # Once, so that no two of those below compute the same prefix.
+                self.plain.client.chat([{"role": "user", "content": body}], 1)
+                yield from (body[: -len(ending) - 1] + "\n" + ending for ending in ENDINGS)
+
+        return next(clear_texts(self.plain.client, texts(), ANSWER_TOKENS, at_once=len(ENDINGS)))
 
 
 def _texts():

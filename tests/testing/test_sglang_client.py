@@ -199,3 +199,9 @@ def test_texts_whose_answer_hangs_on_rounding_are_left_out(serve):
     answers = [scored(4.0, 0.0625), scored(0.5), scored(0.0), scored(1.0, 1.0)]
     _, client = serve({"/v1/chat/completions": [(200, each) for each in answers]})
     assert list(clear_texts(client, "abcd", 2)) == [("b", "x"), ("d", "xx")]
+
+
+def test_texts_asked_at_once_come_in_their_order(serve):
+    server, client = serve({"/v1/chat/completions": [(200, scored(1.0)) for _ in range(5)]})
+    assert [text for text, _ in clear_texts(client, "abcde", 1, at_once=2)] == list("abcde")
+    assert len(server.requests) == 5
